@@ -1,0 +1,50 @@
+# Two commands: `make run` starts the relay, `make test` checks everything. Both make the virtual environment first.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: run test lint types check-lua format lock clean system
+
+run: $(READY)
+	@exec $(BIN)/limiter serve
+
+test: system $(READY) lint types check-lua
+	$(BIN)/pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+# luacheck is Debian's; the tests load every composed script into both servers in any case.
+check-lua: $(READY)
+	@if command -v luacheck >/dev/null; then for name in $$($(BIN)/limiter lua names); do \
+	  $(BIN)/limiter lua show $$name | luacheck -q --config .luacheckrc --filename lua/$$name.lua - || exit 1; done; \
+	else echo "luacheck is not installed (Debian: lua-check): only the servers check the scripts"; fi
+
+format: $(READY)
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+# Writes the lock again, from the lower bounds in pyproject.toml.
+lock: $(READY)
+	$(BIN)/pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --group dev --no-emit-index-url --no-emit-find-links \
+	  --no-header --no-annotate --upgrade pyproject.toml --output-file requirements.lock
+
+# What has no package for pip: a second server to test against, and the Lua linter. As root they are installed;
+# for anybody else the tests that need them say that they are skipped, and why.
+system:
+	@tools/system-packages redis-server redis-tools lua-check
+
+$(READY): pyproject.toml requirements.lock
+	tools/make-venv $(PYTHON) $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

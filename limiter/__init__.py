@@ -1,0 +1,40 @@
+"""Atomic credits in Redis: reserve, commit and release them from any number of nodes."""
+
+from limiter.connection import connect
+from limiter.credit_limiter import CreditLimiter, Hold
+from limiter.errors import (
+    BrokenRow,
+    InvalidInstallId,
+    LedgerFileError,
+    LimiterError,
+    LimiterUnavailable,
+    ScriptContractError,
+    SettingsError,
+    UnknownTier,
+)
+from limiter.model import Balance, Decision, HeldCredits, Reason, Row, Settlement, Status, Tier, Tiers
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Balance",
+    "BrokenRow",
+    "CreditLimiter",
+    "Decision",
+    "HeldCredits",
+    "Hold",
+    "InvalidInstallId",
+    "LedgerFileError",
+    "LimiterError",
+    "LimiterUnavailable",
+    "Reason",
+    "Row",
+    "ScriptContractError",
+    "SettingsError",
+    "Settlement",
+    "Status",
+    "Tier",
+    "Tiers",
+    "UnknownTier",
+    "connect",
+]

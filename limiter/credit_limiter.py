@@ -1,0 +1,242 @@
+"""The public door: reserve, commit, release, debit and balance, each within a deadline.
+
+It knows the clock, makes hold ids, and decides what may be repeated. It holds no state about installs.
+"""
+
+import asyncio
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+from redis.asyncio import Redis
+
+from limiter.errors import LimiterUnavailable
+from limiter.keys import Keys, normalise_install_id
+from limiter.model import MAX_COST, Backend, Balance, Decision, Row, Settlement, Status, Tiers
+from limiter.scripts import PutMode, Scripts
+from limiter.store import read_row
+
+T = TypeVar("T")
+_HOLD_ID = re.compile(r"[A-Za-z0-9._-]{1,48}", re.ASCII)
+_FIRST_PAUSE_S = 0.01
+_LONGEST_PAUSE_S = 0.25
+
+
+class CreditLimiter:
+    """Credits of installs on one Redis, for any number of nodes at once.
+
+    redis: from `connect`. clock: `() -> epoch ms`, for tests; production goes by the server's time. hold_ms: how long
+    a hold lives without commit or release. timeout_ms bounds one attempt, deadline_ms a whole call with its repeats.
+    """
+
+    def __init__(
+        self,
+        redis: "Redis",
+        tiers: Tiers,
+        *,
+        clock: Callable[[], int] | None = None,
+        prefix: str = "credits",
+        hold_ms: int = 600_000,
+        timeout_ms: int = 1000,
+        deadline_ms: int = 3000,
+    ) -> None:
+        self.tiers = tiers
+        self.keys = Keys(prefix)
+        self.redis = redis
+        self.hold_ms = hold_ms
+        self._clock = clock
+        self._deadline_s = deadline_ms / 1000
+        self._scripts = Scripts(redis, timeout_ms=min(timeout_ms, deadline_ms))
+
+    async def reserve(
+        self,
+        install_id: str,
+        *,
+        tier: str,
+        has_hardware: bool,
+        cost: int = 1,
+        hold_id: str | None = None,
+        may_create: bool = True,
+    ) -> Decision:
+        """Plan a request and hold its credits, until commit, release or `hold_ms`.
+
+        The same hold_id again gives the same answer (REPLAY) and holds nothing more. A refusal stores the roll-over
+        and a new row, nothing else. Raises UnknownTier, InvalidInstallId, BrokenRow, LimiterUnavailable.
+        """
+        limits = self.tiers[tier]
+        key = self.keys.install(install_id)
+        hold = _checked_hold_id(hold_id or uuid.uuid4().hex)
+        _check_cost(cost)
+        return await self._repeated(
+            lambda: self._scripts.reserve(
+                key,
+                hold_id=hold,
+                tier=limits,
+                has_hardware=has_hardware,
+                cost=cost,
+                hold_ms=self.hold_ms,
+                may_create=may_create,
+                now_ms=self._now_ms(),
+            )
+        )
+
+    async def commit(
+        self, install_id: str, hold_id: str, *, backend: Backend | None = None, cost: int | None = None
+    ) -> Settlement:
+        """Turn a hold into a debit, of the backend and cost given or else of those held.
+
+        COMMITTED; LATE when the hold had lapsed, debited all the same; GONE when there is no such hold, as after the
+        first of two commits. Raises InvalidInstallId, BrokenRow, LimiterUnavailable.
+        """
+        key = self.keys.install(install_id)
+        hold = _checked_hold_id(hold_id)
+        if cost is not None:
+            _check_cost(cost)
+        if backend not in (None, "gemini", "hardware"):
+            raise ValueError(f"backend is {backend!r}, want 'gemini' or 'hardware'")
+        return await self._repeated(
+            lambda: self._scripts.commit(
+                key,
+                hold_id=hold,
+                backend=backend,
+                cost=cost,
+                lifetime_tiers=self.tiers.lifetime_names,
+                now_ms=self._now_ms(),
+            )
+        )
+
+    async def release(self, install_id: str, hold_id: str) -> Status:
+        """Give a hold back: RELEASED, or GONE when there is no such hold. Raises as `commit`."""
+        key = self.keys.install(install_id)
+        hold = _checked_hold_id(hold_id)
+        return await self._repeated(lambda: self._scripts.release(key, hold_id=hold, now_ms=self._now_ms()))
+
+    async def debit(
+        self, install_id: str, *, tier: str, has_hardware: bool, cost: int = 1, may_create: bool = True
+    ) -> Decision:
+        """Plan and debit in one step, for callers with nothing to wait for.
+
+        Never repeated after a lost answer: LimiterUnavailable then means that it may have been debited.
+        """
+        limits = self.tiers[tier]
+        key = self.keys.install(install_id)
+        _check_cost(cost)
+        return await self._repeated(
+            lambda: self._scripts.debit(
+                key,
+                tier=limits,
+                has_hardware=has_hardware,
+                cost=cost,
+                lifetime_tiers=self.tiers.lifetime_names,
+                may_create=may_create,
+                now_ms=self._now_ms(),
+            ),
+            when_unknown=False,
+        )
+
+    async def balance(self, install_id: str, *, tier: str) -> Balance:
+        """Tell what a tier has left on a row; an unknown install has what a new one would. Writes nothing."""
+        limits = self.tiers[tier]
+        key = self.keys.install(install_id)
+        return await self._repeated(lambda: self._scripts.balance(key, tier=limits, now_ms=self._now_ms()))
+
+    async def row(self, install_id: str) -> Row | None:
+        """Read a row as it is stored, without a roll-over; None if unknown."""
+        install_id = normalise_install_id(install_id)
+        return await self._repeated(lambda: read_row(self.redis, self.keys, install_id))
+
+    async def put_row(self, row: Row, *, mode: PutMode) -> Status:
+        """Store a row: `create` leaves an existing one alone, `replace` overwrites it, `merge` keeps larger counters.
+
+        CREATED, SAME, REPLACED, MERGED or EXISTS. Live holds stay. Raises as `commit`.
+        """
+        key = self.keys.install(row.install_id)
+        return await self._repeated(lambda: self._scripts.put_row(key, row, mode=mode))
+
+    @asynccontextmanager
+    async def hold(
+        self, install_id: str, *, tier: str, has_hardware: bool, cost: int = 1, hold_id: str | None = None
+    ) -> AsyncIterator["Hold"]:
+        """Reserve, then commit at the end of the block, or release if it raises (cancellation included).
+
+        Look at `hold.allowed` first: a refused hold has nothing to settle. `hold.charge()` says what was really used.
+        """
+        decision = await self.reserve(install_id, tier=tier, has_hardware=has_hardware, cost=cost, hold_id=hold_id)
+        hold = Hold(decision)
+        try:
+            yield hold
+        except BaseException:
+            if decision.allowed:
+                await _to_the_end(self.release(install_id, decision.hold_id))
+            raise
+        if decision.allowed:
+            await _to_the_end(self.commit(install_id, decision.hold_id, backend=hold.used_backend, cost=hold.used_cost))
+
+    def _now_ms(self) -> int | None:
+        return None if self._clock is None else self._clock()
+
+    async def _repeated(self, attempt: Callable[[], Awaitable[T]], *, when_unknown: bool = True) -> T:
+        """Repeat an attempt that got no answer, within the deadline; one of unknown outcome only if that is safe."""
+        deadline = time.monotonic() + self._deadline_s
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            try:
+                async with asyncio.timeout(max(deadline - time.monotonic(), 0)):
+                    return await attempt()
+            except TimeoutError:
+                raise LimiterUnavailable("Redis did not answer in time: the outcome is unknown") from None
+            except LimiterUnavailable as error:
+                safe = when_unknown or error.executed is False
+                if not safe or time.monotonic() + pause_s >= deadline:
+                    raise
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+
+
+class Hold:
+    """A hold inside its `async with` block."""
+
+    __slots__ = ("decision", "used_backend", "used_cost")
+
+    def __init__(self, decision: Decision) -> None:
+        self.decision = decision
+        self.used_backend: Backend | None = None
+        self.used_cost: int | None = None
+
+    @property
+    def allowed(self) -> bool:
+        """Whether the request may be served."""
+        return self.decision.allowed
+
+    @property
+    def backend(self) -> Backend | None:
+        """The planned backend; None when refused."""
+        return self.decision.backend
+
+    def charge(self, *, backend: Backend | None = None, cost: int | None = None) -> None:
+        """Say what was really used, for the commit at the end of the block."""
+        self.used_backend, self.used_cost = backend, cost
+
+
+async def _to_the_end(settle: Awaitable[object]) -> None:
+    """Await a settlement even when the caller is cancelled meanwhile; the cancellation is delivered afterwards."""
+    task = asyncio.ensure_future(settle)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise
+
+
+def _checked_hold_id(hold_id: str) -> str:
+    if not _HOLD_ID.fullmatch(hold_id):
+        raise ValueError(f"hold id {hold_id[:80]!r} is not usable: give 1 to 48 characters of A-Z a-z 0-9 . _ -")
+    return hold_id
+
+
+def _check_cost(cost: int) -> None:
+    if not 1 <= cost <= MAX_COST:
+        raise ValueError(f"cost is {cost!r}, want an integer from 1 to {MAX_COST} credits")

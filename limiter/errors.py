@@ -1,0 +1,41 @@
+"""Every error that this package raises on purpose. A refusal is none: it is a value (`Decision`)."""
+
+
+class LimiterError(Exception):
+    """Base of all errors of this package."""
+
+
+class LimiterUnavailable(LimiterError):  # noqa: N818  the field's word for it; "Error" would add nothing
+    """No answer from Redis: the outcome is unknown, unless `executed` is False.
+
+    Repeat reserve, commit or release with the same hold id: a repeat changes nothing the second time. Repeat a
+    `debit` only when `executed` is False.
+    """
+
+    def __init__(self, message: str, *, executed: bool | None = None) -> None:
+        super().__init__(message)
+        self.executed = executed
+
+
+class UnknownTier(LimiterError):  # noqa: N818  named in the public interface
+    """The tier is not among the configured ones. Nothing was planned or debited."""
+
+
+class InvalidInstallId(LimiterError):  # noqa: N818  named in the public interface
+    """The install id cannot be part of a key. Nothing was planned or debited."""
+
+
+class BrokenRow(LimiterError):  # noqa: N818  names the thing, as UnknownTier does
+    """A stored row cannot be read; the message names its key and field. Mend it with redis-cli; nothing was changed."""
+
+
+class ScriptContractError(LimiterError):
+    """A script refused its arguments or answered something unexpected: a fault of this package or of its version."""
+
+
+class SettingsError(LimiterError):
+    """A setting, or a command-line value that stands for one, cannot be used. The message says what to do."""
+
+
+class LedgerFileError(LimiterError):
+    """A credits.json cannot be read or written. The message gives the line or the install id, and the cause."""

@@ -1,0 +1,51 @@
+"""The one place that spells Redis keys, and says what an install id may be."""
+
+import re
+
+from limiter.errors import InvalidInstallId, SettingsError
+
+# No brace, or the id would choose the cluster slot; no glob character, or it would match other rows in a SCAN.
+_INSTALL_ID = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
+_UUID = re.compile(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}", re.ASCII)
+_PREFIX = re.compile(r"[A-Za-z0-9._:-]{1,32}", re.ASCII)
+
+
+def is_uuid(text: str) -> bool:
+    """Tell whether the text is a UUID in its usual 36 characters, in any case."""
+    return _UUID.fullmatch(text) is not None
+
+
+def normalise_install_id(install_id: str) -> str:
+    """Give the id as it is stored: a UUID in lower case, anything else as it is.
+
+    Raises InvalidInstallId unless it has 1 to 64 characters of `A-Z a-z 0-9 . _ -`.
+    """
+    if _UUID.fullmatch(install_id):
+        return install_id.lower()
+    if not _INSTALL_ID.fullmatch(install_id):
+        raise InvalidInstallId(
+            f"install id {install_id[:80]!r} is not usable: send 1 to 64 characters of A-Z a-z 0-9 . _ -"
+        )
+    return install_id
+
+
+class Keys:
+    """The keys under one prefix."""
+
+    __slots__ = ("_install", "install_pattern")
+
+    def __init__(self, prefix: str = "credits") -> None:
+        if not _PREFIX.fullmatch(prefix):
+            raise SettingsError(
+                f"redis.prefix {prefix!r} is not usable: give 1 to 32 characters of A-Z a-z 0-9 . _ : -"
+            )
+        self._install = f"{prefix}:install:"
+        self.install_pattern = f"{prefix}:install:*"
+
+    def install(self, install_id: str) -> str:
+        """Give the key of an install's row. Raises InvalidInstallId."""
+        return self._install + normalise_install_id(install_id)
+
+    def install_id(self, key: str) -> str:
+        """Give back the install id of such a key."""
+        return key.removeprefix(self._install)

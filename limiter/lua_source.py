@@ -1,0 +1,39 @@
+"""Composes the scripts of `lua/`: one file per operation, with its includes pasted in.
+
+Compose here and nowhere else: the text decides the SHA that the server knows a script by.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+_PACKAGED = Path(__file__).parent / "lua"  # in the wheel
+_FOLDER = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parent.parent / "lua"  # in a checkout
+_INCLUDE = re.compile(r"^--@include (\w+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """One operation: its name, composed text and SHA-1."""
+
+    name: str
+    text: str
+    sha: str
+
+
+def script_names() -> list[str]:
+    """List the operations: the files of `lua/`, sorted."""
+    return sorted(path.stem for path in _FOLDER.glob("*.lua"))
+
+
+@cache
+def compose(name: str) -> Script:
+    """Give one operation's script, includes in place. Raises FileNotFoundError for a name that is none."""
+
+    def paste(directive: re.Match[str]) -> str:
+        return (_FOLDER / "include" / f"{directive[1]}.lua").read_text(encoding="utf-8").rstrip("\n")
+
+    text = _INCLUDE.sub(paste, (_FOLDER / f"{name}.lua").read_text(encoding="utf-8"))
+    return Script(name, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())

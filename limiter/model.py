@@ -1,0 +1,237 @@
+"""The values that pass between modules: tiers, rows, balances, decisions. No I/O here."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal
+
+from limiter.errors import SettingsError, UnknownTier
+from limiter.timestamps import iso_from_ms, ms_from_iso
+
+Backend = Literal["gemini", "hardware"]
+Counter = Literal["lifetime", "monthly"]
+
+MAX_COUNT = 2**53 - 1  # the largest integer that Lua counts to
+MAX_COST = 1_000_000  # keeps a hold's text within a listpack's 64 bytes
+CORE = "core"  # the tier of whoever has no licence, and of every new row
+_TIER_NAME = re.compile(r"[A-Za-z0-9_-]{1,20}", re.ASCII)
+_TIER_KEYS = frozenset({"lifetime", "monthly", "gemini_cap", "max_in_flight"})
+
+
+class Status(StrEnum):
+    """What a script did. The words are the same in Lua, JSON and metrics."""
+
+    ALLOWED = "ALLOWED"
+    REPLAY = "REPLAY"
+    DENIED = "DENIED"
+    UNKNOWN_INSTALL = "UNKNOWN_INSTALL"
+    COMMITTED = "COMMITTED"
+    LATE = "LATE"
+    GONE = "GONE"
+    RELEASED = "RELEASED"
+    KNOWN = "KNOWN"
+    CREATED = "CREATED"
+    SAME = "SAME"
+    REPLACED = "REPLACED"
+    MERGED = "MERGED"
+    EXISTS = "EXISTS"
+
+
+class Reason(StrEnum):
+    """Why a request is DENIED. The first two last; the others pass when a hold is settled."""
+
+    OUT_OF_CREDITS = "out_of_credits"
+    GEMINI_CAP = "gemini_cap_exceeded_no_hardware"
+    CREDITS_IN_FLIGHT = "credits_in_flight"
+    TOO_MANY_IN_FLIGHT = "too_many_in_flight"
+
+
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """One tier's limits, in credits; None stands for no limit."""
+
+    name: str
+    counter: Counter
+    quota: int | None
+    gemini_cap: int | None
+    max_in_flight: int | None
+
+
+class Tiers(Mapping[str, Tier]):
+    """The configured tiers by name. `core` is always among them."""
+
+    __slots__ = ("_tiers", "lifetime_names")
+
+    def __init__(self, tiers: Mapping[str, Tier]) -> None:
+        if CORE not in tiers:
+            raise SettingsError("the tiers must hold 'core', the tier of whoever has no licence")
+        self._tiers = dict(tiers)
+        self.lifetime_names = ",".join(tier.name for tier in tiers.values() if tier.counter == "lifetime")
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Mapping[str, object]]) -> "Tiers":
+        """Read `{"core": {"lifetime": 50, "gemini_cap": 20}, "pro": {"monthly": 1000}}`.
+
+        A tier with `lifetime` has a lifetime quota, any other a monthly one; without `monthly` it is unlimited.
+        Raises SettingsError.
+        """
+        return cls({name: _tier(name, limits) for name, limits in mapping.items()})
+
+    def __getitem__(self, name: str) -> Tier:
+        """Give a tier. Raises UnknownTier, which is no KeyError: a typo must not read as "no such limit"."""
+        try:
+            return self._tiers[name]
+        except KeyError:
+            raise UnknownTier(f"unknown tier {name!r}: configured are {', '.join(self._tiers)}") from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tiers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tiers)
+
+    def __len__(self) -> int:
+        return len(self._tiers)
+
+
+def _tier(name: str, limits: Mapping[str, object]) -> Tier:
+    if not _TIER_NAME.fullmatch(name):
+        raise SettingsError(f"tier name {name!r} is not usable: give 1 to 20 characters of A-Z a-z 0-9 _ -")
+    unknown = limits.keys() - _TIER_KEYS
+    if unknown:
+        raise SettingsError(f"tier {name!r} has no setting {min(unknown)!r}: use {', '.join(sorted(_TIER_KEYS))}")
+    lifetime = _limit(name, limits, "lifetime")
+    monthly = _limit(name, limits, "monthly")
+    if lifetime is not None and monthly is not None:
+        raise SettingsError(f"tier {name!r} has both lifetime and monthly: give one")
+    return Tier(
+        name=name,
+        counter="monthly" if lifetime is None else "lifetime",
+        quota=monthly if lifetime is None else lifetime,
+        gemini_cap=_limit(name, limits, "gemini_cap"),
+        max_in_flight=_limit(name, limits, "max_in_flight", least=1),
+    )
+
+
+def _limit(name: str, limits: Mapping[str, object], key: str, least: int = 0) -> int | None:
+    value = limits.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MAX_COUNT:
+        raise SettingsError(f"tier {name!r}: {key} is {value!r}, want an integer of {least} or more")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """What one tier has left on one row, at the server's time `now_ms`.
+
+    remaining, gemini_remaining: credits not yet committed, None without a quota or a cap. held: credits that live
+    holds cover; what can still be spent is `remaining - held`. renews_ms is None for a lifetime quota.
+    """
+
+    tier: str
+    capped: Counter
+    quota: int | None
+    remaining: int | None
+    gemini_cap: int | None
+    gemini_remaining: int | None
+    held: int
+    began_at: str | None
+    renews_ms: int | None
+    now_ms: int
+
+    @property
+    def renews_at(self) -> str | None:
+        """When the billing period renews, as ISO text; None for a lifetime quota."""
+        return None if self.renews_ms is None else iso_from_ms(self.renews_ms)
+
+    @property
+    def renews_in_s(self) -> int | None:
+        """Whole seconds until then, never below 0."""
+        return None if self.renews_ms is None else max(0, -((self.now_ms - self.renews_ms) // 1000))
+
+    @property
+    def period_s(self) -> int | None:
+        """The length of the billing period in seconds; None for a lifetime quota."""
+        if self.renews_ms is None or self.began_at is None:
+            return None
+        return (self.renews_ms - ms_from_iso(self.began_at)) // 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The answer to reserve or debit. `backend` is set when allowed, `reason` when denied."""
+
+    status: Status
+    reason: Reason | None
+    backend: Backend | None
+    hold_id: str
+    balance: Balance
+
+    @property
+    def allowed(self) -> bool:
+        """Whether the request may be served."""
+        return self.status in _ALLOWING
+
+
+_ALLOWING = frozenset({Status.ALLOWED, Status.REPLAY, Status.COMMITTED})
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """What commit did: COMMITTED, LATE or GONE, and what it debited (`cost` 0 when GONE)."""
+
+    status: Status
+    tier: str | None = None
+    backend: Backend | None = None
+    cost: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class HeldCredits:
+    """A hold as the row shows it. It is live until `lapses_ms` (epoch milliseconds)."""
+
+    hold_id: str
+    backend: str
+    tier: str
+    counter: str
+    cost: int
+    lapses_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One install's row, as stored. `extra` is the JSON object of members that are not ours, or ""."""
+
+    install_id: str
+    tier_snapshot: str
+    lifetime_consumed: int
+    lifetime_gemini_consumed: int
+    last_renewal_at: str
+    anniversary_day: int
+    monthly_consumed: int
+    monthly_gemini_consumed: int
+    last_active_at: str
+    extra: str = ""
+    holds: tuple[HeldCredits, ...] = field(default=(), compare=False)
+
+    def as_dict(self) -> dict[str, object]:
+        """Give the row as credits.json has it, in the old ledger's order of members; other members come last."""
+        own: dict[str, object] = {name: getattr(self, name) for name in ROW_MEMBERS}
+        return own | json.loads(self.extra) if self.extra else own
+
+
+ROW_MEMBERS = (
+    "install_id",
+    "tier_snapshot",
+    "lifetime_consumed",
+    "lifetime_gemini_consumed",
+    "last_renewal_at",
+    "anniversary_day",
+    "monthly_consumed",
+    "monthly_gemini_consumed",
+    "last_active_at",
+)

@@ -1,0 +1,215 @@
+"""One typed method per Lua script: the arguments it sends, the reply it decodes, the errors it maps.
+
+A method here makes one attempt. It never repeats: who may repeat what is decided in `CreditLimiter`.
+"""
+
+import asyncio
+from typing import Any, Literal, cast
+
+from redis.asyncio import Redis
+from redis.exceptions import (
+    BusyLoadingError,
+    ClusterDownError,
+    MasterDownError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TryAgainError,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from limiter.errors import BrokenRow, LimiterUnavailable, ScriptContractError
+from limiter.lua_source import compose
+from limiter.model import Backend, Balance, Decision, Reason, Row, Settlement, Status, Tier
+
+PutMode = Literal["create", "replace", "merge"]
+Argument = str | int
+_STATUS = {status.value.encode(): status for status in Status}
+_REASON = {reason.value.encode(): reason for reason in Reason}
+_NOT_EXECUTED = (BusyLoadingError, ReadOnlyError, ClusterDownError, MasterDownError, TryAgainError, OutOfMemoryError)
+
+
+def optional(value: int | None) -> Argument:
+    """Give a script's word for "none": the empty string."""
+    return "" if value is None else value
+
+
+class Scripts:
+    """The scripts on one Redis. Keys come from `Keys`; times are epoch milliseconds, None for the server's own."""
+
+    __slots__ = ("_redis", "_timeout_s")
+
+    def __init__(self, redis: "Redis", *, timeout_ms: int) -> None:
+        self._redis = redis
+        self._timeout_s = timeout_ms / 1000
+
+    async def reserve(
+        self,
+        row_key: str,
+        *,
+        hold_id: str,
+        tier: Tier,
+        has_hardware: bool,
+        cost: int,
+        hold_ms: int,
+        may_create: bool,
+        now_ms: int | None,
+    ) -> Decision:
+        """Run reserve.lua."""
+        reply = await self.call(
+            "reserve",
+            row_key,
+            hold_id,
+            tier.name,
+            tier.counter,
+            optional(tier.quota),
+            optional(tier.gemini_cap),
+            optional(tier.max_in_flight),
+            int(has_hardware),
+            cost,
+            hold_ms,
+            int(may_create),
+            optional(now_ms),
+        )
+        return _decision(reply, tier, hold_id)
+
+    async def debit(
+        self,
+        row_key: str,
+        *,
+        tier: Tier,
+        has_hardware: bool,
+        cost: int,
+        lifetime_tiers: str,
+        may_create: bool,
+        now_ms: int | None,
+    ) -> Decision:
+        """Run debit.lua."""
+        reply = await self.call(
+            "debit",
+            row_key,
+            tier.name,
+            tier.counter,
+            optional(tier.quota),
+            optional(tier.gemini_cap),
+            int(has_hardware),
+            cost,
+            lifetime_tiers,
+            int(may_create),
+            optional(now_ms),
+        )
+        return _decision(reply, tier, "")
+
+    async def balance(self, row_key: str, *, tier: Tier, now_ms: int | None) -> Balance:
+        """Run balance.lua."""
+        reply = await self.call(
+            "balance", row_key, tier.counter, optional(tier.quota), optional(tier.gemini_cap), optional(now_ms)
+        )
+        return _decision(reply, tier, "").balance
+
+    async def commit(
+        self,
+        row_key: str,
+        *,
+        hold_id: str,
+        backend: Backend | None,
+        cost: int | None,
+        lifetime_tiers: str,
+        now_ms: int | None,
+    ) -> Settlement:
+        """Run commit.lua."""
+        reply = await self.call(
+            "commit", row_key, hold_id, backend or "", optional(cost), lifetime_tiers, optional(now_ms)
+        )
+        status, tier, used, debited = reply
+        return Settlement(_STATUS[status], tier.decode() or None, _backend(used), debited)
+
+    async def release(self, row_key: str, *, hold_id: str, now_ms: int | None) -> Status:
+        """Run release.lua."""
+        reply = await self.call("release", row_key, hold_id, optional(now_ms))
+        return _STATUS[reply[0]]
+
+    async def put_row(self, row_key: str, row: Row, *, mode: PutMode) -> Status:
+        """Run put_row.lua."""
+        reply = await self.call("put_row", row_key, *put_row_arguments(row, mode))
+        return _STATUS[reply[0]]
+
+    async def call(self, name: str, row_key: str, *arguments: Argument) -> Any:
+        """Run one script on one key, loading it when the server does not know it (a restart, SCRIPT FLUSH, a replica).
+
+        Raises LimiterUnavailable, BrokenRow, ScriptContractError.
+        """
+        script = compose(name)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                try:
+                    return await self._redis.evalsha(script.sha, 1, row_key, *arguments)
+                except NoScriptError:
+                    await self._redis.script_load(script.text)
+                    return await self._redis.evalsha(script.sha, 1, row_key, *arguments)
+        except (RedisError, OSError, TimeoutError) as error:
+            raise mapped(error, row_key) from error
+
+
+def put_row_arguments(row: Row, mode: PutMode) -> tuple[Argument, ...]:
+    """Give put_row.lua's arguments, for the one call above and for pipelines of them."""
+    return (
+        mode,
+        row.tier_snapshot,
+        row.lifetime_consumed,
+        row.lifetime_gemini_consumed,
+        row.last_renewal_at,
+        row.anniversary_day,
+        row.monthly_consumed,
+        row.monthly_gemini_consumed,
+        row.last_active_at,
+        row.extra,
+    )
+
+
+def status_of(reply: list[bytes]) -> Status:
+    """Give the status word that a flat reply begins with."""
+    return _STATUS[reply[0]]
+
+
+def mapped(error: Exception, row_key: str) -> Exception:  # noqa: PLR0911  a table of cases
+    """Turn an error of redis-py into one of ours, with the key where it helps."""
+    text = str(error)
+    if isinstance(error, _NOT_EXECUTED):
+        return LimiterUnavailable(f"Redis cannot do this now: {text}", executed=False)
+    if isinstance(error, RedisTimeoutError | TimeoutError):
+        return LimiterUnavailable("Redis did not answer in time: the outcome is unknown")
+    if isinstance(error, RedisConnectionError | OSError):
+        return LimiterUnavailable(f"Redis is not reachable: {text}")
+    if text.startswith("BADROW "):
+        return BrokenRow(text.removeprefix("BADROW "))
+    if text.startswith("WRONGTYPE"):
+        return BrokenRow(f"{row_key} is not a hash: delete or rename this key")
+    if isinstance(error, ResponseError):
+        return ScriptContractError(f"Redis refused a script on {row_key}: {text}")
+    return LimiterUnavailable(f"Redis failed: {text}")
+
+
+def _backend(word: bytes) -> Backend | None:
+    return cast("Backend", word.decode()) if word else None
+
+
+def _decision(reply: list[Any], tier: Tier, hold_id: str) -> Decision:
+    status, reason, backend, remaining, gemini_remaining, held, renews_ms, began_at, now_ms = reply
+    monthly = tier.counter == "monthly"
+    balance = Balance(
+        tier=tier.name,
+        capped=tier.counter,
+        quota=tier.quota,
+        remaining=remaining,
+        gemini_cap=tier.gemini_cap,
+        gemini_remaining=gemini_remaining,
+        held=held,
+        began_at=began_at.decode() if monthly else None,
+        renews_ms=renews_ms if monthly else None,
+        now_ms=now_ms,
+    )
+    return Decision(_STATUS[status], _REASON.get(reason), _backend(backend), hold_id, balance)

@@ -1,0 +1,123 @@
+"""Rows as Redis holds them: decoding one hash, reading them all. Reading only; `put_row` writes."""
+
+from collections.abc import AsyncIterator, Mapping
+from typing import cast
+
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from limiter.errors import BrokenRow
+from limiter.keys import Keys
+from limiter.model import CORE, MAX_COUNT, HeldCredits, Row
+from limiter.scripts import mapped
+from limiter.timestamps import is_canonical, ms_from_iso
+
+Fields = Mapping[bytes, bytes]  # a hash as redis-py gives it
+_SCAN_COUNT = 500
+_DAYS = range(1, 32)
+
+
+async def read_row(redis: "Redis", keys: Keys, install_id: str) -> Row | None:
+    """Read one row as it is stored; None if there is none. Raises BrokenRow, LimiterUnavailable."""
+    key = keys.install(install_id)
+    try:
+        fields = await redis.hgetall(key)
+    except (RedisError, OSError, TimeoutError) as error:
+        raise mapped(error, key) from error
+    return decode_row(keys, key, cast("Fields", fields)) if fields else None
+
+
+async def scan_rows(redis: "Redis", keys: Keys) -> AsyncIterator[Row | BrokenRow]:
+    """Read every row, in no order; a broken one comes as its error, so that one does not hide the others.
+
+    A row that is written during the scan comes as it was or as it is. Raises LimiterUnavailable.
+    """
+    cursor = 0
+    seen: set[str] = set()  # SCAN may return a key twice while the key space is resized
+    while True:
+        try:
+            cursor, found = await redis.scan(cursor, match=keys.install_pattern, count=_SCAN_COUNT)
+            fresh = [key for key in (cast("bytes", name).decode() for name in found) if key not in seen]
+            seen.update(fresh)
+            pipeline = redis.pipeline(transaction=False)
+            for key in fresh:
+                pipeline.hgetall(key)
+            answers: list[Fields | Exception] = await pipeline.execute(raise_on_error=False)
+        except (RedisError, OSError, TimeoutError) as error:
+            raise mapped(error, keys.install_pattern) from error
+        for key, fields in zip(fresh, answers, strict=True):
+            if fields:  # it may be gone by now
+                yield _row_or_error(keys, key, fields)
+        if cursor == 0:
+            return
+
+
+def _row_or_error(keys: Keys, key: str, fields: "Fields | Exception") -> Row | BrokenRow:
+    if isinstance(fields, Exception):
+        error = mapped(fields, key)
+        if isinstance(error, BrokenRow):
+            return error
+        raise error from fields
+    try:
+        return decode_row(keys, key, fields)
+    except BrokenRow as error:
+        return error
+
+
+def decode_row(keys: Keys, key: str, fields: Fields) -> Row:
+    """Read a row's fields. Raises BrokenRow, which names key and field."""
+    text = {name.decode(errors="replace"): value.decode(errors="replace") for name, value in fields.items()}
+
+    def broken(name: str, want: str) -> BrokenRow:
+        return BrokenRow(f"{key} field {name} is {text.get(name)!r}, want {want}")
+
+    def counter(name: str) -> int:
+        value = text.get(name, "0")
+        if not (value.isascii() and value.isdigit() and int(value) <= MAX_COUNT):
+            raise broken(name, "an integer from 0 to 2^53 - 1")
+        return int(value)
+
+    def time(name: str, default: str = "") -> str:
+        value = text.get(name, default)
+        try:
+            if is_canonical(value) and ms_from_iso(value) is not None:
+                return value
+        except ValueError:
+            pass
+        raise broken(name, "a time like 2026-05-11T23:02:57.123Z")
+
+    began = time("last_renewal_at")
+    day = text.get("anniversary_day", str(int(began[8:10])))
+    if not (day.isascii() and day.isdigit() and int(day) in _DAYS):
+        raise broken("anniversary_day", "an integer from 1 to 31")
+    holds = (
+        _hold(name, value) or broken(name, "text like 'gemini pro monthly 1 1780000000000'")
+        for name, value in text.items()
+        if name.startswith("hold:")
+    )
+    live: list[HeldCredits] = []
+    for hold in holds:
+        if isinstance(hold, BrokenRow):
+            raise hold
+        live.append(hold)
+    return Row(
+        install_id=keys.install_id(key),
+        tier_snapshot=text.get("tier_snapshot", CORE),
+        lifetime_consumed=counter("lifetime_consumed"),
+        lifetime_gemini_consumed=counter("lifetime_gemini_consumed"),
+        last_renewal_at=began,
+        anniversary_day=int(day),
+        monthly_consumed=counter("monthly_consumed"),
+        monthly_gemini_consumed=counter("monthly_gemini_consumed"),
+        last_active_at=time("last_active_at", began),
+        extra=text.get("extra", ""),
+        holds=tuple(live),
+    )
+
+
+def _hold(name: str, value: str) -> HeldCredits | None:
+    parts = value.split(" ")
+    if len(parts) != 5 or not (parts[3].isdigit() and parts[4].isdigit()):  # noqa: PLR2004  the five words of a hold
+        return None
+    backend, tier, counter, cost, lapses_ms = parts
+    return HeldCredits(name.removeprefix("hold:"), backend, tier, counter, int(cost), int(lapses_ms))

@@ -1,0 +1,59 @@
+#!lua
+-- Stores one row as it is given, for import, restore and admin. Live holds are left alone. One step, so that a row
+-- that is being debited is either kept or replaced whole.
+-- Reply: {status}   status: CREATED | SAME (it already read so) | REPLACED | MERGED | EXISTS (mode create: left alone)
+local row_key                  = KEYS[1]             -- hash; its fields are listed in include/row.lua
+local mode                     = ARGV[1]             -- create | replace | merge
+local tier_snapshot            = ARGV[2]             -- string, 1..20 bytes
+local lifetime_consumed        = tonumber(ARGV[3])   -- int >= 0, credits
+local lifetime_gemini_consumed = tonumber(ARGV[4])   -- int >= 0, credits
+local last_renewal_at          = ARGV[5]             -- time, as 2026-05-11T23:02:57.123Z
+local anniversary_day          = tonumber(ARGV[6])   -- int 1..31
+local monthly_consumed         = tonumber(ARGV[7])   -- int >= 0, credits
+local monthly_gemini_consumed  = tonumber(ARGV[8])   -- int >= 0, credits
+local last_active_at           = ARGV[9]             -- time, as 2026-05-11T23:02:57.123Z
+local extra                    = ARGV[10]            -- JSON object of the other members; "" for none
+--@include calendar
+--@include row
+
+if not ((mode == "create" or mode == "replace" or mode == "merge") and calendar.period(last_renewal_at, anniversary_day, 0) and calendar.period(last_active_at, 1, 0)
+  and anniversary_day and lifetime_consumed and lifetime_gemini_consumed and monthly_consumed
+  and monthly_gemini_consumed) then
+  return redis.error_reply("BADARG put_row wants a mode, two times, a day and four counters")
+end
+local new = { tier_snapshot, lifetime_consumed, lifetime_gemini_consumed, last_renewal_at, anniversary_day,
+  monthly_consumed, monthly_gemini_consumed, last_active_at, extra }
+local names = { "tier_snapshot", "lifetime_consumed", "lifetime_gemini_consumed", "last_renewal_at", "anniversary_day",
+  "monthly_consumed", "monthly_gemini_consumed", "last_active_at", "extra" }
+local old = redis.call("HMGET", row_key, unpack(names))
+local status = "REPLACED"
+if redis.call("EXISTS", row_key) == 0 then
+  status = "CREATED"
+elseif mode == "merge" then
+  -- The larger counters win. Those of a month compare only within one billing period: a later period wins whole.
+  local r, broken = row.read(row_key, "hold:", 0)
+  if broken then return broken end
+  status = "MERGED"
+  new[2], new[3] = math.max(new[2], r.lifetime_consumed), math.max(new[3], r.lifetime_gemini_consumed)
+  if r.last_renewal_at == last_renewal_at then
+    new[6], new[7] = math.max(new[6], r.monthly_consumed), math.max(new[7], r.monthly_gemini_consumed)
+  elseif r.last_renewal_at > last_renewal_at then
+    new[4], new[5], new[6], new[7] = r.last_renewal_at, r.anniversary_day, r.monthly_consumed, r.monthly_gemini_consumed
+  end
+  if (old[8] or "") > last_active_at then new[1], new[8] = r.tier_snapshot, old[8] end
+  if extra == "" then new[9] = old[9] or "" end
+end
+
+local changes, same = {}, true
+for i, name in ipairs(names) do
+  local value = type(new[i]) == "number" and string.format("%.0f", new[i]) or new[i]
+  if value ~= (old[i] or "") then same = false end
+  if name ~= "extra" or value ~= "" then
+    changes[#changes + 1], changes[#changes + 2] = name, value
+  end
+end
+if status ~= "CREATED" and same then return { "SAME" } end
+if status ~= "CREATED" and mode == "create" then return { "EXISTS" } end
+if old[9] and new[9] == "" then redis.call("HDEL", row_key, "extra") end
+redis.call("HSET", row_key, unpack(changes))
+return { status }

