@@ -3,7 +3,7 @@
 -- that is being debited is either kept or replaced whole.
 -- Reply: {status}   status: CREATED | SAME (it already read so) | REPLACED | MERGED | EXISTS (mode create: left alone)
 local row_key                  = KEYS[1]             -- hash; its fields are listed in include/row.lua
-local mode                     = ARGV[1]             -- create | replace | merge
+local mode                     = ARGV[1]             -- create | replace | merge; with a ? after it: tell, write nothing
 local tier_snapshot            = ARGV[2]             -- string, 1..20 bytes
 local lifetime_consumed        = tonumber(ARGV[3])   -- int >= 0, credits
 local lifetime_gemini_consumed = tonumber(ARGV[4])   -- int >= 0, credits
@@ -16,26 +16,32 @@ local extra                    = ARGV[10]            -- JSON object of the other
 --@include calendar
 --@include row
 
-if not ((mode == "create" or mode == "replace" or mode == "merge") and calendar.period(last_renewal_at, anniversary_day, 0) and calendar.period(last_active_at, 1, 0)
-  and anniversary_day and lifetime_consumed and lifetime_gemini_consumed and monthly_consumed
-  and monthly_gemini_consumed) then
-  return redis.error_reply("BADARG put_row wants a mode, two times, a day and four counters")
+local verb, asks = string.match(mode, "^(%l+)(%??)$")
+local function is_count(n, least, most) return n and n >= least and n <= most and n % 1 == 0 end
+local most = 9007199254740991
+if not ((verb == "create" or verb == "replace" or verb == "merge") and tier_snapshot ~= "" and #tier_snapshot <= 20
+  and calendar.period(last_renewal_at, nil, 0) and calendar.period(last_active_at, nil, 0)
+  and is_count(anniversary_day, 1, 31) and is_count(lifetime_consumed, 0, most)
+  and is_count(lifetime_gemini_consumed, 0, most) and is_count(monthly_consumed, 0, most)
+  and is_count(monthly_gemini_consumed, 0, most)) then
+  return redis.error_reply("BADARG put_row wants a mode, a tier, two times, a day from 1 to 31 and four counters")
 end
 local new = { tier_snapshot, lifetime_consumed, lifetime_gemini_consumed, last_renewal_at, anniversary_day,
   monthly_consumed, monthly_gemini_consumed, last_active_at, extra }
 local names = { "tier_snapshot", "lifetime_consumed", "lifetime_gemini_consumed", "last_renewal_at", "anniversary_day",
   "monthly_consumed", "monthly_gemini_consumed", "last_active_at", "extra" }
 local old = redis.call("HMGET", row_key, unpack(names))
-local status = "REPLACED"
+local status = verb == "merge" and "MERGED" or "REPLACED"
 if redis.call("EXISTS", row_key) == 0 then
   status = "CREATED"
-elseif mode == "merge" then
-  -- The larger counters win. Those of a month compare only within one billing period: a later period wins whole.
+elseif verb == "merge" then
+  -- The larger counters win. Those of a month compare only within one billing period: a later period wins whole. Of
+  -- two days for one period the stored one wins: the other may be inferred from a clamped date.
   local r, broken = row.read(row_key, "hold:", 0)
   if broken then return broken end
-  status = "MERGED"
   new[2], new[3] = math.max(new[2], r.lifetime_consumed), math.max(new[3], r.lifetime_gemini_consumed)
   if r.last_renewal_at == last_renewal_at then
+    new[5] = tonumber(old[5]) or new[5]
     new[6], new[7] = math.max(new[6], r.monthly_consumed), math.max(new[7], r.monthly_gemini_consumed)
   elseif r.last_renewal_at > last_renewal_at then
     new[4], new[5], new[6], new[7] = r.last_renewal_at, r.anniversary_day, r.monthly_consumed, r.monthly_gemini_consumed
@@ -52,8 +58,8 @@ for i, name in ipairs(names) do
     changes[#changes + 1], changes[#changes + 2] = name, value
   end
 end
-if status ~= "CREATED" and same then return { "SAME" } end
-if status ~= "CREATED" and mode == "create" then return { "EXISTS" } end
+if status ~= "CREATED" and (same or verb == "create") then return { same and "SAME" or "EXISTS" } end
+if asks == "?" then return { status } end
 if old[9] and new[9] == "" then redis.call("HDEL", row_key, "extra") end
 redis.call("HSET", row_key, unpack(changes))
 return { status }

@@ -1,0 +1,136 @@
+"""Files that appear under their name whole or not at all. It knows nothing of what they hold.
+
+Everything here blocks: call it from a thread where an event loop must not wait for a disk.
+"""
+
+import asyncio
+import contextlib
+import errno
+import itertools
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import ParamSpec, Self, TypeVar
+
+T = TypeVar("T")
+P = ParamSpec("P")
+_DEAD_S = 3600.0  # a temp file that nobody wrote to for so long has lost its writer
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
+_COPY_BYTES = 1 << 20
+
+
+class AtomicFile:
+    """A file in the making: `write`, then `publish`; a block that ends without it leaves no trace.
+
+    It is a temp file of its own name beside `path`, mode 0600. Raises OSError; the file at `path` then is as it was.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.resolve()  # a link stays a link: what it points to is replaced
+        if self.path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        _sweep(self.path)
+        descriptor, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.", suffix=".tmp")
+        self._temp: Path | None = Path(name)
+        self._stream = os.fdopen(descriptor, "wb", buffering=0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.discard()
+
+    def write(self, data: bytes) -> None:
+        """Append the data, all of it."""
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._stream.write(rest) :]
+
+    def publish(self, *, keep_as: Path | None = None) -> os.stat_result:
+        """Bring it to disk, then under its name; with keep_as, the file that it replaces stays under that one.
+
+        Gives the new file's stat: its device and inode tell it from any other.
+        """
+        if self._temp is None:
+            raise ValueError("this file is published or discarded already")
+        os.fsync(self._stream.fileno())
+        result = os.fstat(self._stream.fileno())
+        self._stream.close()
+        if keep_as is not None:
+            _keep(self.path, keep_as)
+        self._temp.replace(self.path)
+        self._temp = None
+        _sync_folder(self.path.parent)  # or a power loss takes the rename back
+        return result
+
+    def discard(self) -> None:
+        """Remove what was written, unless it is published."""
+        self._stream.close()
+        if self._temp is not None:
+            with contextlib.suppress(OSError):
+                self._temp.unlink()
+            self._temp = None
+
+
+def free_name(path: Path, word: str, stamp: str) -> Path:
+    """Give a name beside `path` that is not taken, like `credits.json.before-20260511T230257.123Z`."""
+    name = f"{path.name}.{word}-{stamp.replace('-', '').replace(':', '')}"
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(path.with_name(each) for each in names if not os.path.lexists(path.with_name(each)))
+
+
+async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run it in a thread, to its end even when the caller is cancelled: a file is never closed under its writer."""
+    task = asyncio.ensure_future(asyncio.to_thread(function, *args, **kwargs))
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        if failure := task.exception():
+            cancelled.add_note(f"Meanwhile: {failure}")
+        raise cancelled
+    return task.result()
+
+
+def _keep(path: Path, kept: Path) -> None:
+    try:
+        os.link(path, kept)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        _copy(path, kept)
+
+
+def _copy(path: Path, kept: Path) -> None:
+    """Copy where the file system has no hard links."""
+    with path.open("rb") as source, os.fdopen(os.open(kept, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as to:
+        shutil.copyfileobj(source, to, _COPY_BYTES)
+        to.flush()
+        os.fsync(to.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(path: Path) -> None:
+    """Remove temp files whose writers were killed, or a crash loop would fill the disk."""
+    oldest = time.time() - _DEAD_S
+    for entry in path.parent.iterdir():
+        if entry.name.startswith(f".{path.name}.") and entry.name.endswith(".tmp"):
+            with contextlib.suppress(OSError):  # another writer may have done it
+                if entry.stat().st_mtime < oldest:
+                    entry.unlink()

@@ -1,0 +1,285 @@
+"""One row of credits.json: from the file's JSON to a Row, by the rules of the old ledger, and from a Row to its line.
+
+Pure: no file, no Redis, no clock. The rules are those of credits.js, which loads and migrates a file when it starts.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from operator import attrgetter
+from typing import NoReturn
+
+import orjson
+
+from limiter.errors import InvalidInstallId, LedgerFileError
+from limiter.keys import normalise_install_id
+from limiter.model import CORE, MAX_COUNT, ROW_MEMBERS, TIER_NAME, Row
+from limiter.timestamps import iso_from_ms
+
+MAX_EXTRA_BYTES = 64 * 1024
+_OWN = frozenset(ROW_MEMBERS)
+_MONTH = re.compile(r"(\d{4})-(\d{2})", re.ASCII)
+# What both ISO 8601 and `new Date()` read, and read alike. Without an offset a time is local to JavaScript.
+_TIME = re.compile(
+    r"(\d{4})(?:-(\d\d)(?:-(\d\d)(?:T(\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,9}))?)?(Z|[+-]\d\d:\d\d))?)?)?", re.ASCII
+)
+# The stored form on a day that every month has: valid as it stands. Nearly all times are, so nothing else is looked at.
+_COMMON = re.compile(
+    r"(?:19[7-9]\d|2\d{3})-(?:0[1-9]|1[0-2])-(?:0[1-9]|1\d|2[0-8])T(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d\.\d{3}Z", re.ASCII
+)
+_FIRST_YEAR, _LAST_YEAR = 1970, 9998  # the calendar of the scripts counts from 1970, and renews within four digits
+_FIRST_ISO, _END_ISO = f"{_FIRST_YEAR}-", f"{_LAST_YEAR + 1}-"
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MILLISECOND = timedelta(milliseconds=1)
+_VALUES = attrgetter(*ROW_MEMBERS)
+_SHOWN_CHARACTERS = 60
+
+
+def row_from_member(install_id: str, member: object, *, now_ms: int) -> Row:
+    """Read one member of `rows`, migrating what an old ledger may hold.
+
+    member: JSON as Python values; a number may be a Decimal. now_ms: where a row without any period is anchored.
+    Raises LedgerFileError, which names the install id and the cause.
+    """
+    try:
+        return _row(install_id, member, now_ms)
+    except (ValueError, InvalidInstallId) as cause:
+        raise LedgerFileError(f"row {install_id[:80]!r}: {cause}") from None
+
+
+def undated_fields(member: object) -> frozenset[str]:
+    """Name the fields of its row that hold the moment of reading, because the file gives no period; mostly none."""
+    if not isinstance(member, dict) or not _is_undated(member) or _month_start(member) is not None:
+        return frozenset()
+    fields = {"last_renewal_at"}
+    if _day(member.get("anniversary_day")) is None:
+        fields.add("anniversary_day")
+    if member.get("last_active_at") in (None, ""):
+        fields.add("last_active_at")
+    return frozenset(fields)
+
+
+def line_from_row(row: Row) -> bytes:
+    """Give the row as its line of credits.json, without comma and line end: `"<id>":{…}`.
+
+    Raises LedgerFileError for a row that an import would not take back, as one that was edited by hand.
+    """
+    try:
+        return _line(row)
+    except (ValueError, InvalidInstallId) as cause:
+        raise LedgerFileError(f"row {row.install_id[:80]!r}: {cause}") from None
+
+
+def merged_extra(stored: str, given: str) -> str:
+    """Give the other members of both; the given ones win. A stored text that is no JSON object is given up."""
+    try:
+        members = _members_of(stored) if stored else {}
+    except ValueError:
+        return given
+    return extra_text(members | _members_of(given)) if given else stored
+
+
+def extra_text(members: Mapping[str, object]) -> str:
+    """Give other members as the JSON text that a row stores; "" for none. Raises ValueError when it is too long."""
+    if not members:
+        return ""
+    text = json_bytes(members)
+    if len(text) > MAX_EXTRA_BYTES:
+        raise ValueError(f"its other members are {len(text)} bytes of JSON, want at most {MAX_EXTRA_BYTES}")
+    return text.decode()
+
+
+def json_bytes(value: object) -> bytes:
+    """Print JSON values; a Decimal, and an integer of any size, with all its digits."""
+    try:
+        return orjson.dumps(value, default=_fragment)
+    except TypeError:
+        pass
+    try:
+        return orjson.dumps(_widened(value), default=_fragment)
+    except TypeError as error:
+        raise ValueError(f"it cannot be printed as JSON: {error}") from None
+
+
+def kind_of(value: object) -> str:
+    """Name the JSON kind of a value, for errors."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, str):
+        return "a text"
+    if isinstance(value, dict):
+        return "an object"
+    return "a list" if isinstance(value, list) else "a number"
+
+
+def _row(install_id: str, member: object, now_ms: int) -> Row:
+    if not isinstance(member, dict):
+        raise ValueError(f"it is {kind_of(member)}, want an object")  # noqa: TRY004  a fault of the file, not of a caller
+    key = normalise_install_id(install_id)
+    named = member.get("install_id")
+    if named is not None and named != install_id and (not isinstance(named, str) or normalise_install_id(named) != key):
+        raise ValueError(f"install_id is {_shown(named)}, which is not its key")
+    tier = member.get("tier_snapshot")
+    if tier is None:
+        tier = CORE
+    elif not isinstance(tier, str) or not TIER_NAME.fullmatch(tier):
+        raise ValueError(f"tier_snapshot is {_shown(tier)}, want 1 to 20 characters of A-Z a-z 0-9 _ -")
+    others = member.keys() - _OWN
+    if _is_undated(member):
+        began = _month_start(member) or iso_from_ms(now_ms)
+        others.discard("month")
+    else:
+        began = _time(member, "last_renewal_at")
+    active = member.get("last_active_at")
+    day = _day(member.get("anniversary_day"))
+    return Row(
+        install_id=key,
+        tier_snapshot=tier,
+        lifetime_consumed=_counter(member, "lifetime_consumed"),
+        lifetime_gemini_consumed=_counter(member, "lifetime_gemini_consumed"),
+        last_renewal_at=began,
+        anniversary_day=int(began[8:10]) if day is None else day,
+        monthly_consumed=_counter(member, "monthly_consumed"),
+        monthly_gemini_consumed=_counter(member, "monthly_gemini_consumed"),
+        last_active_at=began if active is None or active == "" else _time(member, "last_active_at"),
+        extra=extra_text({name: member[name] for name in member if name in others}) if others else "",
+    )
+
+
+def _counter(member: Mapping[str, object], name: str) -> int:
+    value = member.get(name)
+    if type(value) is int and 0 <= value <= MAX_COUNT:
+        return value
+    if value is None:  # the old ledger reads it as 0
+        return 0
+    # Bounds before int(): a Decimal of 1e999999999 has that many digits. 3.0 is an integer to JavaScript.
+    if isinstance(value, float | Decimal) and 0 <= value <= MAX_COUNT and value == int(value):
+        return int(value)
+    raise ValueError(f"{name} is {_shown(value)}, want an integer from 0 to 2^53 - 1")
+
+
+def _day(value: object) -> int | None:
+    """Give a usable anniversary day; None for what the old ledger passes over, to go by last_renewal_at."""
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal) or not 1 <= value <= 31:  # noqa: PLR2004
+        return None
+    if value != int(value):
+        raise ValueError(f"anniversary_day is {_shown(value)}, want an integer from 1 to 31")
+    return int(value)
+
+
+def _is_undated(member: Mapping[str, object]) -> bool:
+    """Tell whether the old ledger would migrate it: last_renewal_at is missing, or nothing that JavaScript sees."""
+    value = member.get("last_renewal_at")
+    return value is None or (isinstance(value, str | int | float | Decimal) and not value)
+
+
+def _month_start(member: Mapping[str, object]) -> str | None:
+    """Give the first of the row's `month`, as JavaScript's Date.UTC has it: month 13 is the next year's January."""
+    month = member.get("month")
+    parts = _MONTH.fullmatch(month) if isinstance(month, str) else None
+    if parts is None:
+        return None
+    year, index = int(parts[1]), int(parts[2]) - 1
+    years, index = divmod(index, 12)
+    year += years + (1900 if year <= 99 else 0)  # noqa: PLR2004  Date.UTC takes years 0 to 99 for 1900 to 1999
+    if not _FIRST_YEAR <= year <= _LAST_YEAR:
+        raise ValueError(f"month is {_shown(month)}, want a year from {_FIRST_YEAR} to {_LAST_YEAR}")
+    return f"{year}-{index + 1:02d}-01T00:00:00.000Z"
+
+
+def _time(member: Mapping[str, object], name: str) -> str:
+    value = member[name]
+    if isinstance(value, str) and _COMMON.fullmatch(value):
+        return value
+    moment = _moment(value) if isinstance(value, str) else None
+    if moment is None:
+        raise ValueError(f"{name} is {_shown(value)}, want a time like 2026-05-11T23:02:57.123Z")
+    if not _FIRST_YEAR <= moment.year <= _LAST_YEAR:
+        raise ValueError(f"{name} is {_shown(value)}, want a year from {_FIRST_YEAR} to {_LAST_YEAR}")
+    return iso_from_ms((moment - _EPOCH) // _MILLISECOND)
+
+
+def _moment(text: str) -> datetime | None:
+    parts = _TIME.fullmatch(text)
+    if parts is None:
+        return None
+    year, month, day, hour, minute, second, fraction, zone = parts.groups()
+    ends_day = hour == "24"  # both read 24:00 as the next day's midnight, and nothing after it
+    if ends_day and (minute, int(second or 0), int(fraction or 0)) != ("00", 0, 0):
+        return None
+    try:
+        moment = datetime(
+            *(int(year), int(month or 1), int(day or 1)),
+            *(0 if ends_day else int(hour or 0), int(minute or 0), int(second or 0)),
+            int((fraction or "").ljust(3, "0")[:3]) * 1000,
+            tzinfo=UTC if zone in (None, "Z") else datetime.strptime(zone, "%z").tzinfo,
+        )
+        return moment.astimezone(UTC) + timedelta(days=ends_day)
+    except (ValueError, OverflowError):
+        return None
+
+
+def _line(row: Row) -> bytes:
+    if normalise_install_id(row.install_id) != row.install_id:
+        raise ValueError("its key is not in lower case")
+    if not TIER_NAME.fullmatch(row.tier_snapshot):
+        raise ValueError(f"tier_snapshot is {_shown(row.tier_snapshot)}, want 1 to 20 characters of A-Z a-z 0-9 _ -")
+    for time in (row.last_renewal_at, row.last_active_at):
+        if not _FIRST_ISO <= time < _END_ISO:
+            raise ValueError(f"it has the time {time}, want a year from {_FIRST_YEAR} to {_LAST_YEAR}")
+    own = orjson.dumps(dict(zip(ROW_MEMBERS, _VALUES(row), strict=True)))
+    if row.extra:
+        others = _members_of(row.extra)
+        ours = others.keys() & _OWN
+        if ours:
+            raise ValueError(f"its extra has the member {min(ours)!r}, which is a field of its own")
+        text = extra_text(others)
+        own = own[:-1] + b"," + text[1:].encode() if text else own
+    return b'"%s":%s' % (row.install_id.encode(), own)
+
+
+def _members_of(text: str) -> dict[str, object]:
+    try:
+        members = json.loads(text, parse_float=Decimal, parse_constant=_no_constant, object_pairs_hook=_no_twice)
+    except RecursionError:
+        raise ValueError("its extra is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"its extra is no JSON: {error}") from None
+    if not isinstance(members, dict):
+        raise ValueError(f"its extra is {kind_of(members)}, want an object")  # noqa: TRY004  it was edited by hand
+    return members
+
+
+def _no_constant(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no JSON number")
+
+
+def _no_twice(pairs: Iterable[tuple[str, object]]) -> dict[str, object]:
+    members: dict[str, object] = {}
+    for name, value in pairs:
+        if name in members:
+            raise ValueError(f"the member {name[:_SHOWN_CHARACTERS]!r} is there twice")
+        members[name] = value
+    return members
+
+
+def _fragment(value: object) -> orjson.Fragment:
+    if isinstance(value, Decimal):
+        return orjson.Fragment(str(value))
+    raise TypeError(f"{type(value).__name__} is no JSON value")
+
+
+def _widened(value: object) -> object:
+    """Turn integers into Decimals, which print with all digits: orjson's own end at 64 bits."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return Decimal(value)
+    if isinstance(value, Mapping):
+        return {name: _widened(each) for name, each in value.items()}
+    return [_widened(each) for each in value] if isinstance(value, list) else value
+
+
+def _shown(value: object) -> str:
+    text = json_bytes(value).decode()
+    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "…"
