@@ -1,0 +1,207 @@
+"""Answers that are not a backend's: the one error object, and the headers of every metered answer.
+
+An error serves two habits at once: the members of RFC 9457 and the `error` object of OpenAI's API.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+import orjson
+from aiohttp import hdrs, web
+
+from limiter.errors import BrokenRow, InvalidInstallId, LimiterUnavailable
+from limiter.model import Balance, Decision, Reason
+
+REQUEST_ID = web.RequestKey("request_id", str)
+_QUOTA_EXCEEDED = (
+    "https://iana.org/assignments/http-problem-types#quota-exceeded"  # draft-ietf-httpapi-ratelimit-headers
+)
+_OPENAI_TYPES = {
+    401: "authentication_error",
+    402: "insufficient_quota",
+    403: "permission_error",
+    429: "rate_limit_error",
+}
+_SERVER_ERROR = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One error as the client sees it. `code` is a word that programs can rely on; retry_after_s is for Retry-After."""
+
+    status: int
+    code: str
+    title: str
+    detail: str
+    retry_after_s: int | None = None
+    may_retry: bool = True
+    param: str | None = None
+    renews_at: str | None = None
+    violated_policies: Sequence[str] = ()
+
+    def as_dict(self, request_id: str) -> dict[str, object]:
+        """Give the error object."""
+        fallback = "server_error" if self.status >= _SERVER_ERROR else "invalid_request_error"
+        body: dict[str, object] = {
+            "type": _QUOTA_EXCEEDED if self.violated_policies else f"urn:limiter:error:{self.code}",
+            "title": self.title,
+            "status": self.status,
+            "detail": self.detail,
+            "instance": f"urn:limiter:request:{request_id}",
+            "error": {
+                "message": self.detail,
+                "type": _OPENAI_TYPES.get(self.status, fallback),
+                "code": self.code,
+                "param": self.param,
+            },
+        }
+        if self.violated_policies:
+            body["violated-policies"] = list(self.violated_policies)
+            body["renews_at"] = self.renews_at
+        return body
+
+    def headers(self) -> dict[str, str]:
+        """Give the headers that go with it."""
+        headers: dict[str, str] = {}
+        if self.retry_after_s is not None:
+            headers[hdrs.RETRY_AFTER] = str(self.retry_after_s)
+        if not self.may_retry:
+            headers["x-should-retry"] = "false"  # the OpenAI SDKs ask this header before their own rules
+        return headers
+
+
+class ProblemRaised(Exception):  # noqa: N818  carries a Problem out of a handler; the middleware answers it
+    """A request that ends in an error object, with more headers if there are any."""
+
+    def __init__(self, problem: Problem, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(problem.detail)
+        self.problem = problem
+        self.headers = headers or {}
+
+
+def fail(status: int, code: str, title: str, detail: str, *, param: str | None = None) -> NoReturn:
+    """End the request with an error that the client can mend by sending something else."""
+    raise ProblemRaised(Problem(status, code, title, detail, param=param))
+
+
+def refuse(decision: Decision, headers: Mapping[str, str]) -> NoReturn:
+    """End the request with what a denied decision means in HTTP."""
+    balance = decision.balance
+    problem = _REFUSALS[decision.reason or Reason.OUT_OF_CREDITS](balance)
+    raise ProblemRaised(problem, {**ratelimit_headers(balance), **headers})
+
+
+def _out_of_credits(balance: Balance) -> Problem:
+    until = f"They renew at {balance.renews_at}." if balance.renews_at else "This tier's credits do not renew."
+    return Problem(
+        402,
+        Reason.OUT_OF_CREDITS,
+        "Out of credits",
+        f"This install has used the credits of its tier {balance.tier!r}. {until}",
+        may_retry=False,
+        renews_at=balance.renews_at,
+        violated_policies=("credits",),
+    )
+
+
+def _gemini_cap(balance: Balance) -> Problem:
+    return Problem(
+        402,
+        Reason.GEMINI_CAP,
+        "Gemini credits used up",
+        f"This install has used the Gemini credits of its tier {balance.tier!r}, and there is no other backend here.",
+        may_retry=False,
+        renews_at=balance.renews_at,
+        violated_policies=("gemini",),
+    )
+
+
+def _credits_in_flight(balance: Balance) -> Problem:
+    return Problem(
+        429,
+        Reason.CREDITS_IN_FLIGHT,
+        "Credits in flight",
+        f"{balance.held} credits are held by requests that still run: send this one again when they are done.",
+        retry_after_s=1,
+    )
+
+
+def _too_many_in_flight(balance: Balance) -> Problem:
+    return Problem(
+        429,
+        Reason.TOO_MANY_IN_FLIGHT,
+        "Too many requests in flight",
+        f"This install runs as many requests at once as its tier {balance.tier!r} allows.",
+        retry_after_s=1,
+    )
+
+
+_REFUSALS = {
+    Reason.OUT_OF_CREDITS: _out_of_credits,
+    Reason.GEMINI_CAP: _gemini_cap,
+    Reason.CREDITS_IN_FLIGHT: _credits_in_flight,
+    Reason.TOO_MANY_IN_FLIGHT: _too_many_in_flight,
+}
+
+
+def ratelimit_headers(balance: Balance) -> dict[str, str]:
+    """Give RateLimit-Policy and RateLimit in the syntax of draft-ietf-httpapi-ratelimit-headers-11.
+
+    A lifetime quota has no window and no reset; what has no limit has no item, and without items no header.
+    """
+    window = "" if balance.period_s is None else f";w={balance.period_s}"
+    reset = "" if balance.renews_in_s is None else f";t={balance.renews_in_s}"
+    items = [("credits", balance.quota, balance.remaining), ("gemini", balance.gemini_cap, balance.gemini_remaining)]
+    policy = [f'"{name}";q={quota}{window}' for name, quota, _ in items if quota is not None]
+    # What live holds cover cannot be spent; on which backend it will be, they may still change.
+    left = [f'"{name}";r={max(0, have - balance.held)}{reset}' for name, _, have in items if have is not None]
+    return {"RateLimit-Policy": ", ".join(policy), "RateLimit": ", ".join(left)} if policy else {}
+
+
+def problem_response(request: web.Request, problem: Problem, headers: Mapping[str, str] | None = None) -> web.Response:
+    """Write an error object; as application/problem+json if `Accept` asks for it."""
+    asked = "application/problem+json" in request.headers.get(hdrs.ACCEPT, "")
+    return web.Response(
+        status=problem.status,
+        body=orjson.dumps(problem.as_dict(request[REQUEST_ID])),
+        content_type="application/problem+json" if asked else "application/json",
+        headers={**(headers or {}), **problem.headers()},
+    )
+
+
+def problem_of(error: Exception) -> Problem:  # noqa: PLR0911  a table of cases
+    """Map an exception to what the client is told; nothing of an unexpected one is."""
+    match error:
+        case ProblemRaised():
+            return error.problem
+        case InvalidInstallId():
+            return Problem(400, "invalid_install_id", "Invalid install id", str(error))
+        case LimiterUnavailable():
+            return Problem(
+                503, "limiter_unavailable", "Limiter unavailable", "The credits cannot be checked now.", retry_after_s=2
+            )
+        case BrokenRow():
+            return Problem(
+                500, "broken_row", "Broken row", "The record of this install needs its operator's attention."
+            )
+        case web.HTTPRequestEntityTooLarge():
+            return Problem(413, "request_too_large", "Request too large", "The body is larger than this relay takes.")
+        case web.HTTPNotFound():
+            return Problem(404, "unknown_path", "Not found", "This relay does not serve this path.")
+        case web.HTTPMethodNotAllowed():
+            allowed = ", ".join(sorted(error.allowed_methods))
+            return Problem(405, "method_not_allowed", "Method not allowed", f"This path takes {allowed}.")
+        case web.HTTPException():
+            return Problem(error.status, "http_error", error.reason, error.text or error.reason)
+        case _:
+            return Problem(500, "internal_error", "Internal error", "The relay failed; its log says why.")
+
+
+def retry_seconds(text: str | None) -> int:
+    """Read a backend's Retry-After in seconds, bounded to an hour; 1 when it gives none that can be read."""
+    try:
+        return min(3600, max(1, math.ceil(float(text or ""))))
+    except (ValueError, OverflowError):
+        return 1

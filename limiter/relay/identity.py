@@ -1,0 +1,70 @@
+"""Who asks: the install id and the tier, from the headers alone. A client's own word for its tier is never believed."""
+
+from dataclasses import dataclass
+
+from aiohttp import hdrs, web
+
+from limiter.keys import is_uuid
+from limiter.licence import InvalidLicence, Licence, Licences
+from limiter.model import CORE, Tiers
+from limiter.relay.answers import fail
+
+_BEARER = "bearer "
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """An install, the tier to plan for, and the licence behind it if there is one."""
+
+    install_id: str
+    tier: str
+    licence: Licence | None
+
+    def headers(self) -> dict[str, str]:
+        """Give the header that tells a client that its licence has expired and it is served as core."""
+        return {"X-Licence": "expired"} if self.licence is not None and self.licence.expired else {}
+
+
+def identify(request: web.Request, licences: Licences, tiers: Tiers) -> Identity:
+    """Read `X-Install-Id` and `Authorization: Bearer`, which holds a licence or, without a licence, the install id.
+
+    Raises ProblemRaised: 400 for a missing or odd install id, 401 for a token that is no licence of ours.
+    """
+    token = _bearer(request)
+    install_id = request.headers.get("X-Install-Id", "").strip()
+    licence: Licence | None = None
+    if token and is_uuid(token):
+        install_id = install_id or token
+    elif token:
+        try:
+            licence = licences.check(token)
+        except InvalidLicence as error:
+            fail(
+                401,
+                "invalid_licence",
+                "Invalid licence",
+                f"{error}. Send a licence, or your install id, as the Bearer token.",
+            )
+    if not install_id:
+        fail(400, "missing_install_id", "Missing install id", "Send your install id, a UUID, as X-Install-Id.")
+    if not is_uuid(install_id):
+        fail(400, "invalid_install_id", "Invalid install id", "X-Install-Id must be a UUID of 36 characters.")
+    return Identity(install_id.lower(), _tier(licence, tiers), licence)
+
+
+def _bearer(request: web.Request) -> str:
+    authorization = request.headers.get(hdrs.AUTHORIZATION, "")
+    return authorization[len(_BEARER) :].strip() if authorization.lower().startswith(_BEARER) else ""
+
+
+def _tier(licence: Licence | None, tiers: Tiers) -> str:
+    if licence is None or licence.expired:
+        return CORE
+    if licence.tier not in tiers:
+        fail(
+            401,
+            "unknown_tier",
+            "Unknown tier",
+            f"The licence is for a tier {licence.tier!r}, which is not offered here.",
+        )
+    return licence.tier

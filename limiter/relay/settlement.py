@@ -1,0 +1,94 @@
+"""Commit and release, in tasks that the app owns: a client that leaves, or a Redis that is away, must not stop them."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+from limiter.credit_limiter import CreditLimiter
+from limiter.errors import LimiterError, LimiterUnavailable
+from limiter.model import Backend, Decision
+
+_LOG = logging.getLogger("limiter.relay")
+_FIRST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 2.0
+_MOST_UNDOS = 256  # at once: each keeps asking a Redis that is away
+
+
+class Settlements:
+    """The settlements under way. Close it with `drain` before the limiter's connection closes."""
+
+    def __init__(self, limiter: CreditLimiter) -> None:
+        self._limiter = limiter
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def open(self, install_id: str, hold_id: str) -> "OpenHold":
+        """Take charge of a hold that was just placed."""
+        return OpenHold(self, install_id, hold_id)
+
+    def start(self, what: str, settle: Callable[[], Awaitable[object]]) -> None:
+        """Settle in the background, repeated while Redis is away until the hold lapses."""
+        task = asyncio.get_running_loop().create_task(self._until_settled(what, settle))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def undo(self, install_id: str, hold_id: str, reserving: "asyncio.Future[Decision]") -> None:
+        """Give back what a reserve may hold whose answer nobody has; with too many such, the hold lapses by itself."""
+
+        async def release() -> None:
+            await asyncio.wait({reserving})
+            await self._limiter.release(install_id, hold_id)  # of nothing, it is nothing
+
+        if len(self._tasks) < _MOST_UNDOS:
+            self.start(f"release of what may be hold {hold_id}", release)
+
+    async def drain(self, within_s: float) -> None:
+        """Wait for what is under way; what remains is given up and logged: its holds lapse by themselves."""
+        if self._tasks:
+            _, left = await asyncio.wait(self._tasks, timeout=within_s)
+            for task in left:
+                _LOG.error("gave up at shutdown: %s", task.get_name())
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
+
+    async def _until_settled(self, what: str, settle: Callable[[], Awaitable[object]]) -> None:
+        lapses = time.monotonic() + self._limiter.hold_ms / 1000
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            try:
+                await settle()
+            except LimiterUnavailable as error:
+                if time.monotonic() > lapses:
+                    _LOG.error("%s was not settled before its hold lapsed: %s", what, error)
+                    return
+            except LimiterError:
+                _LOG.exception("%s cannot be settled", what)
+                return
+            else:
+                return
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+
+
+class OpenHold:
+    """One request's hold: settled once, by whatever happens first."""
+
+    __slots__ = ("_hold_id", "_install_id", "_owner", "_settled")
+
+    def __init__(self, owner: Settlements, install_id: str, hold_id: str) -> None:
+        self._owner, self._install_id, self._hold_id = owner, install_id, hold_id
+        self._settled = False
+
+    def commit(self, backend: Backend) -> None:
+        """Debit what the hold covers, of the backend that served."""
+        self._settle("commit", lambda limiter: limiter.commit(self._install_id, self._hold_id, backend=backend))
+
+    def release(self) -> None:
+        """Give the hold back, unless it was settled."""
+        self._settle("release", lambda limiter: limiter.release(self._install_id, self._hold_id))
+
+    def _settle(self, what: str, operation: Callable[[CreditLimiter], Awaitable[object]]) -> None:
+        if not self._settled:
+            self._settled = True
+            limiter = self._owner._limiter  # noqa: SLF001  one class in two parts
+            self._owner.start(f"{what} of hold {self._hold_id}", lambda: operation(limiter))

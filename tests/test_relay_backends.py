@@ -1,0 +1,39 @@
+"""A backend's own settings: what cannot be used is told before the first request, and never quotes a secret."""
+
+import pytest
+
+from limiter.errors import SettingsError
+from limiter.relay.backends import BackendClient
+from tests.backend import Backend
+
+pytest_plugins = ["tests.relay_fixtures"]
+
+
+@pytest.mark.parametrize(
+    "url", ["", "localhost:8000", "ftp://host/v1", "http://", "http://[::1", "//host", "http://h:x"]
+)
+async def test_backend_when_its_url_is_none_then_settings_error(url: str) -> None:
+    with pytest.raises(SettingsError, match=r"^backends\.hardware\.url is no http:// or https:// URL$"):
+        BackendClient("hardware", url, timeout_s=1)
+
+
+@pytest.mark.parametrize("key", ["a\nb", "key\n", "schlüssel", "a\0"])
+async def test_backend_when_its_key_cannot_be_a_header_then_settings_error_without_the_key(key: str) -> None:
+    with pytest.raises(SettingsError, match=r"^backends\.gemini\.api_key has a character") as raised:
+        BackendClient("gemini", "http://host/v1", timeout_s=1, api_key=key)
+    assert key not in str(raised.value)
+
+
+async def test_backend_when_its_url_has_a_password_then_it_is_used_and_never_shown(hardware: Backend) -> None:
+    client = BackendClient("hardware", hardware.url.replace("://", "://user:pass-word@"), timeout_s=5)
+    async with client.send("embeddings", {}, b'{"model": "m"}') as upstream:
+        assert upstream.status == 200
+    assert hardware.last.headers["Authorization"] == "Basic dXNlcjpwYXNzLXdvcmQ="
+    assert client.label == hardware.url
+    await client.aclose()
+
+
+async def test_backend_when_it_has_a_password_and_a_key_then_settings_error() -> None:
+    with pytest.raises(SettingsError, match="give one of them") as raised:
+        BackendClient("hardware", "http://user:pass-word@host/v1", timeout_s=1, api_key="key")
+    assert "pass-word" not in str(raised.value)
