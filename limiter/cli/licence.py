@@ -1,0 +1,81 @@
+"""`limiter licence`: make a key pair, issue licences, look into one."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from limiter.cli.terminal import OUT, ConfigOption, JsonOption, print_json, settings_of
+from limiter.errors import LimiterError, UnknownTier
+from limiter.licence import InvalidLicence, Licences, issue, make_key, public_key_text, read_key
+from limiter.timestamps import iso_from_ms
+
+app = typer.Typer(help="Licences: signed tokens that say which tier an install has paid for.", no_args_is_help=True)
+_DAY_S = 86_400
+KeyOption = Annotated[Path, typer.Option("--key", metavar="FILE", help="The private key's file.")]
+
+
+@app.command()
+def keygen(key: KeyOption = Path("licence-key.pem")) -> None:
+    """Make a private key, and print the public one for the settings.
+
+    Example: limiter licence keygen --key licence-key.pem
+    """
+    public = public_key_text(make_key(key).public_key())
+    OUT.print(
+        f"The private key is in {key}: keep it safe, it makes licences.\nFor limiter.toml of every relay:\n",
+        soft_wrap=True,
+    )
+    OUT.print(f'[licence]\npublic_keys = ["{public}"]', markup=False, soft_wrap=True)
+
+
+@app.command("issue")
+def issue_(
+    tier: Annotated[str, typer.Option(help="A tier of the settings, as 'pro'.")],
+    subject: Annotated[str, typer.Option("--sub", help="Whom it is for, as you know them.")],
+    key: KeyOption = Path("licence-key.pem"),
+    days: Annotated[float, typer.Option(min=0.0, help="How long it is valid.")] = 31,
+    installs: Annotated[
+        int | None, typer.Option(min=1, help="How many installs may use it; any number without.")
+    ] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Print a licence, to be sent as `Authorization: Bearer`.
+
+    Example: limiter licence issue --tier pro --sub alice@example.org --days 31
+    """
+    tiers = settings_of(config).limits()
+    if tier not in tiers:
+        raise UnknownTier(f"unknown tier {tier!r}: configured are {', '.join(tiers)}")
+    typer.echo(issue(read_key(key), tier=tier, subject=subject, valid_s=round(days * _DAY_S), installs=installs))
+
+
+@app.command()
+def show(
+    token: Annotated[str, typer.Argument(help="The licence.")], config: ConfigOption = None, json: JsonOption = False
+) -> None:
+    """Check a licence against the public keys of the settings, and print what it says.
+
+    Example: limiter licence show eyJhbGciOi…
+    """
+    settings = settings_of(config)
+    if not settings.licence.public_keys:
+        raise LimiterError("no licence.public_keys are set: no licence can be checked")
+    try:
+        licence = Licences(settings.licence.public_keys).check(token.strip())
+    except InvalidLicence as error:
+        raise LimiterError(str(error)) from None
+    document = {
+        "tier": licence.tier,
+        "sub": licence.subject,
+        "expires_at": iso_from_ms(licence.expires_s * 1000),
+        "expired": licence.expired,
+        "installs": licence.installs,
+        "kid": licence.kid,
+        "known_tier": licence.tier in settings.limits(),
+    }
+    if json:
+        print_json(document)
+        return
+    for name, value in document.items():
+        OUT.print(f"{name:<11} {'any number' if value is None else value}", markup=False)

@@ -1,0 +1,50 @@
+"""Puts the commands together, and turns errors into one line on stderr."""
+
+import sys
+
+import typer
+
+from limiter import __version__
+from limiter.cli import ledger, licence, rows, scripts, serve, settings
+from limiter.cli.terminal import ERRORS
+from limiter.errors import LimiterError
+
+app = typer.Typer(
+    name="limiter",
+    help="Atomic credits in Redis, and the relay that spends them on metered Gemini or your own hardware.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    show: bool = typer.Option(False, "--version", help="Print the version.", is_eager=True),
+) -> None:
+    if show:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+app.command("serve")(serve.serve)
+app.command("persist")(ledger.persist)
+app.command("import")(ledger.import_)
+app.command("dump")(ledger.dump)
+app.command("row")(rows.row)
+app.command("config")(settings.config)
+app.add_typer(licence.app, name="licence")
+app.add_typer(scripts.app, name="lua")
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        app()
+    except LimiterError as error:
+        ERRORS.print(f"limiter: {error}", soft_wrap=True, highlight=False, markup=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,91 @@
+"""`limiter row`: one install, as a person reads it."""
+
+import time
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from limiter.cli.terminal import OUT, ConfigOption, JsonOption, RedisOption, print_json, run, settings_of
+from limiter.errors import LimiterError
+from limiter.model import Balance, Row
+from limiter.opening import open_limiter
+from limiter.settings import Settings
+from limiter.timestamps import iso_from_ms
+
+
+def row(
+    install_id: Annotated[str, typer.Argument(metavar="ID", help="The install id.")],
+    redis: RedisOption = None,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Print the row of an install, what each tier has left on it, and its live holds.
+
+    Example: limiter row 5f0c1c1e-8d3a-4a53-9a0e-0d8f2f6f3c11 --redis redis://localhost:6379/0
+    """
+    run(_show(settings_of(config, redis=redis), install_id, as_json=json))
+
+
+async def _show(settings: Settings, install_id: str, *, as_json: bool) -> None:
+    async with open_limiter(settings) as limiter:
+        found = await limiter.row(install_id)
+        if found is None:
+            raise LimiterError(f"there is no row {limiter.keys.install(install_id)}")
+        balances = [await limiter.balance(install_id, tier=tier) for tier in limiter.tiers]
+    if as_json:
+        print_json(_document(found, balances))
+    else:
+        _print(found, balances)
+
+
+def _document(row: Row, balances: list[Balance]) -> dict[str, object]:
+    return {
+        "row": row.as_dict(),
+        "balances": {
+            balance.tier: {
+                "capped": balance.capped,
+                "remaining": balance.remaining,
+                "gemini_remaining": balance.gemini_remaining,
+                "held": balance.held,
+                "renews_at": balance.renews_at,
+            }
+            for balance in balances
+        },
+        "holds": [
+            {
+                "hold_id": hold.hold_id,
+                "backend": hold.backend,
+                "tier": hold.tier,
+                "cost": hold.cost,
+                "lapses_at": iso_from_ms(hold.lapses_ms),
+            }
+            for hold in row.holds
+        ],
+    }
+
+
+def _print(row: Row, balances: list[Balance]) -> None:
+    for name, value in row.as_dict().items():
+        OUT.print(f"{name:<25} {value}", markup=False, soft_wrap=True)
+    table = Table("if it asks as", "credits left", "of them held", "on gemini", "renews at", box=None, pad_edge=False)
+    for balance in balances:
+        star = " (its last tier)" if balance.tier == row.tier_snapshot else ""
+        table.add_row(
+            balance.tier + star,
+            _count(balance.remaining, balance.quota),
+            str(balance.held),
+            _count(balance.gemini_remaining, balance.gemini_cap),
+            balance.renews_at or "never",
+        )
+    OUT.print()
+    OUT.print(table)
+    now_ms = balances[0].now_ms if balances else int(time.time() * 1000)
+    for hold in row.holds:
+        left_s = (hold.lapses_ms - now_ms) / 1000
+        state = f"lapses in {left_s:.0f} s" if left_s > 0 else "lapsed: a commit is still possible for an hour"
+        OUT.print(f"\nhold {hold.hold_id}: {hold.cost} of {hold.tier} on {hold.backend}, {state}", markup=False)
+
+
+def _count(left: int | None, limit: int | None) -> str:
+    return "unlimited" if left is None else f"{left} of {limit}"

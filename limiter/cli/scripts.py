@@ -1,0 +1,40 @@
+"""`limiter lua`: the scripts as the server gets them."""
+
+from typing import Annotated
+
+import typer
+
+from limiter.cli.terminal import JsonOption, print_json
+from limiter.errors import SettingsError
+from limiter.lua_source import compose, script_names
+
+app = typer.Typer(help="The Lua scripts as Redis gets them.", no_args_is_help=True)
+
+
+@app.command()
+def names() -> None:
+    """List the scripts. Example: limiter lua names"""  # noqa: D400  ends with what to type
+    for name in script_names():
+        typer.echo(name)
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(help="One of `limiter lua names`.")]) -> None:
+    """Print a script with its includes in place, for redis-cli --eval.
+
+    Example: limiter lua show balance > balance.lua
+    """
+    if name not in script_names():
+        raise SettingsError(f"there is no script {name!r}: there are {', '.join(script_names())}")
+    typer.echo(compose(name).text, nl=False)
+
+
+@app.command()
+def sha(json: JsonOption = False) -> None:
+    """Print the SHA that Redis knows each script by. Example: limiter lua sha"""  # noqa: D400  ends with what to type
+    shas = {name: compose(name).sha for name in script_names()}
+    if json:
+        print_json(shas)
+        return
+    for name, digest in shas.items():
+        typer.echo(f"{digest}  {name}")

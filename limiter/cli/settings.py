@@ -1,0 +1,21 @@
+"""`limiter config`: what is in force, and where each value came from."""
+
+from rich.table import Table
+
+from limiter.cli.terminal import OUT, ConfigOption, JsonOption, print_json
+from limiter.settings import load_settings
+
+
+def config(config: ConfigOption = None, json: JsonOption = False) -> None:
+    """Print the settings in force and where each came from. Secrets are masked.
+
+    Example: LIMITER_RELAY__PORT=9090 limiter config
+    """
+    settings = load_settings(config)[1]
+    if json:
+        print_json([{"name": item.name, "value": item.value, "origin": item.origin} for item in settings])
+        return
+    table = Table("setting", "value", "from", box=None, pad_edge=False)
+    for item in settings:
+        table.add_row(item.name, item.value, item.origin)
+    OUT.print(table)

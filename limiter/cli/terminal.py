@@ -1,0 +1,56 @@
+"""What the commands share: the two consoles, options, and reading the settings."""
+
+import os
+import shutil
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import orjson
+import typer
+import uvloop
+from rich.console import Console
+
+from limiter.settings import Settings, Values, load_settings
+
+T = TypeVar("T")
+OUT = Console(highlight=False)
+ERRORS = Console(stderr=True, highlight=False)
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", metavar="FILE", help="Settings in TOML; without it ./limiter.toml, if there."),
+]
+RedisOption = Annotated[
+    str | None, typer.Option("--redis", metavar="URL", help="redis://, rediss://, unix:// or embedded:FOLDER.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def settings_of(config: Path | None, *, redis: str | None = None, **sections: Values) -> Settings:
+    """Read the settings, with what the command line says on top; what is None there was not said."""
+    said = {
+        name: {key: value for key, value in section.items() if value is not None} for name, section in sections.items()
+    }
+    if redis is not None:
+        said["redis"] = {"url": redis}
+    return load_settings(config, {name: section for name, section in said.items() if section})[0]
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """Run a command's work on uvloop."""
+    return uvloop.run(main)
+
+
+def print_json(document: object) -> None:
+    """Print a document for programs."""
+    typer.echo(orjson.dumps(document, option=orjson.OPT_INDENT_2).decode())
+
+
+def program() -> str:
+    """Give this command as a person here would type it."""
+    path = Path(sys.argv[0]).absolute()
+    if shutil.which("limiter") == str(path) or not path.is_file():
+        return "limiter"
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
