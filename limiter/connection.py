@@ -2,8 +2,7 @@
 
 import asyncio
 import logging
-from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+import re
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
@@ -33,12 +32,12 @@ async def connect(
         raise SettingsError(
             f"{scheme}:// ({_LATER[scheme]}) is not supported yet: give a redis://, rediss:// or unix:// URL"
         )
-    if scheme == "embedded":
-        folder = Path(url.partition(":")[2] or "data")
-        path = await asyncio.to_thread(embedded.start_or_join, folder)
-        redis: Redis = _EmbeddedRedis(folder, _pool(f"unix://{path}", timeout_ms, max_connections))
+    folder = embedded.folder_of(url)
+    if folder is not None:
+        seat = await asyncio.to_thread(embedded.start_or_join, folder)
+        redis: Redis = _EmbeddedRedis(seat, _pool(f"unix://{seat.socket}", timeout_ms, max_connections))
     elif scheme in _SINGLE:
-        redis = Redis(connection_pool=_pool(url, timeout_ms, max_connections))
+        redis = Redis.from_pool(_pool(url, timeout_ms, max_connections))  # owns it: aclose() closes its connections
     else:
         raise SettingsError(f"{redacted(url)!r} is no Redis URL: give redis://, rediss://, unix:// or embedded:FOLDER")
     try:
@@ -50,26 +49,24 @@ async def connect(
 
 
 def redacted(url: str) -> str:
-    """Give the URL without its password, for logs and errors."""
-    parts = urlsplit(url)
-    if parts.password is None and "password=" not in parts.query:
-        return url
-    host = parts.netloc.rpartition("@")[2]
-    user = f"{parts.username or ''}:***@" if parts.password is not None else ""
-    return urlunsplit(parts._replace(netloc=user + host, query="***" if "password=" in parts.query else parts.query))
+    """Give the URL without its password, for logs and errors; it need not be a URL that can be parsed."""
+    scheme, separator, rest = url.partition("://")
+    login, at, place = rest.rpartition("@")
+    user = login.partition(":")[0] + ":***" if ":" in login else login
+    return scheme + separator + user + at + re.sub(r"(password=)[^&]*", r"\1***", place)
 
 
 class _EmbeddedRedis(Redis):
     """A client of the embedded server, which stops with its last client."""
 
-    def __init__(self, folder: Path, pool: BlockingConnectionPool) -> None:
+    def __init__(self, seat: embedded.Seat, pool: BlockingConnectionPool) -> None:
         super().__init__(connection_pool=pool)
-        self._folder = folder
+        self._seat = seat
 
     async def aclose(self, close_connection_pool: bool | None = None) -> None:
         await super().aclose(close_connection_pool)
         await self.connection_pool.aclose()
-        await asyncio.to_thread(embedded.stop_if_last, self._folder)
+        await asyncio.to_thread(embedded.stop_if_last, self._seat)
 
 
 def _pool(url: str, timeout_ms: int, max_connections: int) -> BlockingConnectionPool:
@@ -86,8 +83,11 @@ def _pool(url: str, timeout_ms: int, max_connections: int) -> BlockingConnection
             client_name=embedded.CLIENT_NAME,
             protocol=2,  # RESP3 would add pushes that nothing here reads
         )
-    except ValueError as error:
-        raise SettingsError(f"{redacted(url)!r} is no Redis URL: {error}") from error
+    except ValueError:  # its text may quote a part of the password
+        raise SettingsError(
+            f"{redacted(url)!r} is no Redis URL: give redis://USER:PASSWORD@HOST:PORT/DB or unix://PATH, "
+            "with / : @ # ? of a password percent-encoded"
+        ) from None
 
 
 async def _check(redis: "Redis", url: str, *, allow_eviction: bool) -> None:

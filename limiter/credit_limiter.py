@@ -7,13 +7,13 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
 from redis.asyncio import Redis
 
-from limiter.errors import LimiterUnavailable
+from limiter.errors import LimiterError, LimiterUnavailable
 from limiter.keys import Keys, normalise_install_id
 from limiter.model import MAX_COST, Backend, Balance, Decision, Row, Settlement, Status, Tiers
 from limiter.scripts import PutMode, Scripts
@@ -47,7 +47,7 @@ class CreditLimiter:
         self.keys = Keys(prefix)
         self.redis = redis
         self.hold_ms = hold_ms
-        self._clock = clock
+        self.clock = clock
         self._deadline_s = deadline_ms / 1000
         self._scripts = Scripts(redis, timeout_ms=min(timeout_ms, deadline_ms))
 
@@ -168,15 +168,18 @@ class CreditLimiter:
         hold = Hold(decision)
         try:
             yield hold
-        except BaseException:
+        except BaseException as error:
             if decision.allowed:
-                await _to_the_end(self.release(install_id, decision.hold_id))
+                try:
+                    await _to_the_end(self.release(install_id, decision.hold_id))
+                except LimiterError as unsettled:  # it must not hide why the block ended, least of all a cancellation
+                    error.add_note(f"The hold was not released and will lapse by itself: {unsettled}")
             raise
         if decision.allowed:
             await _to_the_end(self.commit(install_id, decision.hold_id, backend=hold.used_backend, cost=hold.used_cost))
 
     def _now_ms(self) -> int | None:
-        return None if self._clock is None else self._clock()
+        return None if self.clock is None else self.clock()
 
     async def _repeated(self, attempt: Callable[[], Awaitable[T]], *, when_unknown: bool = True) -> T:
         """Repeat an attempt that got no answer, within the deadline; one of unknown outcome only if that is safe."""
@@ -221,14 +224,20 @@ class Hold:
         self.used_backend, self.used_cost = backend, cost
 
 
-async def _to_the_end(settle: Awaitable[object]) -> None:
-    """Await a settlement even when the caller is cancelled meanwhile; the cancellation is delivered afterwards."""
+async def _to_the_end(settle: Coroutine[object, object, object]) -> None:
+    """Await a settlement to its end, however often the caller is cancelled meanwhile; that is delivered afterwards."""
     task = asyncio.ensure_future(settle)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait({task})
-        raise
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        if failure := task.exception():
+            cancelled.add_note(f"The hold was not settled and will lapse by itself: {failure}")
+        raise cancelled
+    await task
 
 
 def _checked_hold_id(hold_id: str) -> str:

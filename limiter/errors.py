@@ -28,6 +28,10 @@ class InvalidInstallId(LimiterError):  # noqa: N818  named in the public interfa
 class BrokenRow(LimiterError):  # noqa: N818  names the thing, as UnknownTier does
     """A stored row cannot be read; the message names its key and field. Mend it with redis-cli; nothing was changed."""
 
+    def __init__(self, key: str, problem: str) -> None:
+        super().__init__(f"{key} {problem}")
+        self.key = key
+
 
 class ScriptContractError(LimiterError):
     """A script refused its arguments or answered something unexpected: a fault of this package or of its version."""

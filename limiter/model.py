@@ -16,7 +16,7 @@ Counter = Literal["lifetime", "monthly"]
 MAX_COUNT = 2**53 - 1  # the largest integer that Lua counts to
 MAX_COST = 1_000_000  # keeps a hold's text within a listpack's 64 bytes
 CORE = "core"  # the tier of whoever has no licence, and of every new row
-_TIER_NAME = re.compile(r"[A-Za-z0-9_-]{1,20}", re.ASCII)
+TIER_NAME = re.compile(r"[A-Za-z0-9_-]{1,20}", re.ASCII)
 _TIER_KEYS = frozenset({"lifetime", "monthly", "gemini_cap", "max_in_flight"})
 
 
@@ -97,7 +97,7 @@ class Tiers(Mapping[str, Tier]):
 
 
 def _tier(name: str, limits: Mapping[str, object]) -> Tier:
-    if not _TIER_NAME.fullmatch(name):
+    if not TIER_NAME.fullmatch(name):
         raise SettingsError(f"tier name {name!r} is not usable: give 1 to 20 characters of A-Z a-z 0-9 _ -")
     unknown = limits.keys() - _TIER_KEYS
     if unknown:

@@ -29,7 +29,15 @@ PutMode = Literal["create", "replace", "merge"]
 Argument = str | int
 _STATUS = {status.value.encode(): status for status in Status}
 _REASON = {reason.value.encode(): reason for reason in Reason}
-_NOT_EXECUTED = (BusyLoadingError, ReadOnlyError, ClusterDownError, MasterDownError, TryAgainError, OutOfMemoryError)
+_NOT_EXECUTED = (
+    BusyLoadingError,
+    ReadOnlyError,
+    ClusterDownError,
+    MasterDownError,
+    NoScriptError,  # flushed again between loading and running it
+    TryAgainError,
+    OutOfMemoryError,
+)
 
 
 def optional(value: int | None) -> Argument:
@@ -185,9 +193,9 @@ def mapped(error: Exception, row_key: str) -> Exception:  # noqa: PLR0911  a tab
     if isinstance(error, RedisConnectionError | OSError):
         return LimiterUnavailable(f"Redis is not reachable: {text}")
     if text.startswith("BADROW "):
-        return BrokenRow(text.removeprefix("BADROW "))
+        return BrokenRow(row_key, text.removeprefix(f"BADROW {row_key} "))
     if text.startswith("WRONGTYPE"):
-        return BrokenRow(f"{row_key} is not a hash: delete or rename this key")
+        return BrokenRow(row_key, "is not a hash: delete or rename this key")
     if isinstance(error, ResponseError):
         return ScriptContractError(f"Redis refused a script on {row_key}: {text}")
     return LimiterUnavailable(f"Redis failed: {text}")

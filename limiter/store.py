@@ -1,5 +1,6 @@
 """Rows as Redis holds them: decoding one hash, reading them all. Reading only; `put_row` writes."""
 
+import re
 from collections.abc import AsyncIterator, Mapping
 from typing import cast
 
@@ -10,10 +11,13 @@ from limiter.errors import BrokenRow
 from limiter.keys import Keys
 from limiter.model import CORE, MAX_COUNT, HeldCredits, Row
 from limiter.scripts import mapped
+from limiter.seen import SeenTexts
 from limiter.timestamps import is_canonical, ms_from_iso
 
 Fields = Mapping[bytes, bytes]  # a hash as redis-py gives it
 _SCAN_COUNT = 500
+_INTEGER = re.compile(r"\d{1,20}", re.ASCII)  # a bound, for Python does not convert thousands of digits
+_HOLD = re.compile(r"(gemini|hardware) (\S+) (lifetime|monthly) (\d{1,20}) (\d{1,20})", re.ASCII)
 _DAYS = range(1, 32)
 
 
@@ -33,21 +37,20 @@ async def scan_rows(redis: "Redis", keys: Keys) -> AsyncIterator[Row | BrokenRow
     A row that is written during the scan comes as it was or as it is. Raises LimiterUnavailable.
     """
     cursor = 0
-    seen: set[str] = set()  # SCAN may return a key twice while the key space is resized
+    seen = SeenTexts()  # SCAN may return a key twice while the key space is resized
     while True:
         try:
             cursor, found = await redis.scan(cursor, match=keys.install_pattern, count=_SCAN_COUNT)
-            fresh = [key for key in (cast("bytes", name).decode() for name in found) if key not in seen]
-            seen.update(fresh)
+            fresh = [name for name in cast("list[bytes]", found) if seen.add(name)]
             pipeline = redis.pipeline(transaction=False)
-            for key in fresh:
-                pipeline.hgetall(key)
+            for name in fresh:
+                pipeline.hgetall(name)
             answers: list[Fields | Exception] = await pipeline.execute(raise_on_error=False)
         except (RedisError, OSError, TimeoutError) as error:
             raise mapped(error, keys.install_pattern) from error
-        for key, fields in zip(fresh, answers, strict=True):
+        for name, fields in zip(fresh, answers, strict=True):
             if fields:  # it may be gone by now
-                yield _row_or_error(keys, key, fields)
+                yield _row_or_error(keys, name.decode(errors="backslashreplace"), fields)
         if cursor == 0:
             return
 
@@ -69,11 +72,11 @@ def decode_row(keys: Keys, key: str, fields: Fields) -> Row:
     text = {name.decode(errors="replace"): value.decode(errors="replace") for name, value in fields.items()}
 
     def broken(name: str, want: str) -> BrokenRow:
-        return BrokenRow(f"{key} field {name} is {text.get(name)!r}, want {want}")
+        return BrokenRow(key, f"field {name} is {text.get(name, '')[:80]!r}, want {want}")
 
     def counter(name: str) -> int:
         value = text.get(name, "0")
-        if not (value.isascii() and value.isdigit() and int(value) <= MAX_COUNT):
+        if not (_INTEGER.fullmatch(value) and int(value) <= MAX_COUNT):
             raise broken(name, "an integer from 0 to 2^53 - 1")
         return int(value)
 
@@ -88,7 +91,7 @@ def decode_row(keys: Keys, key: str, fields: Fields) -> Row:
 
     began = time("last_renewal_at")
     day = text.get("anniversary_day", str(int(began[8:10])))
-    if not (day.isascii() and day.isdigit() and int(day) in _DAYS):
+    if not (_INTEGER.fullmatch(day) and int(day) in _DAYS):
         raise broken("anniversary_day", "an integer from 1 to 31")
     holds = (
         _hold(name, value) or broken(name, "text like 'gemini pro monthly 1 1780000000000'")
@@ -116,8 +119,8 @@ def decode_row(keys: Keys, key: str, fields: Fields) -> Row:
 
 
 def _hold(name: str, value: str) -> HeldCredits | None:
-    parts = value.split(" ")
-    if len(parts) != 5 or not (parts[3].isdigit() and parts[4].isdigit()):  # noqa: PLR2004  the five words of a hold
+    words = _HOLD.fullmatch(value)
+    if words is None:
         return None
-    backend, tier, counter, cost, lapses_ms = parts
+    backend, tier, counter, cost, lapses_ms = words.groups()
     return HeldCredits(name.removeprefix("hold:"), backend, tier, counter, int(cost), int(lapses_ms))

@@ -1,9 +1,11 @@
 """Fixtures: real servers, a clean one for each test, and the promise that no key is left behind without a TTL."""
 
+import json
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any, Protocol
 
 import pytest
 from redis.asyncio import Redis
@@ -18,11 +20,21 @@ TIERS = Tiers.from_mapping(
         "max": {"monthly": None, "gemini_cap": 2000},
     }
 )
+Entry = dict[str, Any]  # one entry of a vector file, as JSON has it
+Vectors = dict[str, list[Entry]]
+Closing = AsyncExitStack
 ELSEWHERE = "LIMITER_TEST_REDIS_URL"  # a URL here points the tests at a server that they do not start; it is flushed
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--vectors", type=Path, default=Path(__file__).parent / "vectors", help="folder of vector files")
+
+
+@pytest.fixture(scope="session")
+def vectors(request: pytest.FixtureRequest) -> Vectors:
+    """What the old ledger answered, by file: renewals, ledgers, migrations."""
+    folder: Path = request.config.getoption("--vectors")
+    return {kind: json.loads((folder / f"{kind}.json").read_text()) for kind in ("renewals", "ledgers", "migrations")}
 
 
 @pytest.fixture(scope="session", params=["elsewhere"] if ELSEWHERE in os.environ else ["valkey", "redis"])
@@ -50,6 +62,16 @@ async def redis(redis_url: str) -> AsyncIterator[Redis]:
     await client.aclose()
 
 
+async def fields_of(redis: Redis, install_id: str) -> dict[str, str]:
+    """Give a row's fields as they stand in Redis; none for an unknown install."""
+    fields = await redis.hgetall(f"credits:install:{install_id}")
+    return {text_of(name): text_of(value) for name, value in fields.items()}
+
+
+def text_of(word: bytes | str) -> str:
+    return word.decode() if isinstance(word, bytes) else word
+
+
 class Clock:
     """A clock that the test sets: epoch milliseconds."""
 
@@ -69,6 +91,20 @@ def clock() -> Clock:
 @pytest.fixture
 def limiter(redis: Redis, clock: Clock) -> CreditLimiter:
     return CreditLimiter(redis, TIERS, clock=clock)
+
+
+@pytest.fixture
+def limiter_with(redis: Redis, clock: Clock) -> "LimiterWith":
+    """Make limiters of other tiers on the same rows: `limiter_with(pro={"monthly": 3})`."""
+
+    def make(**tiers: dict[str, int | None]) -> CreditLimiter:
+        return CreditLimiter(redis, Tiers.from_mapping({"core": {"lifetime": 50}, **tiers}), clock=clock)
+
+    return make
+
+
+class LimiterWith(Protocol):
+    def __call__(self, **tiers: dict[str, int | None]) -> CreditLimiter: ...
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ local holds = {}
 -- A hold's parts, or nil when its text is broken.
 function holds.parse(text)
   local backend, tier_name, counter, cost, lapses_ms = string.match(text, "^(%l+) (%S+) (%l+) (%d+) (%d+)$")
-  if counter ~= "lifetime" and counter ~= "monthly" then return nil end
+  if counter ~= "lifetime" and counter ~= "monthly" or backend ~= "gemini" and backend ~= "hardware" then return nil end
   return backend, tier_name, counter, tonumber(cost), tonumber(lapses_ms)
 end
 
@@ -29,16 +29,19 @@ function holds.add(h, sign, backend, counter, cost, lapses_ms, now_ms)
 end
 
 -- The sums at now_ms: from the row's `held` while that holds good, else counted. `dead` lists the fields of dead
--- holds. Second result: an error reply.
+-- holds, no more than `unpack` can pass on in one HDEL (its limit is near 8,000): count_ms 0 makes the next script
+-- count anew and go on with the rest. Second result: an error reply.
 function holds.read(key, r, now_ms)
   local h = { live = 0, lapsed = 0, lifetime = 0, lifetime_gemini = 0, monthly = 0, monthly_gemini = 0,
     count_ms = math.huge, dead = false }
   if not r.held and not r.hold then return h end
   local live, lapsed, lifetime, lifetime_gemini, monthly, monthly_gemini, count_ms =
     string.match(r.held or "", "^(%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+)$")
-  if live and tonumber(count_ms) > now_ms then
-    h.live, h.lapsed, h.lifetime, h.lifetime_gemini = tonumber(live), tonumber(lapsed), tonumber(lifetime), tonumber(lifetime_gemini)
-    h.monthly, h.monthly_gemini, h.count_ms = tonumber(monthly), tonumber(monthly_gemini), tonumber(count_ms)
+  -- The clock may have stepped back: a hold that is settled may be live again that `held` has among the lapsed ones.
+  if live and tonumber(count_ms) > now_ms and (lapsed == "0" or not r.hold) then
+    h.live, h.lapsed, h.lifetime = tonumber(live), tonumber(lapsed), tonumber(lifetime)
+    h.lifetime_gemini, h.monthly, h.monthly_gemini = tonumber(lifetime_gemini), tonumber(monthly), tonumber(monthly_gemini)
+    h.count_ms = tonumber(count_ms)
     return h
   end
   local f = redis.call("HGETALL", key)
@@ -49,7 +52,9 @@ function holds.read(key, r, now_ms)
       if not backend then
         return nil, row.broken(key, f[i], f[i + 1], "text like 'gemini pro monthly 1 1780000000000'")
       end
-      if not holds.add(h, 1, backend, counter, cost, lapses_ms, now_ms) then h.dead[#h.dead + 1] = f[i] end
+      if not holds.add(h, 1, backend, counter, cost, lapses_ms, now_ms) then
+        if #h.dead < 1000 then h.dead[#h.dead + 1] = f[i] else h.lapsed, h.count_ms = h.lapsed + 1, 0 end
+      end
     end
   end
   return h

@@ -8,9 +8,10 @@
 --   extra                                            JSON, never read here
 local row = {}
 
--- The error for a row that somebody broke. It is given before any write.
+-- The error for a row that somebody broke, with the beginning of what stands there. It is given before any write.
 function row.broken(key, field, value, want)
-  return redis.error_reply("BADROW " .. key .. " field " .. field .. " is '" .. tostring(value) .. "', want " .. want)
+  local shown = string.gsub(string.sub(value, 1, 80), "%c", " ")
+  return redis.error_reply("BADROW " .. key .. " field " .. field .. " is '" .. shown .. "', want " .. want)
 end
 
 -- The row as it stands at now_ms; `hold` is the text of the field hold_field, or false. Without a row: a new one of
@@ -30,14 +31,14 @@ function row.read(key, hold_field, now_ms)
     end
   end
 
-  local began, created, anniversary_day = f[5], false, tonumber(f[6])
+  local began, created, anniversary_day = f[5], false, f[6] and tonumber(string.match(f[6], "^%d+$"))
   if not began and redis.call("EXISTS", key) == 0 then began, created = calendar.iso(now_ms), true end
-  if f[6] and not (anniversary_day and anniversary_day >= 1 and anniversary_day <= 31 and anniversary_day % 1 == 0) then
+  if f[6] and not (anniversary_day and anniversary_day >= 1 and anniversary_day <= 31) then
     return nil, row.broken(key, "anniversary_day", f[6], "an integer from 1 to 31")
   end
   local renews_ms, began_ms, day = calendar.period(began or "", anniversary_day, now_ms)
   if not renews_ms then
-    return nil, row.broken(key, "last_renewal_at", began, "a time like 2026-05-11T23:02:57.123Z")
+    return nil, row.broken(key, "last_renewal_at", began or "", "a time like 2026-05-11T23:02:57.123Z")
   end
   if began_ms then began, monthly, monthly_gemini = calendar.iso(began_ms), 0, 0 end
   return {

@@ -1,0 +1,280 @@
+"""The one module that reads settings: a TOML file, then the environment, then the command line, the later the stronger.
+
+Unknown keys are errors that name the nearest known one. Secrets are shown as `***` wherever a setting is printed.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from limiter.connection import redacted
+from limiter.errors import SettingsError
+from limiter.model import MAX_COST, Tiers
+
+DEFAULT_FILE = Path("limiter.toml")
+_PREFIX = "LIMITER_"
+_NOT_SETTINGS = ("LIMITER_CONFIG", "LIMITER_TEST_")  # the file itself; the tests' own
+Values = dict[str, Any]  # a TOML document
+
+DEFAULT_TIERS: Values = {
+    "core": {"lifetime": 50, "gemini_cap": 20, "max_in_flight": 4},
+    "pro": {"monthly": 1000, "gemini_cap": 400, "max_in_flight": 16},
+    "max": {"gemini_cap": 2000, "max_in_flight": 32},
+}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+
+class RedisSettings(_Section):
+    """[redis]."""
+
+    url: str = Field(default="embedded:./data", repr=False)
+    prefix: str = "credits"
+    timeout_ms: int = Field(default=1000, ge=10, le=60_000)
+    allow_eviction: bool = False
+
+
+class RelaySettings(_Section):
+    """[relay]."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8080, ge=0, le=65_535)
+    body_limit_mb: int = Field(default=32, ge=1, le=4096)
+    hold_s: int = Field(default=600, ge=1, le=86_400)
+    drain_s: int = Field(default=30, ge=0, le=3600)
+
+
+class GeminiSettings(_Section):
+    """[backends.gemini]. It is on when `api_key` is set."""
+
+    url: str = "https://generativelanguage.googleapis.com/v1beta/openai"
+    api_key: SecretStr = SecretStr("")
+    timeout_s: float = Field(default=120, gt=0, le=3600)
+
+
+class HardwareSettings(_Section):
+    """[backends.hardware]. It is on when `url` is set."""
+
+    url: str = ""
+    api_key: SecretStr = SecretStr("")
+    timeout_s: float = Field(default=300, gt=0, le=3600)
+
+
+class BackendsSettings(_Section):
+    """[backends]."""
+
+    gemini: GeminiSettings = GeminiSettings()
+    hardware: HardwareSettings = HardwareSettings()
+
+
+class ModelNames(_Section):
+    """One line of [models]: what each backend calls the model."""
+
+    gemini: str | None = None
+    hardware: str | None = None
+
+
+class LicenceSettings(_Section):
+    """[licence]."""
+
+    public_keys: list[str] = []
+
+
+class PersisterSettings(_Section):
+    """[persister]. It is off when `file` is empty."""
+
+    file: str = "./data/credits.json"
+    interval_s: float = Field(default=60, ge=0.1, le=86_400)
+
+
+class TierSettings(_Section):
+    """One table of [tiers]."""
+
+    lifetime: int | None = None
+    monthly: int | None = None
+    gemini_cap: int | None = None
+    max_in_flight: int | None = None
+
+
+class Settings(BaseSettings):
+    """All settings in force. Make one with `load_settings`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=_PREFIX,
+        env_nested_delimiter="__",
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,
+    )
+
+    redis: RedisSettings = RedisSettings()
+    relay: RelaySettings = RelaySettings()
+    tiers: dict[str, TierSettings] = {}
+    backends: BackendsSettings = BackendsSettings()
+    models: dict[str, ModelNames] = {}
+    costs: dict[str, int] = {}
+    licence: LicenceSettings = LicenceSettings()
+    persister: PersisterSettings = PersisterSettings()
+
+    def limits(self) -> Tiers:
+        """Give the tiers as the limiter takes them."""
+        return Tiers.from_mapping({name: tier.model_dump() for name, tier in self.tiers.items()})
+
+    def cost(self, path: str) -> int:
+        """Give what a request to a path costs, in credits."""
+        return self.costs.get(path, self.costs["default"])
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003  an interface
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003  an interface
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Put the environment between the command line and the file, which arrive together as init values."""
+        values = init_settings()
+        return (
+            InitSettingsSource(settings_cls, values.get("command_line", {})),
+            env_settings,
+            InitSettingsSource(settings_cls, values.get("file", {})),
+            InitSettingsSource(settings_cls, _defaults(values.get("file", {}))),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting as `limiter config` shows it; a secret's value is already masked."""
+
+    name: str
+    value: str
+    origin: str
+
+
+def load_settings(file: Path | None = None, command_line: Values | None = None) -> tuple[Settings, list[Setting]]:
+    """Read the settings, and where each came from.
+
+    file: a TOML file that must exist; without one `limiter.toml`, if it is there. Raises SettingsError.
+    """
+    path = file or Path(os.environ.get("LIMITER_CONFIG", DEFAULT_FILE))
+    must_exist = file is not None or "LIMITER_CONFIG" in os.environ
+    document = _read_toml(path, must_exist=must_exist)
+    given = command_line or {}
+    values: Any = {"file": document, "command_line": given}  # settings_customise_sources takes them apart
+    _check_environment()
+    try:
+        settings = Settings(**values)
+        settings.limits()
+        _check_costs(settings)
+    except ValidationError as error:
+        raise SettingsError(_explain(error, path)) from None
+    return settings, list(_origins(settings, document, given, path))
+
+
+def _defaults(document: Values) -> Values:
+    """Give what holds where nothing is said: a file with [tiers] names all tiers, costs are filled up."""
+    return {"costs": {"default": 1}} | ({} if "tiers" in document else {"tiers": DEFAULT_TIERS})
+
+
+def _read_toml(path: Path, *, must_exist: bool) -> Values:
+    try:
+        with path.open("rb") as handle:
+            return tomllib.load(handle)
+    except FileNotFoundError:
+        if must_exist:
+            raise SettingsError(f"there is no settings file {path}") from None
+        return {}
+    except OSError as error:
+        raise SettingsError(f"the settings file {path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} is no TOML: {error}") from None
+
+
+def _check_environment() -> None:
+    """Refuse a misspelt section, which pydantic-settings would pass over; it checks the keys of known sections."""
+    sections = list(Settings.model_fields)
+    for name in os.environ:
+        if not name.startswith(_PREFIX) or name.startswith(_NOT_SETTINGS):
+            continue
+        section, separator, _ = name.removeprefix(_PREFIX).lower().partition("__")
+        if section not in sections or not separator:
+            known = [f"{_PREFIX}{key.upper().replace('.', '__')}" for key in _known_names()]
+            raise SettingsError(f"the environment's {name} is no setting{_nearest(name, known)}")
+
+
+def _check_costs(settings: Settings) -> None:
+    for name, cost in settings.costs.items():
+        if not 1 <= cost <= MAX_COST:
+            raise SettingsError(f"costs.{name} is {cost}, want an integer from 1 to {MAX_COST} credits")
+
+
+def _explain(error: ValidationError, path: Path) -> str:
+    """Say the first problem in a line: which setting, what is wrong, what is near; never the value, a secret maybe."""
+    problem = error.errors(include_input=False, include_url=False)[0]
+    name = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = _known_names()
+        if name.startswith("tiers."):
+            known = [f"{name.rpartition('.')[0]}.{limit}" for limit in TierSettings.model_fields]
+        return f"{name} is no setting{_nearest(name, known)} (looked in {path} and {_PREFIX}*)"
+    return f"setting {name}: {problem['msg'][0].lower()}{problem['msg'][1:]} (looked in {path} and {_PREFIX}*)"
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f": known are {', '.join(sorted(known))}"
+
+
+def _known_names(model: type[BaseModel] = Settings, prefix: str = "") -> list[str]:
+    names: list[str] = []
+    for name, info in model.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            names += _known_names(kind, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def _origins(settings: Settings, document: Values, given: Values, path: Path) -> Iterator[Setting]:
+    in_file, on_line = dict(_flat(document)), dict(_flat(given))
+    environment = {name.lower(): name for name in os.environ if name.startswith(_PREFIX)}
+    for name, value in _flat(settings.model_dump()):
+        variable = environment.get(f"{_PREFIX}{name.replace('.', '__')}".lower())
+        origin = "default"
+        if name in on_line:
+            origin = "command line"
+        elif variable is not None:
+            origin = variable
+        elif name in in_file:
+            origin = str(path)
+        yield Setting(name, _shown(name, value), origin)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        elif value is not None:
+            yield prefix + name, value
+
+
+def _shown(name: str, value: object) -> str:
+    if isinstance(value, SecretStr):
+        return "***" if value.get_secret_value() else ""
+    return redacted(str(value)) if name == "redis.url" else str(value)

@@ -1,0 +1,278 @@
+"""The rules of the credits once more, in plain Python and one dict: what the scripts are compared with.
+
+Written from the rules and not from the Lua: dates step month by month over `datetime`, holds are summed afresh each
+time, and nothing is packed. It answers with the library's own values, so that a comparison is one `==`.
+"""
+
+import calendar
+import math
+from copy import deepcopy
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+
+from limiter import Balance, Decision, Reason, Row, Settlement, Status, Tier, Tiers
+from limiter.model import MAX_COUNT, Backend, Counter
+from limiter.scripts import PutMode
+
+GRACE_MS = 60 * 60 * 1000  # in which a lapsed hold still shows in the row
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def moment(ms: int) -> datetime:
+    return _EPOCH + timedelta(milliseconds=ms)
+
+
+def epoch_ms(when: datetime) -> int:
+    return (when - _EPOCH) // timedelta(milliseconds=1)
+
+
+def parse(text: str) -> datetime:
+    return datetime.strptime(text, "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=UTC)
+
+
+def iso(when: datetime) -> str:
+    return when.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def next_renewal(began: datetime, anniversary_day: int) -> datetime:
+    """One calendar month on, on the anniversary day or the last day of a shorter month, without milliseconds."""
+    year, month = (began.year + 1, 1) if began.month == 12 else (began.year, began.month + 1)
+    _, length = calendar.monthrange(year, month)
+    return began.replace(year=year, month=month, day=min(anniversary_day, length), microsecond=0)
+
+
+@dataclass
+class Held:
+    backend: Backend
+    tier: str
+    counter: Counter
+    cost: int
+    lapses_ms: int
+
+    def is_live(self, now_ms: int) -> bool:
+        return now_ms < self.lapses_ms
+
+    def is_dead(self, now_ms: int) -> bool:
+        return self.lapses_ms + GRACE_MS <= now_ms
+
+
+@dataclass
+class Account:
+    """One install's row."""
+
+    began: datetime
+    anniversary_day: int
+    last_active: datetime
+    tier_snapshot: str = "core"
+    consumed: dict[Counter, int] = field(default_factory=lambda: {"lifetime": 0, "monthly": 0})
+    on_gemini: dict[Counter, int] = field(default_factory=lambda: {"lifetime": 0, "monthly": 0})
+    extra: str = ""
+    holds: dict[str, Held] = field(default_factory=dict)
+
+    def rolled_over(self, now: datetime) -> "Account":
+        """This row as it stands at that time; a copy."""
+        account = deepcopy(self)
+        while next_renewal(account.began, account.anniversary_day) <= now:
+            account.began = next_renewal(account.began, account.anniversary_day)
+            account.consumed["monthly"] = account.on_gemini["monthly"] = 0
+        return account
+
+    def live(self, now_ms: int) -> list[Held]:
+        return [held for held in self.holds.values() if held.is_live(now_ms)]
+
+    def drop_dead(self, now_ms: int) -> None:
+        self.holds = {hold_id: held for hold_id, held in self.holds.items() if not held.is_dead(now_ms)}
+
+    def debit(self, held: Held, *, backend: Backend, cost: int, now: datetime, tiers: Tiers) -> None:
+        was_lifetime = self.tier_snapshot in tiers and tiers[self.tier_snapshot].counter == "lifetime"
+        counter = held.counter
+        if counter == "monthly" and was_lifetime and self.consumed["monthly"] == self.on_gemini["monthly"] == 0:
+            self.began, self.anniversary_day = now, now.day
+        self.consumed[counter] = min(self.consumed[counter] + cost, MAX_COUNT)
+        if backend == "gemini":
+            self.on_gemini[counter] = min(self.on_gemini[counter] + cost, MAX_COUNT)
+        self.tier_snapshot, self.last_active = held.tier, now
+
+    def fields(self) -> dict[str, str]:
+        """The hash as Redis shows it, without `held`, which only sums up the holds."""
+        fields = {
+            "tier_snapshot": self.tier_snapshot,
+            "lifetime_consumed": str(self.consumed["lifetime"]),
+            "lifetime_gemini_consumed": str(self.on_gemini["lifetime"]),
+            "monthly_consumed": str(self.consumed["monthly"]),
+            "monthly_gemini_consumed": str(self.on_gemini["monthly"]),
+            "last_renewal_at": iso(self.began),
+            "last_active_at": iso(self.last_active),
+            "anniversary_day": str(self.anniversary_day),
+        }
+        if self.extra:
+            fields["extra"] = self.extra
+        for hold_id, held in self.holds.items():
+            words = (held.backend, held.tier, held.counter, str(held.cost), str(held.lapses_ms))
+            fields[f"hold:{hold_id}"] = " ".join(words)
+        return fields
+
+    @classmethod
+    def of(cls, row: Row) -> "Account":
+        return cls(
+            began=parse(row.last_renewal_at),
+            anniversary_day=row.anniversary_day,
+            last_active=parse(row.last_active_at),
+            tier_snapshot=row.tier_snapshot,
+            consumed={"lifetime": row.lifetime_consumed, "monthly": row.monthly_consumed},
+            on_gemini={"lifetime": row.lifetime_gemini_consumed, "monthly": row.monthly_gemini_consumed},
+            extra=row.extra,
+        )
+
+
+class ReferenceLimiter:
+    """The operations of `CreditLimiter`, by the same names; set `now_ms` and `tiers` as the test goes."""
+
+    def __init__(self, tiers: Tiers, *, now_ms: int = 0, hold_ms: int = 600_000) -> None:
+        self.tiers, self.now_ms, self.hold_ms = tiers, now_ms, hold_ms
+        self.rows: dict[str, Account] = {}
+
+    @property
+    def now(self) -> datetime:
+        return moment(self.now_ms)
+
+    def reserve(
+        self, install_id: str, *, tier: str, has_hardware: bool, cost: int = 1, hold_id: str, may_create: bool = True
+    ) -> Decision:
+        limits, account = self.tiers[tier], self._account(install_id)
+        if install_id not in self.rows and not may_create:
+            return self._decision(Status.UNKNOWN_INSTALL, account, limits, hold_id)
+        held = account.holds.get(hold_id)
+        if held and held.is_live(self.now_ms):
+            return self._decision(Status.REPLAY, account, limits, hold_id, backend=held.backend)
+        backend, reason = self._plan(account, limits, cost, has_hardware=has_hardware, in_flight=limits.max_in_flight)
+        if backend:
+            account.drop_dead(self.now_ms)
+            account.holds[hold_id] = Held(backend, tier, limits.counter, cost, self.now_ms + self.hold_ms)
+        self.rows[install_id] = account
+        status = Status.ALLOWED if backend else Status.DENIED
+        return self._decision(status, account, limits, hold_id, backend=backend, reason=reason)
+
+    def commit(
+        self, install_id: str, hold_id: str, *, backend: Backend | None = None, cost: int | None = None
+    ) -> Settlement:
+        account = self._account(install_id)
+        held = account.holds.pop(hold_id, None)
+        if held is None:
+            return Settlement(Status.GONE)
+        backend, cost = backend or held.backend, cost or held.cost
+        account.drop_dead(self.now_ms)
+        account.debit(held, backend=backend, cost=cost, now=self.now, tiers=self.tiers)
+        self.rows[install_id] = account
+        status = Status.COMMITTED if held.is_live(self.now_ms) else Status.LATE
+        return Settlement(status, held.tier, backend, cost)
+
+    def release(self, install_id: str, hold_id: str) -> Status:
+        account = self.rows.get(install_id)
+        if account is None or account.holds.pop(hold_id, None) is None:
+            return Status.GONE
+        account.drop_dead(self.now_ms)
+        return Status.RELEASED
+
+    def debit(
+        self, install_id: str, *, tier: str, has_hardware: bool, cost: int = 1, may_create: bool = True
+    ) -> Decision:
+        limits, account = self.tiers[tier], self._account(install_id)
+        if install_id not in self.rows and not may_create:
+            return self._decision(Status.UNKNOWN_INSTALL, account, limits)
+        backend, reason = self._plan(account, limits, cost, has_hardware=has_hardware, in_flight=None)
+        if backend:
+            wanted = Held(backend, tier, limits.counter, cost, self.now_ms)
+            account.debit(wanted, backend=backend, cost=cost, now=self.now, tiers=self.tiers)
+        self.rows[install_id] = account
+        return self._decision(
+            Status.COMMITTED if backend else Status.DENIED, account, limits, backend=backend, reason=reason
+        )
+
+    def balance(self, install_id: str, *, tier: str) -> Balance:
+        return self._balance(self._account(install_id), self.tiers[tier])
+
+    def put_row(self, row: Row, *, mode: PutMode) -> Status:
+        new, old = Account.of(row), self.rows.get(row.install_id)
+        if old is None:
+            self.rows[row.install_id] = new
+            return Status.CREATED
+        if mode == "merge":
+            self._merge(old, new)
+        new.holds = old.holds
+        if new == old:
+            return Status.SAME
+        if mode == "create":
+            return Status.EXISTS
+        self.rows[row.install_id] = new
+        return Status.MERGED if mode == "merge" else Status.REPLACED
+
+    @staticmethod
+    def _merge(old: Account, new: Account) -> None:
+        for counts, others in ((new.consumed, old.consumed), (new.on_gemini, old.on_gemini)):
+            counts["lifetime"] = max(counts["lifetime"], others["lifetime"])
+            if new.began == old.began:
+                counts["monthly"] = max(counts["monthly"], others["monthly"])
+            elif new.began < old.began:
+                counts["monthly"] = others["monthly"]
+        if old.began >= new.began:
+            new.began, new.anniversary_day = old.began, old.anniversary_day
+        if old.last_active > new.last_active:
+            new.tier_snapshot, new.last_active = old.tier_snapshot, old.last_active
+        new.extra = new.extra or old.extra
+
+    def _account(self, install_id: str) -> Account:
+        account = self.rows.get(install_id) or Account(self.now, self.now.day, self.now)
+        return account.rolled_over(self.now)
+
+    def _plan(
+        self, account: Account, tier: Tier, cost: int, *, has_hardware: bool, in_flight: int | None
+    ) -> tuple[Backend | None, Reason | None]:
+        def left(limit: int | None, used: int) -> float:
+            return math.inf if limit is None else limit - used
+
+        live = account.live(self.now_ms)
+        mine = [held for held in live if held.counter == tier.counter]
+        in_total = left(tier.quota, account.consumed[tier.counter])
+        on_gemini = left(tier.gemini_cap, account.on_gemini[tier.counter])
+        if in_total < cost:
+            return None, Reason.OUT_OF_CREDITS
+        if on_gemini < cost and not has_hardware:
+            return None, Reason.GEMINI_CAP
+        if in_flight is not None and len(live) >= in_flight:
+            return None, Reason.TOO_MANY_IN_FLIGHT
+        if in_total - sum(held.cost for held in mine) < cost:
+            return None, Reason.CREDITS_IN_FLIGHT
+        if on_gemini - sum(held.cost for held in mine if held.backend == "gemini") >= cost:
+            return "gemini", None
+        return ("hardware", None) if has_hardware else (None, Reason.CREDITS_IN_FLIGHT)
+
+    def _decision(
+        self,
+        status: Status,
+        account: Account,
+        tier: Tier,
+        hold_id: str = "",
+        *,
+        backend: Backend | None = None,
+        reason: Reason | None = None,
+    ) -> Decision:
+        return Decision(status, reason, backend, hold_id, self._balance(account, tier))
+
+    def _balance(self, account: Account, tier: Tier) -> Balance:
+        def left(limit: int | None, used: int) -> int | None:
+            return None if limit is None else max(0, limit - used)
+
+        monthly = tier.counter == "monthly"
+        return Balance(
+            tier=tier.name,
+            capped=tier.counter,
+            quota=tier.quota,
+            remaining=left(tier.quota, account.consumed[tier.counter]),
+            gemini_cap=tier.gemini_cap,
+            gemini_remaining=left(tier.gemini_cap, account.on_gemini[tier.counter]),
+            held=sum(held.cost for held in account.live(self.now_ms) if held.counter == tier.counter),
+            began_at=iso(account.began) if monthly else None,
+            renews_ms=epoch_ms(next_renewal(account.began, account.anniversary_day)) if monthly else None,
+            now_ms=self.now_ms,
+        )

@@ -1,0 +1,170 @@
+"""`connect`: which servers it takes, which it refuses and why, and that no error tells a password."""
+
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Address
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from limiter import CreditLimiter, LimiterUnavailable, SettingsError, connect
+from limiter.connection import redacted
+from tests.conftest import TIERS, Closing
+from tests.servers import Server, free_port
+
+MakeServer = Callable[..., Server]
+SERVERS = pytest.mark.parametrize("binary", ["valkey", "redis"])
+
+
+@pytest.mark.parametrize("url", ["", "localhost:6379", "http://localhost", "redis://localhost:port", "redis://[::1"])
+async def test_url_when_it_is_none_then_it_is_a_settings_error_that_says_what_one_looks_like(url: str) -> None:
+    with pytest.raises(SettingsError, match="is no Redis URL: give redis://"):
+        await connect(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "kind"),
+    [("redis+sentinel://h1:26379/mymaster", "Sentinel"), ("redis+cluster://h1:7000,h2:7001", "Cluster")],
+)
+async def test_url_when_of_a_kind_that_is_not_there_yet_then_it_says_so(url: str, kind: str) -> None:
+    with pytest.raises(SettingsError, match=rf"\({kind}\) is not supported yet"):
+        await connect(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://h:1/0", "redis://h:1/0"),
+        ("redis://:secret@h:1/0", "redis://:***@h:1/0"),
+        ("rediss://me:secret@h:1/0?db=2", "rediss://me:***@h:1/0?db=2"),
+        ("redis://:sec/ret@h:1/0", "redis://:***@h:1/0"),
+        ("redis://:sec@ret@h:1/0", "redis://:***@h:1/0"),
+        ("unix:///run/redis.sock?password=secret&db=1", "unix:///run/redis.sock?password=***&db=1"),
+        ("embedded:./data", "embedded:./data"),
+    ],
+)
+def test_url_when_shown_then_without_its_password(url: str, shown: str) -> None:
+    assert redacted(url) == shown
+
+
+@pytest.mark.parametrize("url", ["redis://:sec/ret@127.0.0.1:1", "redis://:secret@127.0.0.1:1", "http://:secret@h"])
+async def test_connect_when_it_fails_then_no_error_tells_the_password(url: str) -> None:
+    with pytest.raises((SettingsError, LimiterUnavailable)) as failed:
+        await connect(url)
+    chain: BaseException | None = failed.value
+    while chain and not failed.value.__suppress_context__:
+        assert "sec" not in str(chain)
+        chain = chain.__cause__
+    assert "sec" not in str(failed.value)
+
+
+async def test_connect_when_nobody_listens_then_it_is_unavailable_and_nothing_was_executed() -> None:
+    with pytest.raises(LimiterUnavailable, match=r"no Redis at redis://127\.0\.0\.1:") as away:
+        await connect(f"redis://127.0.0.1:{free_port()}")
+    assert away.value.executed is False
+
+
+@SERVERS
+async def test_password_when_right_then_it_works_and_when_wrong_or_missing_then_it_is_a_settings_error(
+    own_server: MakeServer, closing: Closing, binary: str
+) -> None:
+    server = own_server(binary)
+    admin = await connect(server.url)
+    closing.push_async_callback(admin.aclose)
+    await admin.config_set("requirepass", "right")
+    place = server.url.removeprefix("redis://")
+    client = await connect(f"redis://:right@{place}")
+    await client.aclose()
+    for login in (":wrong@", "nobody:right@", ""):
+        with pytest.raises(SettingsError, match="refuses this user or password"):
+            await connect(f"redis://{login}{place}")
+
+
+@SERVERS
+async def test_server_when_it_may_evict_rows_then_it_is_refused_unless_that_is_accepted(
+    own_server: MakeServer, closing: Closing, binary: str
+) -> None:
+    server = own_server(binary, "--maxmemory-policy", "allkeys-lru")
+    with pytest.raises(SettingsError, match=r"may evict rows \(maxmemory-policy allkeys-lru\): set it to noeviction"):
+        await connect(server.url)
+    client = await connect(server.url, allow_eviction=True)
+    closing.push_async_callback(client.aclose)
+    assert (await CreditLimiter(client, TIERS).debit("a", tier="core", has_hardware=False)).allowed
+
+
+@SERVERS
+async def test_server_when_it_runs_without_aof_then_a_warning_tells_and_with_it_there_is_none(
+    own_server: MakeServer, closing: Closing, caplog: pytest.LogCaptureFixture, binary: str
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="limiter"):
+        for arguments in ([], ["--appendonly", "no"]):
+            assert not caplog.messages
+            client = await connect(own_server(binary, *arguments).url)
+            closing.push_async_callback(client.aclose)
+    assert [message.partition(" at ")[0] for message in caplog.messages] == ["Redis"]
+    assert "runs without AOF" in caplog.text
+
+
+async def test_server_when_it_is_busy_at_connect_then_it_is_unavailable_in_time(own_server: MakeServer) -> None:
+    server = own_server()
+    server.pause()
+    with pytest.raises(LimiterUnavailable):
+        await connect(server.url, timeout_ms=100)
+
+
+@SERVERS
+async def test_unix_socket_when_given_then_decisions_go_over_it(
+    own_server: MakeServer, closing: Closing, tmp_path: Path, binary: str
+) -> None:
+    path = tmp_path / "redis.sock"
+    own_server(binary, "--unixsocket", str(path))
+    client = await connect(f"unix://{path}")
+    closing.push_async_callback(client.aclose)
+    assert (await CreditLimiter(client, TIERS).debit("a", tier="core", has_hardware=False)).allowed
+
+
+def write_certificate(folder: Path) -> tuple[Path, Path]:
+    """Make a key and a certificate of its own for 127.0.0.1; give the files of both."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    key_file, certificate_file = folder / "key.pem", folder / "certificate.pem"
+    key_file.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    certificate_file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    return key_file, certificate_file
+
+
+async def test_tls_when_the_certificate_is_trusted_then_decisions_go_over_it_and_otherwise_none(
+    own_server: MakeServer, closing: Closing, tmp_path: Path
+) -> None:
+    """Debian's Redis only: the wheel's Valkey is built without TLS."""
+    key, certificate = write_certificate(tmp_path)
+    port = free_port()
+    own_server(
+        "redis",
+        *("--tls-port", str(port), "--tls-cert-file", str(certificate), "--tls-key-file", str(key)),
+        *("--tls-ca-cert-file", str(certificate), "--tls-auth-clients", "no"),
+    )
+    with pytest.raises(LimiterUnavailable, match="certificate verify failed"):
+        await connect(f"rediss://127.0.0.1:{port}/0")
+    client = await connect(f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={certificate}")
+    closing.push_async_callback(client.aclose)
+    assert (await CreditLimiter(client, TIERS).debit("a", tier="core", has_hardware=False)).allowed

@@ -1,0 +1,186 @@
+"""`connect("embedded:FOLDER")`: the first one starts a server, others join it, the last one out stops it."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from limiter import CreditLimiter, LimiterUnavailable, SettingsError, connect, embedded
+from tests.conftest import TIERS, Closing
+
+USER = """
+import asyncio, sys
+from limiter import connect
+
+async def main(folder):
+    redis = await connect("embedded:" + folder)
+    await redis.incr("joined")
+    await redis.expire("joined", 600)
+    print((await redis.info("server"))["process_id"], flush=True)
+    await asyncio.to_thread(sys.stdin.readline)
+    await redis.aclose()
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+
+class User:
+    """Another process that uses the folder's server."""
+
+    def __init__(self, folder: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", USER, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout
+        self.server_pid = int(self.process.stdout.readline())
+
+    def leave(self) -> None:
+        self.process.communicate("\n", timeout=20)
+        assert self.process.returncode == 0
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate(timeout=20)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A data folder, in which no server is left running."""
+    folder = tmp_path / "data"
+    yield folder
+    assert not server_runs(folder)
+
+
+def server_runs(folder: Path) -> bool:
+    return embedded._ping(embedded.socket_path(folder)) is not None
+
+
+def mode_of(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+async def test_embedded_when_the_last_client_leaves_then_the_server_stops_and_keeps_the_rows(folder: Path) -> None:
+    for remaining in (49, 48):
+        client = await connect(f"embedded:{folder}")
+        balance = (await CreditLimiter(client, TIERS).debit("a", tier="core", has_hardware=False)).balance
+        assert balance.remaining == remaining
+        assert server_runs(folder)
+        await client.aclose()
+        assert not server_runs(folder)
+
+
+async def test_embedded_when_a_second_process_joins_then_it_is_the_same_server_until_both_left(folder: Path) -> None:
+    client = await connect(f"embedded:{folder}")
+    user = User(folder)
+    assert user.server_pid == (await client.info("server"))["process_id"]
+    assert await client.get("joined") == b"1"
+    await client.aclose()
+    assert server_runs(folder), "the other one still uses it"
+    user.leave()
+    assert not server_runs(folder)
+
+
+async def test_embedded_when_a_client_has_no_connection_open_then_its_server_is_not_stopped_all_the_same(
+    folder: Path,
+) -> None:
+    client = await connect(f"embedded:{folder}")
+    await client.connection_pool.disconnect()
+    other = await connect(f"embedded:{folder}")
+    await other.aclose()
+    assert await client.ping()
+    await client.aclose()
+
+
+async def test_embedded_when_the_process_that_started_it_is_killed_then_a_new_one_joins_and_stops_it_at_its_end(
+    folder: Path,
+) -> None:
+    starter = User(folder)
+    starter.kill()
+    assert server_runs(folder)
+    client = await connect(f"embedded:{folder}")
+    assert (await client.info("server"))["process_id"] == starter.server_pid
+    await client.aclose()
+
+
+async def test_embedded_when_the_server_itself_is_killed_then_the_next_start_finds_the_rows(
+    folder: Path, closing: Closing
+) -> None:
+    client = await connect(f"embedded:{folder}")
+    closing.push_async_callback(client.aclose)
+    await CreditLimiter(client, TIERS).debit("a", tier="core", has_hardware=False)
+    os.kill((await client.info("server"))["process_id"], signal.SIGKILL)
+    again = await connect(f"embedded:{folder}")
+    closing.push_async_callback(again.aclose)
+    assert (await CreditLimiter(again, TIERS).balance("a", tier="core")).remaining == 49
+    assert (await CreditLimiter(client, TIERS).balance("a", tier="core")).remaining == 49, "the old client goes on too"
+
+
+async def test_embedded_when_the_server_does_not_answer_then_no_second_one_is_started_on_its_files(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "_REPLY_TIMEOUT_S", 0.1)
+    client = await connect(f"embedded:{folder}")
+    server_pid = (await client.info("server"))["process_id"]
+    os.kill(server_pid, signal.SIGSTOP)
+    try:
+        monkeypatch.setattr(embedded, "_START_TIMEOUT_S", 0.2)
+        with pytest.raises(LimiterUnavailable, match="is not ready after 0 s"):
+            await connect(f"embedded:{folder}")
+    finally:
+        monkeypatch.undo()
+        os.kill(server_pid, signal.SIGCONT)
+    assert (await client.info("server"))["process_id"] == server_pid
+    await client.aclose()
+
+
+async def test_embedded_when_many_come_and_go_at_once_then_nobody_meets_a_server_that_is_just_stopping(
+    folder: Path,
+) -> None:
+    async def come_and_go() -> None:
+        for _ in range(5):
+            client = await connect(f"embedded:{folder}")
+            assert await client.ping()
+            await client.aclose()
+
+    await asyncio.gather(*(come_and_go() for _ in range(4)))
+
+
+async def test_embedded_when_the_folder_has_a_long_path_then_its_socket_is_elsewhere(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 100)
+    client = await connect(f"embedded:{folder}")
+    path = embedded.socket_path(folder)
+    assert not path.is_relative_to(folder)
+    assert mode_of(path.parent) == 0o700
+    await client.aclose()
+    assert not server_runs(folder)
+
+
+async def test_embedded_when_the_socket_is_open_then_only_this_user_may_use_it(folder: Path) -> None:
+    client = await connect(f"embedded:{folder}")
+    for path in (folder, embedded.socket_path(folder)):
+        assert mode_of(path) == 0o700
+    await client.aclose()
+
+
+async def test_embedded_when_the_folder_cannot_be_made_then_it_is_a_settings_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SettingsError, match=r"data folder .* cannot be made: Not a directory"):
+        await connect(f"embedded:{tmp_path / 'file' / 'data'}")
+
+
+async def test_embedded_when_its_aof_is_damaged_then_the_error_shows_the_end_of_its_log(folder: Path) -> None:
+    client = await connect(f"embedded:{folder}")
+    await client.set("x", "1", ex=600)
+    await client.aclose()
+    (aof,) = (folder / "appendonlydir").glob("*.incr.aof")
+    aof.write_bytes(b"garbage\r\n" + aof.read_bytes())
+    with pytest.raises(LimiterUnavailable, match=r"did not start on .*: .*(?i:aof)"):
+        await connect(f"embedded:{folder}")
+    with suppress(FileNotFoundError):
+        aof.unlink()

@@ -1,0 +1,198 @@
+"""Licences: what is signed by the operator's key is believed, nothing else."""
+
+import base64
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1
+from cryptography.hazmat.primitives.asymmetric.ec import generate_private_key as generate_ec_key
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from limiter.errors import SettingsError
+from limiter.licence import InvalidLicence, Licences, issue, key_id, make_key, public_key_text, read_key
+
+KEY, OTHER_KEY = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
+PUBLIC_KEY = public_key_text(KEY.public_key())
+DAY_S = 86_400
+
+
+def licence_for(tier: str, key: Ed25519PrivateKey, *, valid_s: int = DAY_S) -> str:
+    return issue(key, tier=tier, subject="someone", valid_s=valid_s)
+
+
+def claims(**more: Any) -> dict[str, Any]:
+    now_s = int(time.time())
+    return {"tier": "pro", "sub": "someone", "iat": now_s, "exp": now_s + DAY_S} | more
+
+
+def signed(payload: dict[str, Any], key: Any = KEY, algorithm: str = "EdDSA", **header: Any) -> str:
+    return jwt.encode(payload, key, algorithm=algorithm, headers=header)
+
+
+def by_hand(header: object, payload: object, signature: bytes = b"") -> str:
+    parts = [json.dumps(header).encode(), json.dumps(payload).encode(), signature]
+    return ".".join(base64.urlsafe_b64encode(part).decode().rstrip("=") for part in parts)
+
+
+@pytest.fixture
+def licences() -> Licences:
+    return Licences([PUBLIC_KEY])
+
+
+def test_licence_when_issued_then_it_says_what_was_asked(licences: Licences) -> None:
+    before_s = int(time.time())
+    licence = licences.check(issue(KEY, tier="pro", subject="alice@example.org", valid_s=DAY_S, installs=3))
+    assert (licence.tier, licence.subject, licence.installs, licence.expired) == ("pro", "alice@example.org", 3, False)
+    assert before_s + DAY_S <= licence.expires_s <= int(time.time()) + DAY_S
+    assert licence.kid == key_id(KEY.public_key())
+
+
+def test_licence_when_expired_then_it_says_so(licences: Licences) -> None:
+    assert licences.check(licence_for("pro", KEY, valid_s=-DAY_S)).expired
+
+
+def test_licence_when_just_expired_then_a_clock_may_be_half_a_minute_off(licences: Licences) -> None:
+    assert not licences.check(licence_for("pro", KEY, valid_s=-20)).expired
+    assert licences.check(licence_for("pro", KEY, valid_s=-31)).expired
+
+
+def test_keys_when_rotated_then_licences_of_both_are_valid() -> None:
+    both = Licences([public_key_text(OTHER_KEY.public_key()), PUBLIC_KEY])
+    assert both.check(licence_for("pro", KEY)).kid == key_id(KEY.public_key())
+    assert both.check(licence_for("max", OTHER_KEY)).tier == "max"
+    with pytest.raises(InvalidLicence):
+        Licences([public_key_text(OTHER_KEY.public_key())]).check(licence_for("pro", KEY))
+
+
+def test_licence_when_it_names_no_kid_then_each_key_is_tried() -> None:
+    both = Licences([public_key_text(OTHER_KEY.public_key()), PUBLIC_KEY])
+    assert both.check(signed(claims())).tier == "pro"
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        pytest.param(signed(claims(), OTHER_KEY), id="another key"),
+        pytest.param(signed(claims(), OTHER_KEY, kid=key_id(KEY.public_key())), id="another key under our kid"),
+        pytest.param(signed(claims(), kid="0123456789abcdef"), id="a kid that is none of ours"),
+        pytest.param(signed(claims(), kid=""), id="an empty kid"),
+        pytest.param(by_hand({"alg": "none"}, claims()), id="alg none"),
+        pytest.param(by_hand({"alg": "None", "kid": key_id(KEY.public_key())}, claims()), id="alg None"),
+        pytest.param(by_hand({"alg": "EdDSA"}, claims()), id="no signature"),
+        pytest.param(by_hand({"alg": "EdDSA"}, claims(), b"\0" * 64), id="a signature of zeros"),
+        pytest.param(signed(claims(), KEY.public_key().public_bytes_raw(), "HS256"), id="HS256 with the public key"),
+        pytest.param(signed(claims(), PUBLIC_KEY.encode(), "HS256"), id="HS256 with the public key's text"),
+        pytest.param(signed(claims(), generate_ec_key(SECP256R1()), "ES256"), id="ES256"),
+        pytest.param(signed(claims(iat=int(time.time()) + 3600)), id="issued in an hour"),
+        pytest.param(signed(claims(nbf=int(time.time()) + 3600)), id="not before an hour"),
+        *(
+            pytest.param(
+                signed({name: value for name, value in claims().items() if name != missing}), id=f"no {missing}"
+            )
+            for missing in ("tier", "sub", "exp", "iat")
+        ),
+        pytest.param(signed(claims(tier=5)), id="tier is a number"),
+        pytest.param(signed(claims(tier=["pro"])), id="tier is a list"),
+        pytest.param(signed(claims(exp="soon")), id="exp is text"),
+        pytest.param(signed(claims(exp=True)), id="exp is true"),
+        pytest.param(signed(claims(iat="now")), id="iat is text"),
+        pytest.param(signed(claims(installs=0)), id="for no installs"),
+        pytest.param(signed(claims(installs=True)), id="for true installs"),
+        pytest.param(signed(claims(installs="3")), id="for installs in text"),
+        pytest.param("", id="nothing"),
+        pytest.param("garbage", id="garbage"),
+        pytest.param("a.b.c", id="three letters"),
+        pytest.param("..", id="two dots"),
+        pytest.param(".".join(["eyJhbGciOiJFZERTQSJ9"] * 5), id="five parts"),
+        pytest.param(by_hand("text", claims()), id="a header that is text"),
+        pytest.param(by_hand({"alg": "EdDSA", "kid": {"a": 1}}, claims()), id="a kid that is an object"),
+        pytest.param(by_hand({"alg": ["EdDSA"]}, claims()), id="an alg that is a list"),
+        pytest.param(
+            base64.urlsafe_b64encode(b'{"a":' + b"[" * 2990).decode() + ".e30.AA", id="a deeply nested header"
+        ),
+        pytest.param("\udcff.\udcfe.a", id="no ASCII"),
+        pytest.param("eyJhbGciOiJFZERTQSJ9.é.a", id="an accent"),
+        pytest.param(signed(claims(more="x" * 4096)), id="too long"),
+    ],
+)
+def test_licence_when_it_is_none_of_ours_then_invalid(licences: Licences, token: str) -> None:
+    with pytest.raises(InvalidLicence):
+        licences.check(token)
+
+
+def test_licence_when_a_claim_is_changed_then_invalid(licences: Licences) -> None:
+    header, payload, signature = licence_for("pro", KEY).split(".")
+    changed = json.loads(base64.urlsafe_b64decode(payload + "==")) | {"tier": "max"}
+    forged = base64.urlsafe_b64encode(json.dumps(changed).encode()).decode().rstrip("=")
+    with pytest.raises(InvalidLicence):
+        licences.check(f"{header}.{forged}.{signature}")
+
+
+def test_licence_when_there_are_no_keys_then_none_is_valid() -> None:
+    with pytest.raises(InvalidLicence):
+        Licences([]).check(licence_for("pro", KEY))
+
+
+def test_error_when_a_licence_is_invalid_then_it_does_not_quote_it(licences: Licences) -> None:
+    token = signed(claims(), OTHER_KEY)
+    with pytest.raises(InvalidLicence) as raised:
+        licences.check(token)
+    assert token[:20] not in str(raised.value)
+
+
+# Keys
+
+
+def test_key_when_made_then_its_owner_alone_reads_it_and_it_is_never_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "key.pem"
+    made = make_key(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert read_key(path).private_bytes_raw() == made.private_bytes_raw()
+    with pytest.raises(SettingsError, match="never overwritten"):
+        make_key(path)
+    assert read_key(path).private_bytes_raw() == made.private_bytes_raw()
+
+
+def test_key_when_the_folder_is_missing_then_settings_error(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="cannot be written"):
+        make_key(tmp_path / "none" / "key.pem")
+    with pytest.raises(SettingsError, match="cannot be read"):
+        read_key(tmp_path / "key.pem")
+
+
+def test_key_when_the_file_is_none_of_ours_then_settings_error(tmp_path: Path) -> None:
+    path = tmp_path / "key.pem"
+    path.write_text("no key")
+    with pytest.raises(SettingsError, match="no private key"):
+        read_key(path)
+    pem = generate_ec_key(SECP256R1()).private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    path.write_bytes(pem)
+    with pytest.raises(SettingsError, match="not an Ed25519 key"):
+        read_key(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "ed25519:", "ed25519:AAAA", "ed25519:" + "é" * 43, PUBLIC_KEY[:-3], PUBLIC_KEY + "AAAA"]
+)
+def test_public_key_when_it_is_none_then_settings_error(text: str) -> None:
+    with pytest.raises(SettingsError, match=r"^licence\.public_keys: "):
+        Licences([text])
+
+
+def test_public_key_when_a_private_one_is_given_then_the_error_does_not_quote_it() -> None:
+    pem = KEY.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    ).decode()
+    secret = pem.splitlines()[1]
+    for text in (pem, secret):
+        with pytest.raises(SettingsError) as raised:
+            Licences([text])
+        assert secret[24:] not in str(raised.value)
+        assert secret[16:32] not in str(raised.value)

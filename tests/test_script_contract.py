@@ -1,0 +1,189 @@
+"""The binding lines at the head of each script are its contract: they are compared with what Python really sends.
+
+And the form that all scripts share, so that each can be read on its own.
+"""
+
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+
+from limiter import CreditLimiter, Row, Status, Tiers, connect
+from limiter.lua_source import compose, script_names
+from tests.conftest import Clock
+from tests.proxy import Proxy, proxy_of
+
+LUA = Path(__file__).parent.parent / "lua"
+NAMES = sorted(path.stem for path in LUA.glob("*.lua"))
+INCLUDES = sorted(path.stem for path in (LUA / "include").glob("*.lua"))
+BINDING = re.compile(
+    r"^local (?P<name>\w+) += (?:(?P<number>tonumber)\()?(?P<table>KEYS|ARGV)\[(?P<index>\d+)\]\)?"
+    r"(?: == \"1\")? +-- (?P<comment>.+)$"
+)
+STATUS = r"\b(?:" + "|".join(Status) + r")\b"
+
+
+@dataclass(frozen=True)
+class Binding:
+    name: str
+    table: str
+    index: int
+    is_number: bool
+    comment: str
+
+
+def bindings(name: str) -> Iterator[Binding]:
+    for line in (LUA / f"{name}.lua").read_text().splitlines():
+        if found := BINDING.match(line):
+            yield Binding(
+                found["name"], found["table"], int(found["index"]), found["number"] is not None, found["comment"]
+            )
+
+
+TIERS = Tiers.from_mapping({"core": {"lifetime": 9}, "pro": {"monthly": 701, "gemini_cap": 702, "max_in_flight": 703}})
+ROW = Row("a", "pro", 11, 12, "2026-05-01T08:00:00.000Z", 14, 15, 16, "2026-05-10T09:30:00.000Z", '{"x":1}')
+PRO = {"tier_name": "pro", "counter": "monthly", "quota": "701", "gemini_cap": "702"}
+NOW = {"now_arg": "1778540577123"}
+CALLS: dict[str, tuple[Callable[[CreditLimiter], Awaitable[object]], dict[str, str]]] = {
+    "reserve": (
+        lambda limiter: limiter.reserve("a", tier="pro", has_hardware=True, cost=704, hold_id="h-1", may_create=False),
+        PRO
+        | NOW
+        | {
+            "hold_id": "h-1",
+            "max_in_flight": "703",
+            "has_hardware": "1",
+            "cost": "704",
+            "hold_ms": "705000",
+            "may_create": "0",
+        },
+    ),
+    "debit": (
+        lambda limiter: limiter.debit("a", tier="pro", has_hardware=False, cost=704, may_create=True),
+        PRO | NOW | {"has_hardware": "0", "cost": "704", "lifetime_tiers": "core", "may_create": "1"},
+    ),
+    "commit": (
+        lambda limiter: limiter.commit("a", "h-1", backend="hardware", cost=704),
+        {"hold_id": "h-1", "used_backend": "hardware", "used_cost": "704", "lifetime_tiers": "core"} | NOW,
+    ),
+    "release": (lambda limiter: limiter.release("a", "h-1"), {"hold_id": "h-1"} | NOW),
+    "balance": (
+        lambda limiter: limiter.balance("a", tier="pro"),
+        {"counter": "monthly", "quota": "701", "gemini_cap": "702"} | NOW,
+    ),
+    "put_row": (
+        lambda limiter: limiter.put_row(ROW, mode="merge"),
+        {
+            "mode": "merge",
+            "tier_snapshot": "pro",
+            "lifetime_consumed": "11",
+            "lifetime_gemini_consumed": "12",
+            "last_renewal_at": "2026-05-01T08:00:00.000Z",
+            "anniversary_day": "14",
+            "monthly_consumed": "15",
+            "monthly_gemini_consumed": "16",
+            "last_active_at": "2026-05-10T09:30:00.000Z",
+            "extra": '{"x":1}',
+        },
+    ),
+}
+
+
+@pytest.fixture
+async def proxy(redis: Redis, redis_url: str) -> AsyncIterator[Proxy]:
+    await redis.ping()
+    async with proxy_of(redis_url) as proxy:
+        yield proxy
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_call_when_it_leaves_python_then_each_argument_is_at_the_place_that_its_binding_names(
+    proxy: Proxy, clock: Clock, name: str
+) -> None:
+    client = await connect(proxy.url)
+    call, wanted = CALLS[name]
+    await call(CreditLimiter(client, TIERS, clock=clock, hold_ms=705_000))
+    await client.aclose()
+    sent = [command for command in proxy.commands if command[:2] == (b"EVALSHA", compose(name).sha.encode())]
+    _, _, key_count, key, *arguments = sent[-1]
+    assert (key_count, key) == (b"1", b"credits:install:a")
+    bound = [binding for binding in bindings(name) if binding.table == "ARGV"]
+    assert [binding.index for binding in bound] == list(range(1, len(arguments) + 1))
+    assert {binding.name: argument.decode() for binding, argument in zip(bound, arguments, strict=True)} == wanted
+
+
+def test_calls_when_listed_then_every_script_is_among_them() -> None:
+    assert sorted(CALLS) == NAMES == script_names()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_binding_when_its_comment_says_int_then_it_is_converted_and_no_other_is(name: str) -> None:
+    for binding in bindings(name):
+        is_clock = binding.name == "now_arg"  # empty means the server's time: include/clock.lua converts it
+        assert binding.is_number == (binding.comment.startswith("int ") and not is_clock), binding
+        if binding.is_number:
+            assert re.match(r"int (>=? 0|1\.\.31)(, \w|; |$)", binding.comment), f"{binding} has no bound"
+        if CALLS[name][1].get(binding.name, "").isdigit() and '"1"' not in binding.comment:
+            assert binding.is_number or is_clock or binding.comment.startswith("1 | 0"), binding
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_script_when_its_bindings_are_over_then_it_names_no_argument_any_more(name: str) -> None:
+    lines = (LUA / f"{name}.lua").read_text().splitlines()
+    bound = [number for number, line in enumerate(lines) if BINDING.match(line)]
+    assert bound == list(range(bound[0], bound[0] + len(bound))), "the bindings stand together"
+    assert [binding.index for binding in bindings(name) if binding.table == "KEYS"] == [1], "one key, one slot"
+    for line in lines[bound[-1] + 1 :] + [line for include in INCLUDES for line in _include(include).splitlines()]:
+        assert "KEYS[" not in line
+        assert "ARGV[" not in line
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_script_when_opened_then_its_head_tells_what_it_does_and_what_it_answers(name: str) -> None:
+    first, *lines = (LUA / f"{name}.lua").read_text().splitlines()
+    assert re.fullmatch(r"#!lua( flags=[a-z-]+)?", first)
+    head = lines[: next(number for number, line in enumerate(lines) if not line.startswith("--"))]
+    assert any(line.startswith("-- Reply: {status") for line in head)
+    stated = set(re.findall(STATUS, "\n".join(head)))
+    answered = set(re.findall(f'"({STATUS})"', "\n".join(lines)))
+    assert stated == answered, "its head and its answers differ"
+    assert stated, "it answers no status"
+
+
+@pytest.mark.parametrize("name", INCLUDES)
+def test_include_when_opened_then_it_is_a_noun_that_gives_one_table_and_includes_nothing(name: str) -> None:
+    text = _include(name)
+    assert re.search(rf"^local {name} = {{}}$", text, re.MULTILINE)
+    assert "--@include" not in text
+    assert re.findall(r"^function (\w+)\.", text, re.MULTILINE) == [name] * len(
+        re.findall(r"^function ", text, re.MULTILINE)
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_includes_when_named_then_they_exist_and_are_used(name: str) -> None:
+    text = (LUA / f"{name}.lua").read_text()
+    included = re.findall(r"^--@include (\w+)$", text, re.MULTILINE)
+    assert set(included) <= set(INCLUDES)
+    composed = compose(name).text
+    assert "--@include" not in composed
+    for include in included:
+        assert f"{include}." in composed.replace(f"function {include}.", ""), f"nothing uses {include}"
+
+
+@pytest.mark.parametrize("name", ["calendar", "plan"])
+def test_include_when_it_is_to_be_pure_then_it_calls_no_redis(name: str) -> None:
+    assert "redis." not in _include(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_script_when_loaded_then_the_server_takes_it_and_knows_it_by_our_sha(redis: Redis, name: str) -> None:
+    script = compose(name)
+    assert await redis.script_load(script.text) == script.sha
+
+
+def _include(name: str) -> str:
+    return (LUA / "include" / f"{name}.lua").read_text()

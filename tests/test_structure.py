@@ -1,0 +1,81 @@
+"""Imports go one way: whoever serves uses the facade, the facade uses scripts and store, and these the values."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "limiter"
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path != PACKAGE / "__init__.py"
+}
+# Whoever is not listed serves: relay, admin, cli, persister and what belongs to them. They import what they like of
+# these, and none of these imports one of them.
+LAYERS = (
+    ("errors", "timestamps", "lua_source", "seen"),
+    ("keys", "model"),
+    ("scripts",),
+    ("store",),
+    ("credit_limiter",),
+)
+# Beside the layers: the way to a server, which knows errors only.
+DOOR = ("embedded", "connection")
+
+
+def imports_of(module: str) -> Iterator[str]:
+    """Give the modules of our own package that a module imports, wherever in it."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} has a relative import"
+            names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+        for name in names:
+            if (inner := name.removeprefix("limiter.")) in MODULES and name != inner:
+                yield inner
+
+
+@pytest.mark.parametrize(("depth", "layer"), list(enumerate(LAYERS)))
+def test_layer_when_it_imports_then_only_from_the_layers_below_it_or_its_own(
+    depth: int, layer: tuple[str, ...]
+) -> None:
+    allowed = {name for below in LAYERS[: depth + 1] for name in below}
+    for module in layer:
+        assert set(imports_of(module)) <= allowed - {module}, f"{module} imports upwards"
+
+
+@pytest.mark.parametrize("module", DOOR)
+def test_door_when_it_imports_then_it_knows_no_rows(module: str) -> None:
+    assert set(imports_of(module)) <= {"errors", "embedded"} - {module}
+
+
+def test_settings_when_they_import_then_they_start_nothing() -> None:
+    assert not {name for name in imports_of("settings") if name.partition(".")[0] in {"relay", "cli"}}
+
+
+def test_relay_when_it_imports_then_it_does_not_know_the_commands() -> None:
+    for module in MODULES:
+        if module.partition(".")[0] != "cli":
+            assert not [name for name in imports_of(module) if name.partition(".")[0] == "cli"], module
+
+
+def test_scripts_when_called_then_only_from_the_core_and_what_moves_rows() -> None:
+    """One door for decisions: whoever serves requests goes through `CreditLimiter`."""
+    for module in MODULES:
+        if module.partition(".")[0] == "relay":
+            assert not {"scripts", "store"} & set(imports_of(module)), module
+
+
+def test_keys_when_spelled_then_in_one_module() -> None:
+    for module, path in MODULES.items():
+        if module != "keys":
+            spelled = [
+                node.value
+                for node in ast.walk(ast.parse(path.read_text()))
+                if isinstance(node, ast.Constant) and isinstance(node.value, str) and ":install:" in node.value
+            ]
+            assert not spelled, f"{module} spells a key"
