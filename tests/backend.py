@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import orjson
 from aiohttp import hdrs, web
 from multidict import CIMultiDict
 
@@ -37,7 +38,7 @@ class Seen:
 
     @property
     def document(self) -> Document:
-        document: Document = json.loads(self.body)
+        document: Document = orjson.loads(self.body)
         return document
 
     def as_dict(self) -> Document:

@@ -7,8 +7,8 @@ import json
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +16,12 @@ import aiohttp
 import pytest
 from aiohttp import web
 from multidict import CIMultiDictProxy
+from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Tiers
+from limiter.licence import Licences
 from limiter.model import Backend as BackendName
+from limiter.relay import create_app
 from limiter.relay.backends import BackendClient
 from limiter.relay.metered import RELAY
 from tests.backend import Document
@@ -166,3 +169,43 @@ def client_of(
 ) -> BackendClient:
     key = GEMINI_KEY if name == "gemini" else HARDWARE_KEY
     return BackendClient(name, url, api_key=key, timeout_s=timeout_s, models=models, **more)
+
+
+@asynccontextmanager
+async def relays_on(redis: Redis) -> AsyncIterator[StartRelay]:
+    """Start relays. Afterwards, when all are drained, no row may hold anything."""
+    async with AsyncExitStack() as stack:
+
+        async def start(
+            *clients: BackendClient,
+            on: CreditLimiter | None = None,
+            tiers: Tiers = RELAY_TIERS,
+            public_keys: Sequence[str] = (),
+            costs: Mapping[str, int] | None = None,
+            **options: Any,
+        ) -> RunningRelay:
+            for client in clients:
+                stack.push_async_callback(client.aclose)
+            limiter = on or CreditLimiter(redis, tiers)
+            app = create_app(
+                limiter,
+                {client.name: client for client in clients},
+                licences=Licences(public_keys),
+                costs={"default": 1, **(costs or {})},
+                **options,
+            )
+            runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=5)
+            await runner.setup()
+            stack.push_async_callback(runner.cleanup)
+            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            connector = aiohttp.TCPConnector(limit=0)
+            session = aiohttp.ClientSession(
+                connector=connector, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar()
+            )
+            stack.push_async_callback(session.close)
+            return RunningRelay(f"http://127.0.0.1:{runner.addresses[0][1]}", limiter, app, runner, session)
+
+        yield start
+    for key in await redis.keys("*:install:*"):
+        held = [name for name in await redis.hkeys(key) if "hold:" in str(name)]
+        assert not held, f"{key!r} was left with {held}"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import orjson
 from aiohttp import hdrs, web
+from aiohttp.http_exceptions import HttpProcessingError
 from multidict import CIMultiDict
 
 from limiter.credit_limiter import CreditLimiter
@@ -24,6 +25,7 @@ from limiter.relay.identity import Identity, identify
 from limiter.relay.settlement import OpenHold, Settlements
 
 _LOG = logging.getLogger("limiter.relay")
+_UPLOAD_S = 300  # a body that dribbles in, or stops for good, ends too
 _WHOLE_BODY = 1 << 20  # an answer up to this size is read whole, so that a broken one can still become an error
 
 
@@ -95,7 +97,13 @@ async def serve_metered(request: web.Request) -> web.StreamResponse:
 async def _read_json(request: web.Request) -> Asked:
     if request.content_type != "application/json":
         fail(415, "unsupported_media_type", "Unsupported media type", "Send the body as application/json.")
-    body = await request.read()
+    try:
+        async with asyncio.timeout(_UPLOAD_S):
+            body = await request.read()
+    except TimeoutError:
+        fail(408, "request_timeout", "Request timeout", f"The body did not come within {_UPLOAD_S} s.")
+    except HttpProcessingError:
+        fail(400, "invalid_body", "Invalid body", "The body cannot be read: its encoding is damaged.")
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as error:
