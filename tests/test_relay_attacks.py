@@ -173,7 +173,7 @@ async def test_packed_body_when_it_is_damaged_or_unknown_then_4xx(
     sized = b"Content-Length: %d" % len(body)
     received = await attacked.raw(request(attacked, b"Content-Encoding: " + encoding, sized, CLOSE, body=body))
     assert_refused(received)
-    assert received.startswith(b"HTTP/1.1 %d " % status), received
+    assert b" %d " % status in received[:16], received
     assert gemini.seen == []
 
 

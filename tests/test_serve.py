@@ -23,11 +23,12 @@ Answer = tuple[int, dict[str, str], dict[str, object]]
 
 @pytest.fixture
 def relays() -> Iterator[list[Relay]]:
-    """What is put in here is killed afterwards, and so is the embedded server that it may leave."""
+    """What is put in here is stopped afterwards, and the last one stops the embedded server."""
     started: list[Relay] = []
     yield started
     for relay in started:
-        relay.kill()
+        if relay.process.poll() is None:
+            relay.stop()
 
 
 def start(relays: list[Relay], cwd: Path, *arguments: str, **settings: str) -> Relay:

@@ -68,11 +68,10 @@ def _document(row: Row, balances: list[Balance]) -> dict[str, object]:
 def _print(row: Row, balances: list[Balance]) -> None:
     for name, value in row.as_dict().items():
         OUT.print(f"{name:<25} {value}", markup=False, soft_wrap=True)
-    table = Table("if it asks as", "credits left", "of them held", "on gemini", "renews at", box=None, pad_edge=False)
+    table = Table("asking as", "credits left", "held", "on gemini", "renews at", box=None, pad_edge=False)
     for balance in balances:
-        star = " (its last tier)" if balance.tier == row.tier_snapshot else ""
         table.add_row(
-            balance.tier + star,
+            balance.tier,
             _count(balance.remaining, balance.quota),
             str(balance.held),
             _count(balance.gemini_remaining, balance.gemini_cap),

@@ -102,7 +102,7 @@ async def _read_json(request: web.Request) -> Asked:
             body = await request.read()
     except TimeoutError:
         fail(408, "request_timeout", "Request timeout", f"The body did not come within {_UPLOAD_S} s.")
-    except HttpProcessingError:
+    except (web.RequestPayloadError, HttpProcessingError):
         fail(400, "invalid_body", "Invalid body", "The body cannot be read: its encoding is damaged.")
     try:
         document = orjson.loads(body)
