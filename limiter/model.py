@@ -155,10 +155,10 @@ class Balance:
 
     @property
     def period_s(self) -> int | None:
-        """The length of the billing period in seconds; None for a lifetime quota."""
+        """The length of the billing period in seconds, rounded up; None for a lifetime quota."""
         if self.renews_ms is None or self.began_at is None:
             return None
-        return (self.renews_ms - ms_from_iso(self.began_at)) // 1000
+        return -((ms_from_iso(self.began_at) - self.renews_ms) // 1000)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,20 +4,24 @@ Unknown keys are errors that name the nearest known one. Secrets are shown as `*
 """
 
 import difflib
+import json
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic_core import PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
+    EnvSettingsSource,
     InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
+from pydantic_settings import SettingsError as NoJsonError
 
 from limiter.connection import redacted
 from limiter.errors import SettingsError
@@ -35,6 +39,17 @@ DEFAULT_TIERS: Values = {
 }
 
 
+def _no_flag(value: object) -> object:
+    """Refuse true and false, which pydantic would take for 1 and 0."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("no_number", "Input should be a number, not true or false")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_no_flag)]
+Seconds = Annotated[float, BeforeValidator(_no_flag)]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
@@ -44,7 +59,7 @@ class RedisSettings(_Section):
 
     url: str = Field(default="embedded:./data", repr=False)
     prefix: str = "credits"
-    timeout_ms: int = Field(default=1000, ge=10, le=60_000)
+    timeout_ms: Whole = Field(default=1000, ge=10, le=60_000)
     allow_eviction: bool = False
 
 
@@ -52,26 +67,26 @@ class RelaySettings(_Section):
     """[relay]."""
 
     host: str = "127.0.0.1"
-    port: int = Field(default=8080, ge=0, le=65_535)
-    body_limit_mb: int = Field(default=32, ge=1, le=4096)
-    hold_s: int = Field(default=600, ge=1, le=86_400)
-    drain_s: int = Field(default=30, ge=0, le=3600)
+    port: Whole = Field(default=8080, ge=0, le=65_535)
+    body_limit_mb: Whole = Field(default=32, ge=1, le=4096)
+    hold_s: Whole = Field(default=600, ge=1, le=86_400)
+    drain_s: Whole = Field(default=30, ge=0, le=3600)
 
 
 class GeminiSettings(_Section):
     """[backends.gemini]. It is on when `api_key` is set."""
 
-    url: str = "https://generativelanguage.googleapis.com/v1beta/openai"
+    url: str = Field(default="https://generativelanguage.googleapis.com/v1beta/openai", repr=False)
     api_key: SecretStr = SecretStr("")
-    timeout_s: float = Field(default=120, gt=0, le=3600)
+    timeout_s: Seconds = Field(default=120, gt=0, le=3600)
 
 
 class HardwareSettings(_Section):
     """[backends.hardware]. It is on when `url` is set."""
 
-    url: str = ""
+    url: str = Field(default="", repr=False)
     api_key: SecretStr = SecretStr("")
-    timeout_s: float = Field(default=300, gt=0, le=3600)
+    timeout_s: Seconds = Field(default=300, gt=0, le=3600)
 
 
 class BackendsSettings(_Section):
@@ -98,16 +113,16 @@ class PersisterSettings(_Section):
     """[persister]. It is off when `file` is empty."""
 
     file: str = "./data/credits.json"
-    interval_s: float = Field(default=60, ge=0.1, le=86_400)
+    interval_s: Seconds = Field(default=60, ge=0.1, le=86_400)
 
 
 class TierSettings(_Section):
     """One table of [tiers]."""
 
-    lifetime: int | None = None
-    monthly: int | None = None
-    gemini_cap: int | None = None
-    max_in_flight: int | None = None
+    lifetime: Whole | None = None
+    monthly: Whole | None = None
+    gemini_cap: Whole | None = None
+    max_in_flight: Whole | None = None
 
 
 class Settings(BaseSettings):
@@ -126,7 +141,7 @@ class Settings(BaseSettings):
     tiers: dict[str, TierSettings] = {}
     backends: BackendsSettings = BackendsSettings()
     models: dict[str, ModelNames] = {}
-    costs: dict[str, int] = {}
+    costs: dict[str, Whole] = {}
     licence: LicenceSettings = LicenceSettings()
     persister: PersisterSettings = PersisterSettings()
 
@@ -157,6 +172,10 @@ class Settings(BaseSettings):
         )
 
 
+_NAMED_TABLES: dict[str, type[BaseModel]] = {"tiers": TierSettings, "models": ModelNames}
+_STRUCTURED = ("licence.public_keys",)  # what the environment gives as JSON
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """One setting as `limiter config` shows it; a secret's value is already masked."""
@@ -181,8 +200,11 @@ def load_settings(file: Path | None = None, command_line: Values | None = None) 
         settings = Settings(**values)
         settings.limits()
         _check_costs(settings)
+        _check_hold(settings)
     except ValidationError as error:
         raise SettingsError(_explain(error, path)) from None
+    except NoJsonError:
+        raise SettingsError(f"the environment's {_no_json()} is no JSON, as a list or a table must be there") from None
     return settings, list(_origins(settings, document, given, path))
 
 
@@ -217,10 +239,32 @@ def _check_environment() -> None:
             raise SettingsError(f"the environment's {name} is no setting{_nearest(name, known)}")
 
 
+def _no_json() -> str:
+    """Give the variable that pydantic-settings could not read; its own error names the section only."""
+    for name in sorted(os.environ):
+        field = name.upper().removeprefix(_PREFIX).lower().replace("__", ".")
+        if name.upper().startswith(_PREFIX) and field in (*_STRUCTURED, *_known_sections()):
+            try:
+                json.loads(os.environ[name])
+            except ValueError:
+                return name
+    return f"{_PREFIX}*"
+
+
 def _check_costs(settings: Settings) -> None:
     for name, cost in settings.costs.items():
         if not 1 <= cost <= MAX_COST:
             raise SettingsError(f"costs.{name} is {cost}, want an integer from 1 to {MAX_COST} credits")
+
+
+def _check_hold(settings: Settings) -> None:
+    """Refuse holds that lapse while a backend still works: their credits would be spent twice."""
+    longest_s = settings.backends.gemini.timeout_s + settings.backends.hardware.timeout_s
+    if settings.relay.hold_s <= longest_s:
+        raise SettingsError(
+            f"relay.hold_s is {settings.relay.hold_s}, want more than {longest_s:g}: "
+            "what backends.gemini.timeout_s and backends.hardware.timeout_s are together"
+        )
 
 
 def _explain(error: ValidationError, path: Path) -> str:
@@ -228,9 +272,10 @@ def _explain(error: ValidationError, path: Path) -> str:
     problem = error.errors(include_input=False, include_url=False)[0]
     name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        known = _known_names()
-        if name.startswith("tiers."):
-            known = [f"{name.rpartition('.')[0]}.{limit}" for limit in TierSettings.model_fields]
+        known = [*_known_names(), *_known_sections()]
+        table = _NAMED_TABLES.get(name.partition(".")[0])
+        if table and name.count(".") > 1:
+            known = [f"{name.rpartition('.')[0]}.{key}" for key in table.model_fields]
         return f"{name} is no setting{_nearest(name, known)} (looked in {path} and {_PREFIX}*)"
     return f"setting {name}: {problem['msg'][0].lower()}{problem['msg'][1:]} (looked in {path} and {_PREFIX}*)"
 
@@ -238,6 +283,15 @@ def _explain(error: ValidationError, path: Path) -> str:
 def _nearest(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else f": known are {', '.join(sorted(known))}"
+
+
+def _known_sections(model: type[BaseModel] = Settings, prefix: str = "") -> list[str]:
+    names: list[str] = []
+    for name, info in model.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            names += [prefix + name, *_known_sections(kind, f"{prefix}{name}.")]
+    return names
 
 
 def _known_names(model: type[BaseModel] = Settings, prefix: str = "") -> list[str]:
@@ -252,18 +306,28 @@ def _known_names(model: type[BaseModel] = Settings, prefix: str = "") -> list[st
 
 
 def _origins(settings: Settings, document: Values, given: Values, path: Path) -> Iterator[Setting]:
-    in_file, on_line = dict(_flat(document)), dict(_flat(given))
-    environment = {name.lower(): name for name in os.environ if name.startswith(_PREFIX)}
+    in_file, on_line, in_environment = (
+        dict(_flat(document)),
+        dict(_flat(given)),
+        dict(_flat(EnvSettingsSource(Settings)())),
+    )
     for name, value in _flat(settings.model_dump()):
-        variable = environment.get(f"{_PREFIX}{name.replace('.', '__')}".lower())
         origin = "default"
         if name in on_line:
             origin = "command line"
-        elif variable is not None:
-            origin = variable
+        elif name in in_environment:
+            origin = _variable(name)
         elif name in in_file:
             origin = str(path)
         yield Setting(name, _shown(name, value), origin)
+
+
+def _variable(name: str) -> str:
+    """Give the environment's variable that holds a setting, by itself or inside its table's JSON."""
+    variables = {variable.upper(): variable for variable in os.environ}
+    parts = name.upper().split(".")
+    spellings = (_PREFIX + "__".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return next((variables[spelling] for spelling in spellings if spelling in variables), f"{_PREFIX}*")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -277,4 +341,4 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def _shown(name: str, value: object) -> str:
     if isinstance(value, SecretStr):
         return "***" if value.get_secret_value() else ""
-    return redacted(str(value)) if name == "redis.url" else str(value)
+    return redacted(str(value)) if name.endswith(".url") else str(value)

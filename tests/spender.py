@@ -47,7 +47,8 @@ async def main(url: str, install_id: str, tier: str, limits: str, has_hardware: 
         spend(limiter, install_id, tier=tier, has_hardware=has_hardware == "1", give_back=float(give_back))
         for _ in range(TASKS)
     ]
-    sys.stdout.write(json.dumps(sum(await asyncio.gather(*tasks), Counter())))
+    async with asyncio.timeout(30):  # a credit that is held for ever would be waited for as long
+        sys.stdout.write(json.dumps(sum(await asyncio.gather(*tasks), Counter())))
     await redis.aclose()
 
 

@@ -67,9 +67,11 @@ async def test_row_when_it_has_no_anniversary_day_then_the_first_decision_stores
     clock.now_ms = 1_769_857_200_000  # 2026-01-31T11:00:00Z
     await limiter.debit("a", tier="pro", has_hardware=False)
     await redis.hdel("credits:install:a", "anniversary_day")
+    await limiter.reserve("a", tier="pro", has_hardware=False)
+    assert (await fields_of(redis, "a"))["anniversary_day"] == "31"
     clock.now_ms += 28 * DAY_MS
     await limiter.debit("a", tier="pro", has_hardware=False)
-    assert (await fields_of(redis, "a"))["anniversary_day"] == "31"
+    assert (await fields_of(redis, "a"))["last_renewal_at"] == "2026-02-28T11:00:00.000Z"
     assert (await limiter.balance("a", tier="pro")).renews_at == "2026-03-31T11:00:00.000Z"
 
 

@@ -180,7 +180,12 @@ async def test_many_clients_at_once_on_two_relays_get_exactly_the_quota(
 async def test_kill_9_in_mid_request_gives_the_credit_back_when_the_hold_lapses(
     redis: Redis, relays: Any, clients: Any
 ) -> None:
-    relay = relays(LIMITER_RELAY__HOLD_S="2", LIMITER_TIERS__CORE__LIFETIME="1")
+    relay = relays(
+        LIMITER_RELAY__HOLD_S="3",
+        LIMITER_BACKENDS__GEMINI__TIMEOUT_S="1",
+        LIMITER_BACKENDS__HARDWARE__TIMEOUT_S="1.5",
+        LIMITER_TIERS__CORE__LIFETIME="1",
+    )
     other = relays(LIMITER_TIERS__CORE__LIFETIME="1")
     client = clients(relay, FRESH).with_options(max_retries=0)
     asking = asyncio.ensure_future(client.chat.completions.create(model="hang", messages=MESSAGES))

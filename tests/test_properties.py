@@ -151,6 +151,12 @@ class Credits(RuleBasedStateMachine):
         else:
             self.debited[install, before[f"hold:{hold_id}"].split()[2]] = answer.cost
 
+    @rule(install=installs, number=st.integers(0, 5), backend=st.one_of(st.none(), backends))
+    def commit_one_that_is_there(self, install: str, number: int, backend: Backend | None) -> None:
+        account = self.reference.rows.get(install)
+        there = sorted(account.holds) if account else []
+        self.commit(install, there[number % len(there)] if there else HOLD_IDS[0], backend=backend, cost=None)
+
     @rule(install=installs, hold_id=hold_ids)
     def release(self, install: str, hold_id: str) -> None:
         before = self.stored(install)

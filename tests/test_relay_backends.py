@@ -1,9 +1,13 @@
 """A backend's own settings: what cannot be used is told before the first request, and never quotes a secret."""
 
+import gc
+
 import pytest
 
 from limiter.errors import SettingsError
 from limiter.relay.backends import BackendClient
+from limiter.relay.serving import open_backends
+from limiter.settings import load_settings
 from tests.backend import Backend
 
 pytest_plugins = ["tests.relay_fixtures"]
@@ -37,3 +41,18 @@ async def test_backend_when_it_has_a_password_and_a_key_then_settings_error() ->
     with pytest.raises(SettingsError, match="give one of them") as raised:
         BackendClient("hardware", "http://user:pass-word@host/v1", timeout_s=1, api_key="key")
     assert "pass-word" not in str(raised.value)
+
+
+async def test_backends_when_one_is_refused_then_the_other_is_closed() -> None:
+    settings = load_settings(None, {"backends": {"gemini": {"api_key": "key"}, "hardware": {"url": "localhost:8000"}}})
+    with pytest.raises(SettingsError, match=r"^backends\.hardware\.url "):
+        async with open_backends(settings[0]):
+            pass
+    gc.collect()  # a session that was left open would warn now
+
+
+async def test_backends_when_none_is_set_then_the_echo_answers_as_both() -> None:
+    async with open_backends(load_settings(None, {})[0]) as clients:
+        assert {name: client.label for name, client in clients.items()} == {"gemini": "echo", "hardware": "echo"}
+        async with clients["gemini"].send("embeddings", {}, b'{"model": "m", "input": "text"}') as upstream:
+            assert upstream.status == 200

@@ -142,6 +142,23 @@ async def test_shutdown_when_a_request_runs_then_it_is_finished_and_settled(away
     assert await away.relay.spent() == (1, 1)
 
 
+async def test_shutdown_when_it_is_to_wait_for_nothing_then_what_was_served_is_settled_all_the_same(
+    own_server: Callable[..., Server],
+) -> None:
+    async with running_backend() as gemini:
+        redis = await connect(own_server().url)
+        async with relays_on(redis) as start:
+            relay = await start(client_of("gemini", gemini.url), drain_s=0)
+            asking = asyncio.ensure_future(relay.ask("wait"))
+            await gemini.arrived.wait()
+            await redis.client_pause(300)
+            gemini.go_on.set()
+            assert (await asking).status == 200
+            await relay.runner.cleanup()
+            assert await relay.spent() == (1, 1)
+        await redis.aclose()
+
+
 async def test_shutdown_when_redis_is_away_then_the_commit_is_waited_for(away: Away) -> None:
     asking = asyncio.ensure_future(away.relay.ask("wait"))
     await away.gemini.arrived.wait()

@@ -72,28 +72,35 @@ async def open_backends(settings: Settings) -> AsyncIterator[dict[Backend, Backe
     gemini, hardware = settings.backends.gemini, settings.backends.hardware
     async with AsyncExitStack() as stack:
         clients: dict[Backend, BackendClient] = {}
+
+        def keep(client: BackendClient) -> None:
+            stack.push_async_callback(client.aclose)  # at once: the next one's settings may be refused
+            clients[client.name] = client
+
         if is_echo(settings):
             url = await stack.enter_async_context(echo_server())
-            clients["gemini"] = BackendClient("gemini", url, label="echo", timeout_s=gemini.timeout_s)
-            clients["hardware"] = BackendClient("hardware", url, label="echo", timeout_s=hardware.timeout_s)
+            keep(BackendClient("gemini", url, label="echo", timeout_s=gemini.timeout_s))
+            keep(BackendClient("hardware", url, label="echo", timeout_s=hardware.timeout_s))
         if gemini.api_key.get_secret_value():
-            clients["gemini"] = BackendClient(
-                "gemini",
-                gemini.url,
-                api_key=gemini.api_key.get_secret_value(),
-                timeout_s=gemini.timeout_s,
-                models={name: to.gemini for name, to in settings.models.items() if to.gemini},
+            keep(
+                BackendClient(
+                    "gemini",
+                    gemini.url,
+                    api_key=gemini.api_key.get_secret_value(),
+                    timeout_s=gemini.timeout_s,
+                    models={name: to.gemini for name, to in settings.models.items() if to.gemini},
+                )
             )
         if hardware.url:
-            clients["hardware"] = BackendClient(
-                "hardware",
-                hardware.url,
-                api_key=hardware.api_key.get_secret_value(),
-                timeout_s=hardware.timeout_s,
-                models={name: to.hardware for name, to in settings.models.items() if to.hardware},
+            keep(
+                BackendClient(
+                    "hardware",
+                    hardware.url,
+                    api_key=hardware.api_key.get_secret_value(),
+                    timeout_s=hardware.timeout_s,
+                    models={name: to.hardware for name, to in settings.models.items() if to.hardware},
+                )
             )
-        for client in clients.values():
-            stack.push_async_callback(client.aclose)
         yield clients
 
 

@@ -12,6 +12,7 @@ from limiter.model import Backend, Decision
 _LOG = logging.getLogger("limiter.relay")
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 2.0
+_LEAST_DRAIN_S = 2.0  # "do not wait for requests" must not lose the commits of those that were served
 _MOST_UNDOS = 256  # at once: each keeps asking a Redis that is away
 
 
@@ -28,7 +29,7 @@ class Settlements:
 
     def start(self, what: str, settle: Callable[[], Awaitable[object]]) -> None:
         """Settle in the background, repeated while Redis is away until the hold lapses."""
-        task = asyncio.get_running_loop().create_task(self._until_settled(what, settle))
+        task = asyncio.get_running_loop().create_task(self._until_settled(what, settle), name=what)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -45,7 +46,7 @@ class Settlements:
     async def drain(self, within_s: float) -> None:
         """Wait for what is under way; what remains is given up and logged: its holds lapse by themselves."""
         if self._tasks:
-            _, left = await asyncio.wait(self._tasks, timeout=within_s)
+            _, left = await asyncio.wait(self._tasks, timeout=max(within_s, _LEAST_DRAIN_S))
             for task in left:
                 _LOG.error("gave up at shutdown: %s", task.get_name())
                 task.cancel()
