@@ -3,14 +3,16 @@
 import asyncio
 import logging
 import re
+from typing import Any
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, RedisError
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from limiter import embedded
-from limiter.errors import LimiterUnavailable, SettingsError
+from limiter.errors import LimiterError, LimiterUnavailable, SettingsError
 
 _LOG = logging.getLogger("limiter")
 _LATER = {"redis+sentinel": "Sentinel", "redis+cluster": "Cluster"}
@@ -62,8 +64,26 @@ class _EmbeddedRedis(Redis):
     def __init__(self, seat: embedded.Seat, pool: BlockingConnectionPool) -> None:
         super().__init__(connection_pool=pool)
         self._seat = seat
+        self._reviving: asyncio.Task[None] | None = None
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        """Run a command; when nobody answers, see to it that somebody does the next time."""
+        try:
+            return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]  # redis-py 8.1
+        except RedisConnectionError:
+            if self._reviving is None or self._reviving.done():
+                self._reviving = asyncio.create_task(self._revive())
+            raise
+
+    async def _revive(self) -> None:
+        try:
+            await asyncio.to_thread(embedded.revive, self._seat)
+        except (LimiterError, OSError) as error:
+            _LOG.error("the embedded server is gone: %s", error)
 
     async def aclose(self, close_connection_pool: bool | None = None) -> None:
+        if self._reviving is not None:
+            await self._reviving
         await super().aclose(close_connection_pool)
         await self.connection_pool.aclose()
         await asyncio.to_thread(embedded.stop_if_last, self._seat)

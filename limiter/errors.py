@@ -12,9 +12,10 @@ class LimiterUnavailable(LimiterError):  # noqa: N818  the field's word for it; 
     `debit` only when `executed` is False.
     """
 
-    def __init__(self, message: str, *, executed: bool | None = None) -> None:
+    def __init__(self, message: str, *, executed: bool | None = None, hold_id: str | None = None) -> None:
         super().__init__(message)
         self.executed = executed
+        self.hold_id = hold_id  # of a reserve, also when it was made there
 
 
 class UnknownTier(LimiterError):  # noqa: N818  named in the public interface

@@ -23,6 +23,7 @@ _PREFIX = "ed25519:"
 _ALGORITHM = "EdDSA"
 _LEEWAY_S = 30  # clocks of the issuer and of the relays may differ by this much
 _MAX_TOKEN = 4096
+_LAST_S = 253_402_300_799  # the last second of the year 9999
 
 
 class InvalidLicence(LimiterError):  # noqa: N818  names the thing, as UnknownTier does
@@ -88,6 +89,8 @@ def _licence(claims: dict[str, object], kid: str) -> Licence:
         raise InvalidLicence("the licence is not valid: tier and sub must be text, exp a whole number")
     if installs is not None and (not _is_integer(installs) or installs < 1):
         raise InvalidLicence("the licence is not valid: installs must be a whole number above 0")
+    if not 0 <= expires_s <= _LAST_S:
+        raise InvalidLicence("the licence is not valid: its exp is no date")
     return Licence(tier, subject, expires_s, installs, kid, expired=expires_s + _LEEWAY_S <= time.time())
 
 

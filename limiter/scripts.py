@@ -10,6 +10,7 @@ from redis.asyncio import Redis
 from redis.exceptions import (
     BusyLoadingError,
     ClusterDownError,
+    DataError,
     MasterDownError,
     NoScriptError,
     OutOfMemoryError,
@@ -190,6 +191,8 @@ def mapped(error: Exception, row_key: str) -> Exception:  # noqa: PLR0911  a tab
         return LimiterUnavailable(f"Redis cannot do this now: {text}", executed=False)
     if isinstance(error, RedisTimeoutError | TimeoutError):
         return LimiterUnavailable("Redis did not answer in time: the outcome is unknown")
+    if isinstance(error, DataError):
+        return ScriptContractError(f"an argument cannot be sent to Redis: {text}")
     if isinstance(error, RedisConnectionError | OSError):
         return LimiterUnavailable(f"Redis is not reachable: {text}")
     if text.startswith("BADROW "):

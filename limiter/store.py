@@ -1,7 +1,9 @@
 """Rows as Redis holds them: decoding one hash, reading them all. Reading only; `put_row` writes."""
 
+import json
 import re
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
 from typing import cast
 
 from redis.asyncio import Redis
@@ -70,57 +72,70 @@ def _row_or_error(keys: Keys, key: str, fields: "Fields | Exception") -> Row | B
 def decode_row(keys: Keys, key: str, fields: Fields) -> Row:
     """Read a row's fields. Raises BrokenRow, which names key and field."""
     text = {name.decode(errors="replace"): value.decode(errors="replace") for name, value in fields.items()}
+    stored = _Stored(key, text)
+    began = stored.time("last_renewal_at")
+    return Row(
+        install_id=keys.install_id(key),
+        tier_snapshot=text.get("tier_snapshot", CORE),
+        lifetime_consumed=stored.counter("lifetime_consumed"),
+        lifetime_gemini_consumed=stored.counter("lifetime_gemini_consumed"),
+        last_renewal_at=began,
+        anniversary_day=stored.day("anniversary_day", str(int(began[8:10]))),
+        monthly_consumed=stored.counter("monthly_consumed"),
+        monthly_gemini_consumed=stored.counter("monthly_gemini_consumed"),
+        last_active_at=stored.time("last_active_at", began),
+        extra=stored.members("extra"),
+        holds=tuple(stored.hold(name) for name in text if name.startswith("hold:")),
+    )
 
-    def broken(name: str, want: str) -> BrokenRow:
-        return BrokenRow(key, f"field {name} is {text.get(name, '')[:80]!r}, want {want}")
 
-    def counter(name: str) -> int:
-        value = text.get(name, "0")
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """The fields of one row, as text. Each method reads one of them, or raises BrokenRow."""
+
+    key: str
+    text: Mapping[str, str]
+
+    def counter(self, name: str) -> int:
+        value = self.text.get(name, "0")
         if not (_INTEGER.fullmatch(value) and int(value) <= MAX_COUNT):
-            raise broken(name, "an integer from 0 to 2^53 - 1")
+            raise self._broken(name, "an integer from 0 to 2^53 - 1")
         return int(value)
 
-    def time(name: str, default: str = "") -> str:
-        value = text.get(name, default)
+    def time(self, name: str, default: str = "") -> str:
+        value = self.text.get(name, default)
         try:
             if is_canonical(value) and ms_from_iso(value) is not None:
                 return value
         except ValueError:
             pass
-        raise broken(name, "a time like 2026-05-11T23:02:57.123Z")
+        raise self._broken(name, "a time like 2026-05-11T23:02:57.123Z")
 
-    began = time("last_renewal_at")
-    day = text.get("anniversary_day", str(int(began[8:10])))
-    if not (_INTEGER.fullmatch(day) and int(day) in _DAYS):
-        raise broken("anniversary_day", "an integer from 1 to 31")
-    holds = (
-        _hold(name, value) or broken(name, "text like 'gemini pro monthly 1 1780000000000'")
-        for name, value in text.items()
-        if name.startswith("hold:")
-    )
-    live: list[HeldCredits] = []
-    for hold in holds:
-        if isinstance(hold, BrokenRow):
-            raise hold
-        live.append(hold)
-    return Row(
-        install_id=keys.install_id(key),
-        tier_snapshot=text.get("tier_snapshot", CORE),
-        lifetime_consumed=counter("lifetime_consumed"),
-        lifetime_gemini_consumed=counter("lifetime_gemini_consumed"),
-        last_renewal_at=began,
-        anniversary_day=int(day),
-        monthly_consumed=counter("monthly_consumed"),
-        monthly_gemini_consumed=counter("monthly_gemini_consumed"),
-        last_active_at=time("last_active_at", began),
-        extra=text.get("extra", ""),
-        holds=tuple(live),
-    )
+    def day(self, name: str, default: str) -> int:
+        value = self.text.get(name, default)
+        if not (_INTEGER.fullmatch(value) and int(value) in _DAYS):
+            raise self._broken(name, "an integer from 1 to 31")
+        return int(value)
+
+    def members(self, name: str) -> str:
+        value = self.text.get(name, "")
+        if value and not _is_object(value):
+            raise self._broken(name, "a JSON object")
+        return value
+
+    def hold(self, name: str) -> HeldCredits:
+        parts = _HOLD.fullmatch(self.text[name])
+        if parts is None:
+            raise self._broken(name, "text like 'gemini pro monthly 1 1780000000000'")
+        backend, tier, counter, cost, lapses_ms = parts.groups()
+        return HeldCredits(name.removeprefix("hold:"), backend, tier, counter, int(cost), int(lapses_ms))
+
+    def _broken(self, name: str, want: str) -> BrokenRow:
+        return BrokenRow(self.key, f"field {name} is {self.text.get(name, '')[:80]!r}, want {want}")
 
 
-def _hold(name: str, value: str) -> HeldCredits | None:
-    words = _HOLD.fullmatch(value)
-    if words is None:
-        return None
-    backend, tier, counter, cost, lapses_ms = words.groups()
-    return HeldCredits(name.removeprefix("hold:"), backend, tier, counter, int(cost), int(lapses_ms))
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False

@@ -15,8 +15,8 @@ local now_arg        = ARGV[5]            -- int, epoch milliseconds; "" for the
 --@include debit
 --@include holds
 
-if hold_id == "" or (used_cost and used_cost <= 0) then
-  return redis.error_reply("BADARG commit wants a hold id, and a cost above 0 or none")
+if hold_id == "" or (used_cost and (used_cost <= 0 or used_cost % 1 ~= 0)) then
+  return redis.error_reply("BADARG commit wants a hold id, and a whole cost above 0 or none")
 end
 local now_ms, hold_field = clock.now_ms(now_arg), "hold:" .. hold_id
 local r, broken = row.read(row_key, hold_field, now_ms)

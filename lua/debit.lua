@@ -21,7 +21,7 @@ local now_arg        = ARGV[9]            -- int, epoch milliseconds; "" for the
 --@include holds
 --@include plan
 
-if not (cost and cost > 0) then return redis.error_reply("BADARG debit wants a cost above 0") end
+if not (cost and cost > 0 and cost % 1 == 0) then return redis.error_reply("BADARG debit wants a whole cost above 0") end
 local now_ms = clock.now_ms(now_arg)
 local r, broken = row.read(row_key, "hold:", now_ms)
 if broken then return broken end

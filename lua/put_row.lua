@@ -46,7 +46,7 @@ elseif verb == "merge" then
   elseif r.last_renewal_at > last_renewal_at then
     new[4], new[5], new[6], new[7] = r.last_renewal_at, r.anniversary_day, r.monthly_consumed, r.monthly_gemini_consumed
   end
-  if (old[8] or "") > last_active_at then new[1], new[8] = r.tier_snapshot, old[8] end
+  if calendar.period(old[8] or "", 1, 0) and old[8] > last_active_at then new[1], new[8] = r.tier_snapshot, old[8] end
   if extra == "" then new[9] = old[9] or "" end
 end
 

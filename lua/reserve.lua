@@ -22,8 +22,8 @@ local now_arg       = ARGV[11]           -- int, epoch milliseconds; "" for the 
 --@include holds
 --@include plan
 
-if hold_id == "" or not (cost and cost > 0 and hold_ms and hold_ms > 0) then
-  return redis.error_reply("BADARG reserve wants a hold id, and a cost and a hold time above 0")
+if hold_id == "" or not (cost and cost > 0 and cost % 1 == 0 and hold_ms and hold_ms > 0) then
+  return redis.error_reply("BADARG reserve wants a hold id, and a whole cost and a hold time above 0")
 end
 local now_ms, hold_field = clock.now_ms(now_arg), "hold:" .. hold_id
 local r, broken = row.read(row_key, hold_field, now_ms)

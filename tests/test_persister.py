@@ -111,7 +111,7 @@ async def test_dump_when_rows_are_broken_then_the_others_are_written_and_the_bro
     assert set(told) == {f"credits:install:{name}" for name in ("counter", "tier", "extra", "string")}
     assert "field monthly_consumed is 'lots'" in told["credits:install:counter"]["reason"]
     assert told["credits:install:tier"]["fields"]["tier_snapshot"] == "a tier"
-    assert "its extra is no JSON" in told["credits:install:extra"]["reason"]
+    assert "field extra is '{', want a JSON object" in told["credits:install:extra"]["reason"]
     await redis.flushdb()
     for key, each in told.items():  # nothing of them is lost
         await redis.restore(key, 0, base64.b64decode(each["dump"]))

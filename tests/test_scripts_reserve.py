@@ -43,7 +43,7 @@ async def test_reserve_when_allowed_then_the_balance_tells_what_is_left_and_what
     assert (balance.capped, balance.quota, balance.remaining, balance.held) == ("monthly", 1000, 1000, 5)
     assert (balance.gemini_cap, balance.gemini_remaining) == (400, 400)
     assert (balance.began_at, balance.renews_at) == ("2026-05-11T23:02:57.123Z", "2026-06-11T23:02:57.000Z")
-    assert balance.period_s == 2_678_399
+    assert balance.period_s == 2_678_400
     assert balance.renews_in_s == 2_678_400
 
 

@@ -59,7 +59,8 @@ def import_(
 async def _import(settings: Settings, file: Path, mode: PutMode, *, dry_run: bool) -> ImportReport:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rows]} rows"))
     async with open_limiter(settings) as limiter:
-        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=ERRORS, transient=True) as bars:
+        times = (TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, *times, console=ERRORS, transient=True, disable=not ERRORS.is_terminal) as bars:
             tasks = {phase: bars.add_task(text, rows=0, visible=False) for phase, text in _PHASES.items()}
 
             def show(done: ImportProgress) -> None:

@@ -1,5 +1,6 @@
 """`limiter licence`: make a key pair, issue licences, look into one."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +35,7 @@ def issue_(
     tier: Annotated[str, typer.Option(help="A tier of the settings, as 'pro'.")],
     subject: Annotated[str, typer.Option("--sub", help="Whom it is for, as you know them.")],
     key: KeyOption = Path("licence-key.pem"),
-    days: Annotated[float, typer.Option(min=0.0, help="How long it is valid.")] = 31,
+    days: Annotated[float, typer.Option(min=0.001, max=36_500, help="How long it is valid.")] = 31,
     installs: Annotated[
         int | None, typer.Option(min=1, help="How many installs may use it; any number without.")
     ] = None,
@@ -44,6 +45,8 @@ def issue_(
 
     Example: limiter licence issue --tier pro --sub alice@example.org --days 31
     """
+    if math.isnan(days):
+        raise typer.BadParameter("--days must be a number")
     tiers = settings_of(config).limits()
     if tier not in tiers:
         raise UnknownTier(f"unknown tier {tier!r}: configured are {', '.join(tiers)}")

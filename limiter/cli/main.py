@@ -39,12 +39,10 @@ app.add_typer(licence.app, name="licence")
 app.add_typer(scripts.app, name="lua")
 
 
-def main() -> None:
-    """Run the command line."""
+def run() -> None:
+    """Run the command that was typed."""
     try:
         app()
     except LimiterError as error:
         ERRORS.print(f"limiter: {error}", soft_wrap=True, highlight=False, markup=False)
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)

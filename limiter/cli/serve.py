@@ -4,6 +4,7 @@ import logging
 import shlex
 import uuid
 from typing import Annotated
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import typer
 
@@ -27,12 +28,15 @@ def serve(
     """
     settings = settings_of(config, redis=redis, relay={"host": host, "port": port})
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    run(serving.serve(settings, lambda relay: _announce(settings, relay)))
+    same = [] if config is None else ["--config", str(config)]
+    if redis is not None or (config is None and settings.redis.url != RedisSettings().url):
+        same += ["--redis", redacted(settings.redis.url)]
+    run(serving.serve(settings, lambda relay: _announce(settings, relay, shlex.join(same))))
     OUT.print("limiter: stopped; every row is kept")
 
 
-def _announce(settings: Settings, relay: serving.Serving) -> None:
-    """Say what runs, where the data is, and what to paste."""
+def _announce(settings: Settings, relay: serving.Serving, same: str) -> None:
+    """Say what runs, where the data is, and what to paste. same: the options that lead a command to the same rows."""
     install_id = uuid.uuid4()
     row_key = Keys(settings.redis.prefix).install(str(install_id))
     lines = [f"limiter: serving on {relay.url}"]
@@ -40,30 +44,39 @@ def _announce(settings: Settings, relay: serving.Serving) -> None:
         lines.append("  backends   echo (built in): neither backends.gemini.api_key nor backends.hardware.url is set")
     else:
         lines.append("  backends   " + ", ".join(f"{name} at {label}" for name, label in relay.backends.items()))
+    url = redacted(settings.redis.url)
     folder = folder_of(settings.redis.url)
-    if folder is None:
-        look = f"redis-cli -u {shlex.quote(redacted(settings.redis.url))} HGETALL {row_key}"
-        lines.append(f"  rows       {redacted(settings.redis.url)}")
-    else:
-        look = f"redis-cli -s {shlex.quote(str(socket_path(folder)))} HGETALL {row_key}"
-        lines.append(f"  rows       embedded server, data in {folder.resolve()}")
-    lines.append(f"  ledger     {settings.persister.file or 'no file'}, every {settings.persister.interval_s:g} s")
+    lines.append(f"  rows       {url if folder is None else f'embedded server, data in {folder.resolve()}'}")
+    persister = settings.persister
+    lines.append(
+        f"  ledger     {f'{persister.file}, every {persister.interval_s:g} s' if persister.file else 'no file'}"
+    )
     model = "echo" if relay.echo else next(iter(settings.models), "MODEL")
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello, relay"}}]}}'
     curl = (
         f"curl -s {relay.url}/v1/chat/completions -H 'Content-Type: application/json' -H 'X-Install-Id: {install_id}'"
         f" -d '{body}'"
     )
-    by_default = settings.redis.url == RedisSettings().url
-    elsewhere = "" if by_default else f" --redis {shlex.quote(redacted(settings.redis.url))}"
     lines += [
         "",
         "Try it (this line works as it is):" if relay.echo else "Try it (with a model of yours):",
         f"  {curl}",
-        "Then look at its row:",
-        f"  {program()} row {install_id}{elsewhere}",
-        f"  {look}",
+        "Then look at its row:" + (" (with the password in place of ***)" if url != settings.redis.url else ""),
+        f"  {program()} row {install_id} {same}".rstrip(),
+        f"  redis-cli {_redis_cli_options(settings.redis.url)} HGETALL {row_key}",
         "",
         "Ctrl-C stops it.",
     ]
     OUT.print("\n".join(lines), markup=False, soft_wrap=True)
+
+
+def _redis_cli_options(url: str) -> str:
+    """Give redis-cli's own words for a server; it knows no unix:// URLs."""
+    folder = folder_of(url)
+    if folder is not None:
+        return shlex.join(["-s", str(socket_path(folder))])
+    parts = urlsplit(url)
+    if parts.scheme != "unix":
+        return shlex.join(["-u", redacted(url)])
+    database = parse_qs(parts.query).get("db", ["0"])[0]
+    return shlex.join(["-s", unquote(parts.path), "-n", database])

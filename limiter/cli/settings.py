@@ -15,7 +15,9 @@ def config(config: ConfigOption = None, json: JsonOption = False) -> None:
     if json:
         print_json([{"name": item.name, "value": item.value, "origin": item.origin} for item in settings])
         return
-    table = Table("setting", "value", "from", box=None, pad_edge=False)
+    table = Table("setting", box=None, pad_edge=False)
+    table.add_column("value", overflow="fold")
+    table.add_column("from", overflow="fold")
     for item in settings:
         table.add_row(item.name, item.value, item.origin)
     OUT.print(table)
