@@ -170,7 +170,7 @@ async def test_embedded_when_the_socket_is_open_then_only_this_user_may_use_it(f
 
 async def test_embedded_when_the_folder_cannot_be_made_then_it_is_a_settings_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(SettingsError, match=r"data folder .* cannot be made: Not a directory"):
+    with pytest.raises(SettingsError, match=r"data folder .* cannot be used: Not a directory"):
         await connect(f"embedded:{tmp_path / 'file' / 'data'}")
 
 
