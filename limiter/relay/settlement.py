@@ -22,16 +22,18 @@ class Settlements:
     def __init__(self, limiter: CreditLimiter) -> None:
         self._limiter = limiter
         self._tasks: set[asyncio.Task[None]] = set()
+        self._undos = 0
 
     def open(self, install_id: str, hold_id: str) -> "OpenHold":
         """Take charge of a hold that was just placed."""
-        return OpenHold(self, install_id, hold_id)
+        return OpenHold(self._limiter, self, install_id, hold_id)
 
-    def start(self, what: str, settle: Callable[[], Awaitable[object]]) -> None:
+    def start(self, what: str, settle: Callable[[], Awaitable[object]]) -> "asyncio.Task[None]":
         """Settle in the background, repeated while Redis is away until the hold lapses."""
         task = asyncio.get_running_loop().create_task(self._until_settled(what, settle), name=what)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def undo(self, install_id: str, hold_id: str, reserving: "asyncio.Future[Decision]") -> None:
         """Give back what a reserve may hold whose answer nobody has; with too many such, the hold lapses by itself."""
@@ -40,8 +42,14 @@ class Settlements:
             await asyncio.wait({reserving})
             await self._limiter.release(install_id, hold_id)  # of nothing, it is nothing
 
-        if len(self._tasks) < _MOST_UNDOS:
-            self.start(f"release of what may be hold {hold_id}", release)
+        if self._undos == _MOST_UNDOS:
+            _LOG.warning("hold %s, if there is one, is left to lapse: too many like it are being released", hold_id)
+            return
+        self._undos += 1
+        self.start(f"release of what may be hold {hold_id}", release).add_done_callback(self._undone)
+
+    def _undone(self, _task: "asyncio.Task[None]") -> None:
+        self._undos -= 1
 
     async def drain(self, within_s: float) -> None:
         """Wait for what is under way; what remains is given up and logged: its holds lapse by themselves."""
@@ -74,10 +82,10 @@ class Settlements:
 class OpenHold:
     """One request's hold: settled once, by whatever happens first."""
 
-    __slots__ = ("_hold_id", "_install_id", "_owner", "_settled")
+    __slots__ = ("_hold_id", "_install_id", "_limiter", "_owner", "_settled")
 
-    def __init__(self, owner: Settlements, install_id: str, hold_id: str) -> None:
-        self._owner, self._install_id, self._hold_id = owner, install_id, hold_id
+    def __init__(self, limiter: CreditLimiter, owner: Settlements, install_id: str, hold_id: str) -> None:
+        self._limiter, self._owner, self._install_id, self._hold_id = limiter, owner, install_id, hold_id
         self._settled = False
 
     def commit(self, backend: Backend) -> None:
@@ -91,5 +99,4 @@ class OpenHold:
     def _settle(self, what: str, operation: Callable[[CreditLimiter], Awaitable[object]]) -> None:
         if not self._settled:
             self._settled = True
-            limiter = self._owner._limiter  # noqa: SLF001  one class in two parts
-            self._owner.start(f"{what} of hold {self._hold_id}", lambda: operation(limiter))
+            self._owner.start(f"{what} of hold {self._hold_id}", lambda: operation(self._limiter))
