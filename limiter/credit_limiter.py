@@ -71,7 +71,7 @@ class CreditLimiter:
         hold = _checked_hold_id(hold_id or uuid.uuid4().hex)
         _check_cost(cost)
         try:
-            return await self._repeated(
+            return await self.repeated(
                 lambda: self._scripts.reserve(
                     key,
                     hold_id=hold,
@@ -101,7 +101,7 @@ class CreditLimiter:
             _check_cost(cost)
         if backend not in (None, "gemini", "hardware"):
             raise ValueError(f"backend is {backend!r}, want 'gemini' or 'hardware'")
-        return await self._repeated(
+        return await self.repeated(
             lambda: self._scripts.commit(
                 key,
                 hold_id=hold,
@@ -116,7 +116,7 @@ class CreditLimiter:
         """Give a hold back: RELEASED, or GONE when there is no such hold. Raises as `commit`."""
         key = self.keys.install(install_id)
         hold = _checked_hold_id(hold_id)
-        return await self._repeated(lambda: self._scripts.release(key, hold_id=hold, now_ms=self._now_ms()))
+        return await self.repeated(lambda: self._scripts.release(key, hold_id=hold, now_ms=self._now_ms()))
 
     async def debit(
         self, install_id: str, *, tier: str, has_hardware: bool, cost: int = 1, may_create: bool = True
@@ -128,7 +128,7 @@ class CreditLimiter:
         limits = self.tiers[tier]
         key = self.keys.install(install_id)
         _check_cost(cost)
-        return await self._repeated(
+        return await self.repeated(
             lambda: self._scripts.debit(
                 key,
                 tier=limits,
@@ -145,12 +145,12 @@ class CreditLimiter:
         """Tell what a tier has left on a row; an unknown install has what a new one would. Writes nothing."""
         limits = self.tiers[tier]
         key = self.keys.install(install_id)
-        return await self._repeated(lambda: self._scripts.balance(key, tier=limits, now_ms=self._now_ms()))
+        return await self.repeated(lambda: self._scripts.balance(key, tier=limits, now_ms=self._now_ms()))
 
     async def row(self, install_id: str) -> Row | None:
         """Read a row as it is stored, without a roll-over; None if unknown."""
         install_id = normalise_install_id(install_id)
-        return await self._repeated(lambda: read_row(self.redis, self.keys, install_id))
+        return await self.repeated(lambda: read_row(self.redis, self.keys, install_id))
 
     async def put_row(self, row: Row, *, mode: PutMode) -> Status:
         """Store a row: `create` leaves an existing one alone, `replace` overwrites it, `merge` keeps larger counters.
@@ -158,7 +158,7 @@ class CreditLimiter:
         CREATED, SAME, REPLACED, MERGED or EXISTS. Live holds stay. Raises as `commit`.
         """
         key = self.keys.install(row.install_id)
-        return await self._repeated(lambda: self._scripts.put_row(key, row, mode=mode))
+        return await self.repeated(lambda: self._scripts.put_row(key, row, mode=mode))
 
     @asynccontextmanager
     async def hold(
@@ -197,22 +197,47 @@ class CreditLimiter:
     def _now_ms(self) -> int | None:
         return None if self.clock is None else self.clock()
 
-    async def _repeated(self, attempt: Callable[[], Awaitable[T]], *, when_unknown: bool = True) -> T:
-        """Repeat an attempt that got no answer, within the deadline; one of unknown outcome only if that is safe."""
+    async def repeated(self, attempt: Callable[[], Awaitable[T]], *, when_unknown: bool = True) -> T:
+        """Repeat an attempt that got no answer, within the deadline; one of unknown outcome only if that is safe.
+
+        For calls of the relay's own to the same Redis, which shall behave like the limiter's.
+        """
+        unknown = False
         deadline = time.monotonic() + self._deadline_s
         pause_s = _FIRST_PAUSE_S
+        cancel_requests = _cancel_requests()
         while True:
             try:
                 async with asyncio.timeout(max(deadline - time.monotonic(), 0)):
-                    return await attempt()
+                    answer = await attempt()
             except TimeoutError:
                 raise LimiterUnavailable("Redis did not answer in time: the outcome is unknown") from None
             except LimiterUnavailable as error:
-                safe = when_unknown or error.executed is False
-                if not safe or time.monotonic() + pause_s >= deadline:
+                unknown = unknown or error.executed is not False
+                if (unknown and not when_unknown) or time.monotonic() + pause_s >= deadline:
+                    error.executed = None if unknown else False  # an earlier attempt may have been executed
                     raise
+            else:
+                _deliver_cancellation(cancel_requests)
+                return answer
+            _deliver_cancellation(cancel_requests)
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+
+
+def _cancel_requests() -> int:
+    task = asyncio.current_task()
+    return 0 if task is None else task.cancelling()
+
+
+def _deliver_cancellation(cancel_requests: int) -> None:
+    """Raise the cancellation that was requested since, and got lost in the attempt.
+
+    redis-py 8 sends through `asyncio.wait_for`. Before Python 3.12 that drops a cancellation which comes as the sending
+    ends (python/cpython#86296), and the caller would never hear of it.
+    """
+    if _cancel_requests() > cancel_requests:
+        raise asyncio.CancelledError
 
 
 class Hold:

@@ -74,10 +74,11 @@ def start_or_join(folder: Path) -> Seat:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with _lock(folder):
-            path = _ensure_running(folder)
-            users = (folder / "users").open("a")
+        with _lock(folder), contextlib.ExitStack() as undo:
+            users = undo.enter_context((folder / "users").open("a"))
             fcntl.flock(users, fcntl.LOCK_SH)
+            path = _ensure_running(folder)
+            undo.pop_all()  # from here on the seat holds it
     except OSError as error:
         raise SettingsError(f"the data folder {folder} cannot be used: {error.strerror}") from error
     return Seat(folder, path, users)

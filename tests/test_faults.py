@@ -244,6 +244,26 @@ async def test_hold_when_the_server_is_away_at_its_commit_then_the_caller_is_tol
             server.stop()
 
 
+async def test_callers_when_cancelled_at_any_moment_then_each_of_them_ends(limiter: CreditLimiter) -> None:
+    """A cancellation that comes as a command has just been sent must not get lost below us."""
+
+    async def call_for_ever() -> None:
+        while True:
+            await limiter.balance("a", tier="core")
+
+    for _ in range(5):
+        tasks = [asyncio.create_task(call_for_ever()) for _ in range(64)]
+        await asyncio.wait(tasks, timeout=0.05)
+        for task in tasks:
+            task.cancel()
+        _, deaf = await asyncio.wait(tasks, timeout=5)
+        for task in deaf:  # so that the test ends all the same
+            while not task.done():
+                task.cancel()
+                await asyncio.wait({task}, timeout=0.01)
+        assert not deaf, f"{len(deaf)} of {len(tasks)} callers did not hear that they were cancelled"
+
+
 async def test_client_when_closed_then_the_server_has_no_connection_of_it_left(
     own_server: MakeServer, closing: Closing
 ) -> None:
