@@ -1,5 +1,10 @@
-"""The one place that spells Redis keys, and says what an install id may be."""
+"""The one place that spells Redis keys, and says what an install id may be.
 
+Rows are at `install`, for ever. Every other key has a TTL, and names only what cannot choose another key: install ids,
+digests, addresses.
+"""
+
+import hashlib
 import re
 
 from limiter.errors import InvalidInstallId, SettingsError
@@ -32,13 +37,14 @@ def normalise_install_id(install_id: str) -> str:
 class Keys:
     """The keys under one prefix."""
 
-    __slots__ = ("_install", "install_pattern")
+    __slots__ = ("_install", "_prefix", "install_pattern")
 
     def __init__(self, prefix: str = "credits") -> None:
         if not _PREFIX.fullmatch(prefix):
             raise SettingsError(
                 f"redis.prefix {prefix!r} is not usable: give 1 to 32 characters of A-Z a-z 0-9 . _ : -"
             )
+        self._prefix = prefix
         self._install = f"{prefix}:install:"
         self.install_pattern = f"{prefix}:install:*"
 
@@ -49,3 +55,23 @@ class Keys:
     def install_id(self, key: str) -> str:
         """Give back the install id of such a key."""
         return key.removeprefix(self._install)
+
+    def claim(self, install_id: str, idempotency_key: str) -> str:
+        """Give the key of what became of an install's `Idempotency-Key`. Raises InvalidInstallId."""
+        return f"{self._prefix}:claim:{normalise_install_id(install_id)}:{_digest(idempotency_key)}"
+
+    def retry(self, install_id: str, fingerprint: str) -> str:
+        """Give the key of what became of an install's latest request of a kind. Raises InvalidInstallId."""
+        return f"{self._prefix}:retry:{normalise_install_id(install_id)}:{fingerprint}"
+
+    def seats(self, subject: str) -> str:
+        """Give the key of the seats of a licence's subject, which may be any text."""
+        return f"{self._prefix}:seats:{_digest(subject)}"
+
+    def mint(self, network: str | None) -> str:
+        """Give the key that counts the new installs of a network, or of all."""
+        return f"{self._prefix}:mint:{network or 'all'}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:40]

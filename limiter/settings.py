@@ -6,13 +6,14 @@ Unknown keys are errors that name the nearest known one. Secrets are shown as `*
 import difflib
 import json
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_core import PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
@@ -31,6 +32,7 @@ DEFAULT_FILE = Path("limiter.toml")
 _PREFIX = "LIMITER_"
 _NOT_SETTINGS = ("LIMITER_CONFIG", "LIMITER_TEST_")  # the file itself; the tests' own
 Values = dict[str, Any]  # a TOML document
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9.-]+(:[0-9]{1,5})?|[a-z]+://\[[0-9a-f:]+\](:[0-9]{1,5})?")
 
 DEFAULT_TIERS: Values = {
     "core": {"lifetime": 50, "gemini_cap": 20, "max_in_flight": 4},
@@ -46,6 +48,16 @@ def _no_flag(value: object) -> object:
     return value
 
 
+def _origin(value: str) -> str:
+    """Refuse what no browser sends as its origin, and so would never be equal to one."""
+    if not _ORIGIN.fullmatch(value):
+        raise PydanticCustomError(
+            "no_origin", "Input should be an origin as browsers send it, like https://app.example"
+        )
+    return value
+
+
+Origin = Annotated[str, AfterValidator(_origin)]
 Whole = Annotated[int, BeforeValidator(_no_flag)]
 Seconds = Annotated[float, BeforeValidator(_no_flag)]
 
@@ -69,24 +81,39 @@ class RelaySettings(_Section):
     host: str = "127.0.0.1"
     port: Whole = Field(default=8080, ge=0, le=65_535)
     body_limit_mb: Whole = Field(default=32, ge=1, le=4096)
-    hold_s: Whole = Field(default=600, ge=1, le=86_400)
+    upload_limit_mb: Whole = Field(default=128, ge=1, le=65_536)
+    upload_s: Seconds = Field(default=300, gt=0, le=3600)
+    replay_limit_kb: Whole = Field(default=1024, ge=0, le=1_048_576)
+    cors_origins: list[Origin] = []
+    trusted_proxies: list[str] = []
+    mint_per_ip: Whole = Field(default=20, ge=0, le=50_000)
+    mint_overall: Whole = Field(default=10_000, ge=0, le=50_000)
+    hold_s: Whole = Field(default=900, ge=1, le=86_400)
     drain_s: Whole = Field(default=30, ge=0, le=3600)
 
 
-class GeminiSettings(_Section):
-    """[backends.gemini]. It is on when `api_key` is set."""
-
-    url: str = Field(default="https://generativelanguage.googleapis.com/v1beta/openai", repr=False)
-    api_key: SecretStr = SecretStr("")
-    timeout_s: Seconds = Field(default=120, gt=0, le=3600)
-
-
-class HardwareSettings(_Section):
-    """[backends.hardware]. It is on when `url` is set."""
+class BackendSettings(_Section):
+    """What both tables of [backends] have."""
 
     url: str = Field(default="", repr=False)
     api_key: SecretStr = SecretStr("")
+    connect_s: Seconds = Field(default=10, gt=0, le=600)
     timeout_s: Seconds = Field(default=300, gt=0, le=3600)
+    idle_s: Seconds = Field(default=120, gt=0, le=3600)
+    total_s: Seconds = Field(default=3600, gt=0, le=86_400)
+    breaker_failures: Whole = Field(default=5, ge=0, le=1000)
+    breaker_reset_s: Seconds = Field(default=10, gt=0, le=3600)
+
+
+class GeminiSettings(BackendSettings):
+    """[backends.gemini]. It is on when `api_key` is set."""
+
+    url: str = Field(default="https://generativelanguage.googleapis.com/v1beta/openai", repr=False)
+    timeout_s: Seconds = Field(default=120, gt=0, le=3600)
+
+
+class HardwareSettings(BackendSettings):
+    """[backends.hardware]. It is on when `url` is set."""
 
 
 class BackendsSettings(_Section):
@@ -101,6 +128,22 @@ class ModelNames(_Section):
 
     gemini: str | None = None
     hardware: str | None = None
+
+
+class IdempotencySettings(_Section):
+    """[idempotency]."""
+
+    keep_s: Whole = Field(default=86_400, ge=1, le=2_592_000)
+    answer_limit_kb: Whole = Field(default=1024, ge=0, le=65_536)
+    retry_window_s: Whole = Field(default=60, ge=0, le=3600)
+
+
+class LogSettings(_Section):
+    """[logs]."""
+
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    format: Literal["auto", "json", "text"] = "auto"
+    key: SecretStr = SecretStr("")
 
 
 class LicenceSettings(_Section):
@@ -143,15 +186,13 @@ class Settings(BaseSettings):
     models: dict[str, ModelNames] = {}
     costs: dict[str, Whole] = {}
     licence: LicenceSettings = LicenceSettings()
+    idempotency: IdempotencySettings = IdempotencySettings()
+    logs: LogSettings = LogSettings()
     persister: PersisterSettings = PersisterSettings()
 
     def limits(self) -> Tiers:
         """Give the tiers as the limiter takes them."""
         return Tiers.from_mapping({name: tier.model_dump() for name, tier in self.tiers.items()})
-
-    def cost(self, path: str) -> int:
-        """Give what a request to a path costs, in credits."""
-        return self.costs.get(path, self.costs["default"])
 
     @classmethod
     def settings_customise_sources(
@@ -173,7 +214,7 @@ class Settings(BaseSettings):
 
 
 _NAMED_TABLES: dict[str, type[BaseModel]] = {"tiers": TierSettings, "models": ModelNames}
-_STRUCTURED = ("licence.public_keys",)  # what the environment gives as JSON
+_STRUCTURED = ("licence.public_keys", "relay.cors_origins")  # what the environment gives as JSON
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,11 +300,12 @@ def _check_costs(settings: Settings) -> None:
 
 def _check_hold(settings: Settings) -> None:
     """Refuse holds that lapse while a backend still works: their credits would be spent twice."""
-    longest_s = settings.backends.gemini.timeout_s + settings.backends.hardware.timeout_s
+    backends = settings.backends
+    longest_s = settings.relay.upload_s + backends.gemini.timeout_s + backends.hardware.timeout_s
     if settings.relay.hold_s <= longest_s:
         raise SettingsError(
-            f"relay.hold_s is {settings.relay.hold_s}, want more than {longest_s:g}: "
-            "what backends.gemini.timeout_s and backends.hardware.timeout_s are together"
+            f"relay.hold_s is {settings.relay.hold_s}, want more than {longest_s:g}: what relay.upload_s, "
+            "backends.gemini.timeout_s and backends.hardware.timeout_s are together"
         )
 
 

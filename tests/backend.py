@@ -1,14 +1,17 @@
 """An OpenAI-compatible server of the tests' own, in this process or as one (`python -m tests.backend --port 0`).
 
 The model name says how it behaves, as `WORD` or `WORD:ARGUMENT:…` (see `_BEHAVIOURS`); any other name is answered as
-it should be. It keeps what it received, and shows it at `/seen`.
+it should be. It keeps what it received, and shows it at `/seen`; of an upload only its start, its size and its hash.
 """
 
 import argparse
 import asyncio
 import gzip
+import hashlib
 import json
+import re
 import time
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -23,6 +26,7 @@ CHUNK = (
     b'"choices":[{"index":0,"delta":{"content":"w%d "}}]}\n\n'
 )
 Document = dict[str, Any]
+_KEPT_OF_UPLOADS = 65_536
 
 
 @dataclass
@@ -35,11 +39,22 @@ class Seen:
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     gone_s: float | None = None
     sent: int = 0
+    received: int = 0
+    sha256: str = ""
 
     @property
     def document(self) -> Document:
         document: Document = orjson.loads(self.body)
         return document
+
+    @property
+    def model(self) -> str:
+        if not self.body:
+            return ""
+        if self.headers.get(hdrs.CONTENT_TYPE, "").startswith("multipart/"):
+            field = re.search(rb'name="model"[^\r\n]*\r\n\r\n([^\r\n]*)\r\n--', self.body)
+            return field[1].decode() if field else ""
+        return str(self.document.get("model"))
 
     def as_dict(self) -> Document:
         return {
@@ -48,6 +63,8 @@ class Seen:
             "body": self.body.decode(errors="replace"),
             "gone_s": self.gone_s,
             "sent": self.sent,
+            "received": self.received,
+            "sha256": self.sha256,
         }
 
 
@@ -56,9 +73,13 @@ class Backend:
 
     def __init__(self) -> None:
         self.url = ""
+        self.models = ["m"]
         self.seen: list[Seen] = []
         self.arrived = asyncio.Event()  # set at each request; the test clears it
         self.go_on = asyncio.Event()  # what `wait` waits for
+        self.always = ""  # how to behave whatever the request says, before its body is read
+        self.reads = asyncio.Event()  # without it no upload is read
+        self.reads.set()
 
     @property
     def last(self) -> Seen:
@@ -68,23 +89,38 @@ class Backend:
         app = web.Application(client_max_size=256 << 20)
         app.router.add_get("/seen", self._show)
         app.router.add_post("/v1/{path:.*}", self._serve)
+        app.router.add_get("/v1/models", self._serve)
         return app
 
     async def _show(self, _request: web.Request) -> web.Response:
         return web.json_response([seen.as_dict() for seen in self.seen])
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
-        body = await request.read()
-        seen = Seen(request.path, CIMultiDict(request.headers), body)
+        seen = Seen(request.path, CIMultiDict(request.headers), b"")
         self.seen.append(seen)
-        self.arrived.set()
-        word, *arguments = str(seen.document.get("model")).split(":")
         try:
+            if not self.always:
+                await self._receive(request, seen)
+            self.arrived.set()
+            word, *arguments = (self.always or seen.model).split(":")
             return await _BEHAVIOURS.get(word, _answer)(Call(self, request, seen, arguments))
         except (asyncio.CancelledError, ConnectionError):
             seen.gone_s = time.monotonic()
             seen.gone.set()
             raise
+
+    async def _receive(self, request: web.Request, seen: Seen) -> None:
+        if request.content_type != "multipart/form-data":
+            seen.body = await request.read()
+            return
+        await self.reads.wait()
+        digest = hashlib.sha256()
+        async for chunk in request.content.iter_any():
+            digest.update(chunk)
+            seen.received += len(chunk)
+            if len(seen.body) < _KEPT_OF_UPLOADS:
+                seen.body += chunk
+        seen.sha256 = digest.hexdigest()
 
 
 @dataclass
@@ -135,6 +171,11 @@ async def _answer(call: Call) -> web.StreamResponse:
         data = [{"object": "embedding", "index": 0, "embedding": [0.6, -0.8]}]
         usage = {"prompt_tokens": 1, "total_tokens": 1}
         return web.json_response({"object": "list", "model": "m", "data": data, "usage": usage})
+    if call.seen.path.endswith("/models"):
+        models = [{"id": name, "object": "model", "created": 7, "owned_by": "tests"} for name in call.backend.models]
+        return web.json_response({"object": "list", "data": [*models, {"odd": True}], "secret": "of the operator"})
+    if call.seen.path.endswith("/transcriptions"):
+        return web.json_response({"text": f"{call.seen.received} bytes"})
     if call.seen.document.get("stream") is True:
         call.arguments = ["3", "0"]
         return await _stream(call)
@@ -171,6 +212,16 @@ async def _status(call: Call) -> web.StreamResponse:
     quoted = call.seen.headers.get(hdrs.AUTHORIZATION, "nothing")
     error = {"message": f"no: you sent {quoted}", "type": "invalid_request_error", "code": "bad", "param": None}
     return web.json_response({"error": error}, status=status, headers=headers)
+
+
+async def _packed_status(call: Call) -> web.StreamResponse:
+    """`packed-status:PACKING`: the same as a 400, packed, and called so."""
+    packing = call.arguments[0]
+    text = json.dumps({"error": {"message": f"no: you sent {call.seen.headers.get(hdrs.AUTHORIZATION)}"}}).encode()
+    body = gzip.compress(text) if packing == "gzip" else zlib.compress(text)
+    return web.Response(
+        status=400, body=body, headers={hdrs.CONTENT_ENCODING: packing, hdrs.CONTENT_TYPE: "application/json"}
+    )
 
 
 async def _bad_request(_call: Call) -> web.StreamResponse:
@@ -248,6 +299,15 @@ async def _gzip(call: Call) -> web.StreamResponse:
     return web.Response(body=body, headers={hdrs.CONTENT_TYPE: "application/json", hdrs.CONTENT_ENCODING: "gzip"})
 
 
+async def _gzip_stream(call: Call) -> web.StreamResponse:
+    """`gzip-stream`: what `stream:2` sends, packed."""
+    text = b": a comment\n\n" + b"".join(CHUNK % number + b"\n" for number in range(2)) + b"data: [DONE]\n\n"
+    response = await call.begin("text/event-stream", **{"Content-Encoding": "gzip"})
+    await call.write(response, gzip.compress(text, mtime=0))
+    await response.write_eof()
+    return response
+
+
 async def _gzip_broken(call: Call) -> web.StreamResponse:
     """`gzip-broken`: a packed stream that breaks off after its first chunk."""
     response = await call.begin("text/event-stream", **{"Content-Encoding": "gzip"})
@@ -303,10 +363,12 @@ _BEHAVIOURS: dict[str, Callable[[Call], Awaitable[web.StreamResponse]]] = {
     "empty": _empty,
     "gzip": _gzip,
     "gzip-broken": _gzip_broken,
+    "gzip-stream": _gzip_stream,
     "hang": _hang,
     "hang-inside": _hang_inside,
     "huge": _huge,
     "odd-headers": _odd_headers,
+    "packed-status": _packed_status,
     "pour": _pour,
     "redirect": _redirect,
     "slow": _slow,

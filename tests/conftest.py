@@ -58,7 +58,7 @@ async def redis(redis_url: str) -> AsyncIterator[Redis]:
     await client.flushdb()
     yield client
     for key in await client.keys("*"):
-        assert b":install:" in key or await client.ttl(key) > 0, f"{key!r} was left behind without a TTL"
+        assert b":install:" in key or await client.pttl(key) != -1, f"{key!r} was left behind without a TTL"
     await client.aclose()
 
 

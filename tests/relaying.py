@@ -21,7 +21,7 @@ from redis.asyncio import Redis
 from limiter import CreditLimiter, Tiers
 from limiter.licence import Licences
 from limiter.model import Backend as BackendName
-from limiter.relay import create_app
+from limiter.relay import create_app, runner_of
 from limiter.relay.backends import BackendClient
 from limiter.relay.metered import RELAY
 from tests.backend import Document
@@ -192,9 +192,9 @@ async def relays_on(redis: Redis) -> AsyncIterator[StartRelay]:
                 {client.name: client for client in clients},
                 licences=Licences(public_keys),
                 costs={"default": 1, **(costs or {})},
-                **options,
+                **{"mint_per_ip": 0, "mint_overall": 0, **options},
             )
-            runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=5)
+            runner = runner_of(app, shutdown_s=5)
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
             await web.TCPSite(runner, "127.0.0.1", 0).start()

@@ -13,7 +13,7 @@ from tests.conftest import TIERS
 from tests.processes import limiter
 
 COMMANDS = ["serve", "persist", "import", "dump", "row", "config"]
-GROUPS = {"licence": ["keygen", "issue", "show"], "lua": ["names", "show", "sha"]}
+GROUPS = {"licence": ["keygen", "issue", "show", "seats"], "lua": ["names", "show", "sha"]}
 INSTALL = "5f0c1c1e-8d3a-4a53-9a0e-0d8f2f6f3c11"
 
 
@@ -66,7 +66,7 @@ def test_lua_show_and_sha_are_those_that_redis_gets(tmp_path: Path) -> None:
     assert shas == {name: compose(name).sha for name in script_names()}
     unknown = limiter("lua", "show", "nothing", cwd=tmp_path)
     assert unknown.returncode == 1
-    assert "balance, commit" in unknown.stderr
+    assert "balance, claim, commit" in unknown.stderr
 
 
 def test_licence_from_keygen_to_show(tmp_path: Path) -> None:

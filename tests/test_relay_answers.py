@@ -164,7 +164,7 @@ async def test_content_type_when_it_is_not_json_then_415(relay: RunningRelay, co
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/v1", "/v1/chat", "/v1/chat/completions/", "/v1/models", "/v1/%63redits/x", "//"]
+    "path", ["/", "/v1", "/v1/chat", "/v1/chat/completions/", "/v1/models/m", "/v1/%63redits/x", "//"]
 )
 async def test_path_when_it_is_unknown_then_404(relay: RunningRelay, path: str) -> None:
     assert_problem(await relay.send("POST", path, b"{}", X_Install_Id=relay.install_id, **JSON), 404, "unknown_path")

@@ -5,7 +5,7 @@ import gc
 import pytest
 
 from limiter.errors import SettingsError
-from limiter.relay.backends import BackendClient
+from limiter.relay.backends import BackendClient, BackendFailed
 from limiter.relay.serving import open_backends
 from limiter.settings import load_settings
 from tests.backend import Backend
@@ -49,6 +49,23 @@ async def test_backends_when_one_is_refused_then_the_other_is_closed() -> None:
         async with open_backends(settings[0]):
             pass
     gc.collect()  # a session that was left open would warn now
+
+
+async def test_backends_when_their_settings_say_so_then_they_have_timeouts_breakers_and_names(
+    hardware: Backend,
+) -> None:
+    own = {"timeout_s": 0.2, "breaker_failures": 2, "breaker_reset_s": 77}
+    named = {"recap": {"hardware": "hang"}}
+    settings, _ = load_settings(None, {"backends": {"hardware": {"url": hardware.url, **own}}, "models": named})
+    async with open_backends(settings) as clients:
+        client = clients["hardware"]
+        assert client.model("recap") == "hang"
+        for _ in range(2):
+            with pytest.raises(BackendFailed, match="in time"):
+                await client.send("embeddings", {}, b'{"model": "hang"}').__aenter__()
+        with pytest.raises(BackendFailed, match="rests") as raised:
+            await client.send("embeddings", {}, b'{"model": "m"}').__aenter__()
+        assert raised.value.problem.retry_after_s in (76, 77)
 
 
 async def test_backends_when_none_is_set_then_the_echo_answers_as_both() -> None:

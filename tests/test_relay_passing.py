@@ -82,20 +82,6 @@ async def test_packed_answer_when_passed_then_it_stays_packed(relay: RunningRela
     assert gemini.last.headers["Accept-Encoding"] == "gzip"
 
 
-async def test_packed_request_when_sent_then_the_backend_gets_it_unpacked(relay: RunningRelay, gemini: Backend) -> None:
-    answer = await relay.send(
-        "POST",
-        CHAT,
-        gzip.compress(SPACED),
-        Content_Type="application/json",
-        Content_Encoding="gzip",
-        X_Install_Id=relay.install_id,
-    )
-    assert answer.status == 200
-    assert gemini.last.body == SPACED
-    assert "Content-Encoding" not in gemini.last.headers
-
-
 async def test_client_when_it_accepts_no_packing_then_the_backend_is_not_told_otherwise(
     relay: RunningRelay, gemini: Backend
 ) -> None:
@@ -300,3 +286,17 @@ async def test_credits_when_asked_for_then_the_balance_is_told_and_no_row_is_mad
         "renews_at": None,
     }
     assert await relay.limiter.row(install_id) is None
+
+
+@pytest.mark.parametrize("packing", ["gzip", "deflate", "br"])
+async def test_refusal_when_it_is_packed_then_the_operators_key_is_in_none_of_it(
+    start_relay: StartRelay, gemini: Backend, packing: str
+) -> None:
+    relay = await start_relay(client_of("gemini", gemini.url))
+    answer = await relay.ask(f"packed-status:{packing}", headers={"Accept-Encoding": "gzip, deflate, br"})
+    assert gemini.last.headers["Authorization"] == f"Bearer {GEMINI_KEY}"
+    assert GEMINI_KEY.encode() not in answer.body
+    assert "Content-Encoding" not in answer.headers
+    assert answer.status == (502 if packing == "br" else 400)
+    assert packing == "br" or json.loads(answer.body)["error"]["message"] == "no: you sent Bearer ***"
+    assert await relay.spent() == (0, 0)

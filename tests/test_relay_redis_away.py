@@ -209,4 +209,6 @@ def refused(url: str) -> bool:
         socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=1).close()
     except ConnectionRefusedError:
         return True
+    except ConnectionResetError:  # it was in the backlog when the listening ended
+        return False
     return False

@@ -12,7 +12,9 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Row, Status, Tiers, connect
+from limiter.keys import Keys
 from limiter.lua_source import compose, script_names
+from limiter.relay.stores import ClaimStatus, MintStatus, SeatStatus, Stores
 from tests.conftest import Clock
 from tests.proxy import Proxy, proxy_of
 
@@ -23,7 +25,7 @@ BINDING = re.compile(
     r"^local (?P<name>\w+) += (?:(?P<number>tonumber)\()?(?P<table>KEYS|ARGV)\[(?P<index>\d+)\]\)?"
     r"(?: == \"1\")? +-- (?P<comment>.+)$"
 )
-STATUS = r"\b(?:" + "|".join(Status) + r")\b"
+STATUS = r"\b(?:" + "|".join([*Status, *ClaimStatus, *SeatStatus, *MintStatus]) + r")\b"
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,29 @@ CALLS: dict[str, tuple[Callable[[CreditLimiter], Awaitable[object]], dict[str, s
             "extra": '{"x":1}',
         },
     ),
+    "claim": (
+        lambda limiter: Stores(limiter).claim("credits:claim:a:k", "o", "f", claim_ms=706, supersedes=True),
+        NOW | {"owner": "o", "fingerprint": "f", "claim_ms": "706", "supersedes": "1"},
+    ),
+    "keep": (
+        lambda limiter: Stores(limiter).keep("credits:claim:a:k", "o", "f", keep_ms=707, busy_ms=706, answer=b"x\x80"),
+        NOW | {"owner": "o", "fingerprint": "f", "busy_ms": "706", "answer": "x\udc80", "keep_ms": "707"},
+    ),
+    "drop": (lambda limiter: Stores(limiter).drop("credits:claim:a:k", "o"), {"owner": "o"}),
+    "seat": (
+        lambda limiter: Stores(limiter).seat("b", "a", seats=3, expires_s=2_000_000_000),
+        NOW | {"install_id": "a", "seats": "3", "lapses_ms": "2002592000000"},
+    ),
+    "mint": (
+        lambda limiter: Stores(limiter).return_mint("203.0.113.9", limit=708, period_ms=709),
+        NOW | {"limit": "708", "period_ms": "709", "returns": "1"},
+    ),
+}
+# Of whom the first key is not that of a row.
+KEYS = {
+    **dict.fromkeys(("claim", "keep", "drop"), "credits:claim:a:k"),
+    "seat": Keys().seats("b"),
+    "mint": "credits:mint:203.0.113.9",
 }
 
 
@@ -109,10 +134,11 @@ async def test_call_when_it_leaves_python_then_each_argument_is_at_the_place_tha
     await client.aclose()
     sent = [command for command in proxy.commands if command[:2] == (b"EVALSHA", compose(name).sha.encode())]
     _, _, key_count, key, *arguments = sent[-1]
-    assert (key_count, key) == (b"1", b"credits:install:a")
+    assert (key_count, key.decode()) == (b"1", KEYS.get(name, "credits:install:a"))
     bound = [binding for binding in bindings(name) if binding.table == "ARGV"]
     assert [binding.index for binding in bound] == list(range(1, len(arguments) + 1))
-    assert {binding.name: argument.decode() for binding, argument in zip(bound, arguments, strict=True)} == wanted
+    texts = [argument.decode(errors="surrogateescape") for argument in arguments]
+    assert {binding.name: text for binding, text in zip(bound, texts, strict=True)} == wanted
 
 
 def test_calls_when_listed_then_every_script_is_among_them() -> None:

@@ -61,7 +61,7 @@ def test_settings_when_nothing_is_said_then_the_defaults_hold() -> None:
     assert (settings.relay.host, settings.relay.port) == ("127.0.0.1", 8080)
     assert set(settings.limits()) == {"core", "pro", "max"}
     assert settings.limits()["max"].quota is None
-    assert settings.cost("/v1/chat/completions") == 1
+    assert settings.costs == {"default": 1}
     assert not settings.backends.gemini.api_key.get_secret_value()
 
 
@@ -238,8 +238,8 @@ def test_costs_when_out_of_bounds_then_refused(cost: int) -> None:
 
 def test_costs_when_only_one_is_said_then_the_default_stays() -> None:
     settings = load('[costs]\n"/v1/embeddings" = 2')
-    assert (settings.cost("/v1/embeddings"), settings.cost("/v1/chat/completions")) == (2, 1)
-    assert load("[costs]\ndefault = 3").cost("/v1/embeddings") == 3
+    assert settings.costs == {"default": 1, "/v1/embeddings": 2}
+    assert load("[costs]\ndefault = 3").costs == {"default": 3}
 
 
 # Tiers
@@ -351,6 +351,31 @@ def test_hold_when_it_could_lapse_while_a_backend_works_then_it_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LIMITER_RELAY__HOLD_S", "420")
-    with pytest.raises(SettingsError, match=r"relay\.hold_s is 420, want more than 420: what backends"):
+    monkeypatch.setenv("LIMITER_RELAY__HOLD_S", "720")
+    with pytest.raises(SettingsError, match=r"relay\.hold_s is 720, want more than 720: what relay"):
         load_settings()
+
+
+# Origins
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://app.example", "http://localhost:5173", "http://[::1]:80", "tauri://localhost"]
+)
+def test_origin_when_browsers_send_it_so_then_it_is_taken(origin: str) -> None:
+    assert load(relay={"cors_origins": [origin]}).relay.cors_origins == [origin]
+
+
+@pytest.mark.parametrize(
+    "origin", ["*", "null", "app.example", "https://app.example/", "https://App.example", "https://*.example", ""]
+)
+def test_origin_when_it_could_never_match_then_it_is_refused(origin: str) -> None:
+    message = refused(f'[relay]\ncors_origins = ["{origin}"]')
+    assert "relay.cors_origins.0: input should be an origin" in message
+
+
+def test_origins_when_the_environment_has_them_as_json_then_they_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIMITER_RELAY__CORS_ORIGINS", '["https://app.example"]')
+    assert load().relay.cors_origins == ["https://app.example"]
+    monkeypatch.setenv("LIMITER_RELAY__CORS_ORIGINS", "https://app.example")
+    assert "LIMITER_RELAY__CORS_ORIGINS is no JSON" in refused()

@@ -1,7 +1,6 @@
 """`limiter import`, `dump` and `persist`: credits.json in and out."""
 
 import asyncio
-import logging
 import signal
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +9,17 @@ import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from limiter.cli.terminal import ERRORS, OUT, ConfigOption, JsonOption, RedisOption, print_json, run, settings_of
+from limiter.cli.terminal import (
+    ERRORS,
+    OUT,
+    ConfigOption,
+    JsonOption,
+    RedisOption,
+    log_as,
+    print_json,
+    run,
+    settings_of,
+)
 from limiter.errors import SettingsError
 from limiter.importer import ImportReport, import_file
 from limiter.importer import Progress as ImportProgress
@@ -156,7 +165,7 @@ def persist(redis: RedisOption = None, config: ConfigOption = None) -> None:
     settings = settings_of(config, redis=redis)
     if not settings.persister.file:
         raise SettingsError("persister.file is empty: say where to write, as LIMITER_PERSISTER__FILE=credits.json")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    log_as(settings)
     failure = run(_persist(settings))
     if failure is not None:
         ERRORS.print(f"limiter: the last dump failed: {failure}", markup=False, soft_wrap=True)

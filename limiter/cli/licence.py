@@ -1,14 +1,19 @@
-"""`limiter licence`: make a key pair, issue licences, look into one."""
+"""`limiter licence`: make a key pair, issue licences, look into one, and see and free its seats."""
 
 import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
-from limiter.cli.terminal import OUT, ConfigOption, JsonOption, print_json, settings_of
+from limiter.cli.terminal import OUT, ConfigOption, JsonOption, RedisOption, print_json, run, settings_of
 from limiter.errors import LimiterError, UnknownTier
+from limiter.keys import normalise_install_id
 from limiter.licence import InvalidLicence, Licences, issue, make_key, public_key_text, read_key
+from limiter.opening import open_limiter
+from limiter.relay.stores import Seat, Stores
+from limiter.settings import Settings
 from limiter.timestamps import iso_from_ms
 
 app = typer.Typer(help="Licences: signed tokens that say which tier an install has paid for.", no_args_is_help=True)
@@ -82,3 +87,50 @@ def show(
         return
     for name, value in document.items():
         OUT.print(f"{name:<11} {'any number' if value is None else value}", markup=False)
+
+
+@app.command()
+def seats(
+    subject: Annotated[str, typer.Argument(metavar="SUB", help="Whom the licence is for: its `sub`.")],
+    free: Annotated[str | None, typer.Option(metavar="INSTALL", help="Take this install off its seat first.")] = None,
+    redis: RedisOption = None,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+) -> None:
+    """List the installs that use a licence with a bound of installs, the last used first.
+
+    A freed install that still has the licence takes a seat again when it comes before another one does; a relay goes on
+    serving it for up to a minute.
+    Example: limiter licence seats alice@example.org --free 5f0c1c1e-8d3a-4a53-9a0e-0d8f2f6f3c11
+    """
+    taken = run(_seats(settings_of(config, redis=redis), subject, free))
+    if json:
+        print_json(
+            {
+                "sub": subject,
+                "seats": [
+                    {
+                        "install_id": seat.install_id,
+                        "seated_at": iso_from_ms(seat.seated_ms),
+                        "used_at": iso_from_ms(seat.used_ms),
+                    }
+                    for seat in taken
+                ],
+            }
+        )
+        return
+    if not taken:
+        OUT.print(f"No install has a seat of {subject}.", markup=False)
+        return
+    table = Table("install", "seated at", "last used at", box=None, pad_edge=False)
+    for seat in taken:
+        table.add_row(seat.install_id, iso_from_ms(seat.seated_ms), iso_from_ms(seat.used_ms))
+    OUT.print(table)
+
+
+async def _seats(settings: Settings, subject: str, free: str | None) -> list[Seat]:
+    async with open_limiter(settings) as limiter:
+        stores = Stores(limiter, timeout_ms=settings.redis.timeout_ms)
+        if free is not None and not await stores.free(subject, normalise_install_id(free)):
+            raise LimiterError(f"{free} has no seat of {subject}")
+        return await stores.seats(subject)

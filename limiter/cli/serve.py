@@ -1,6 +1,5 @@
 """`limiter serve`: one relay."""
 
-import logging
 import shlex
 import uuid
 from typing import Annotated
@@ -8,7 +7,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import typer
 
-from limiter.cli.terminal import OUT, ConfigOption, RedisOption, program, run, settings_of
+from limiter.cli.terminal import OUT, ConfigOption, RedisOption, log_as, program, run, settings_of
 from limiter.connection import redacted
 from limiter.embedded import folder_of, socket_path
 from limiter.keys import Keys
@@ -27,7 +26,7 @@ def serve(
     Example: limiter serve --redis redis://localhost:6379/0 --port 8081
     """
     settings = settings_of(config, redis=redis, relay={"host": host, "port": port})
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    log_as(settings)
     same = [] if config is None else ["--config", str(config)]
     if redis is not None or (config is None and settings.redis.url != RedisSettings().url):
         same += ["--redis", redacted(settings.redis.url)]

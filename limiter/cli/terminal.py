@@ -6,12 +6,14 @@ import sys
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
+from urllib.parse import urlsplit
 
 import orjson
 import typer
 import uvloop
 from rich.console import Console
 
+from limiter.logs import set_up_logging
 from limiter.settings import Settings, Values, load_settings
 
 T = TypeVar("T")
@@ -36,6 +38,14 @@ def settings_of(config: Path | None, *, redis: str | None = None, **sections: Va
     if redis is not None:
         said["redis"] = {"url": redis}
     return load_settings(config, {name: section for name, section in said.items() if section})[0]
+
+
+def log_as(settings: Settings) -> None:
+    """Set up the log of a command that runs on, with the settings' secrets kept out of it."""
+    backends = settings.backends
+    secrets = [key.get_secret_value() for key in (backends.gemini.api_key, backends.hardware.api_key)]
+    password = urlsplit(settings.redis.url).password
+    set_up_logging(level=settings.logs.level, style=settings.logs.format, hide=[*secrets, password or ""])
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:

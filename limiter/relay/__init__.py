@@ -1,8 +1,8 @@
 """The relay: an OpenAI-compatible aiohttp application that spends an install's credits.
 
-`create_app` is its only door. Nothing here talks to Redis: `CreditLimiter` does.
+`create_app` is its door, and `runner_of` runs it. Nothing here talks to Redis: `CreditLimiter` and `stores` do.
 """
 
-from limiter.relay.app import create_app
+from limiter.relay.app import create_app, runner_of
 
-__all__ = ["create_app"]
+__all__ = ["create_app", "runner_of"]

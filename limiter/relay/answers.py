@@ -153,11 +153,21 @@ def ratelimit_headers(balance: Balance) -> dict[str, str]:
     """
     window = "" if balance.period_s is None else f";w={balance.period_s}"
     reset = "" if balance.renews_in_s is None else f";t={balance.renews_in_s}"
-    items = [("credits", balance.quota, balance.remaining), ("gemini", balance.gemini_cap, balance.gemini_remaining)]
+    credits_left, gemini_left = spendable(balance)
+    items = [("credits", balance.quota, credits_left), ("gemini", balance.gemini_cap, gemini_left)]
     policy = [f'"{name}";q={quota}{window}' for name, quota, _ in items if quota is not None]
-    # What live holds cover cannot be spent; on which backend it will be, they may still change.
-    left = [f'"{name}";r={max(0, have - balance.held)}{reset}' for name, _, have in items if have is not None]
+    left = [f'"{name}";r={have}{reset}' for name, _, have in items if have is not None]
     return {"RateLimit-Policy": ", ".join(policy), "RateLimit": ", ".join(left)} if policy else {}
+
+
+def spendable(balance: Balance) -> tuple[int | None, int | None]:
+    """Give the credits and the Gemini credits that no live hold covers; None for what has no limit.
+
+    A hold counts against both, as it may still be committed on either backend.
+    """
+    left = (balance.remaining, balance.gemini_remaining)
+    credits_left, gemini_left = (None if have is None else max(0, have - balance.held) for have in left)
+    return credits_left, gemini_left
 
 
 def problem_response(request: web.Request, problem: Problem, headers: Mapping[str, str] | None = None) -> web.Response:

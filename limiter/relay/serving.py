@@ -1,6 +1,8 @@
 """Runs one relay process from its settings: opens what it needs, serves until told to stop, closes in reverse order."""
 
 import asyncio
+import logging
+import os
 import signal
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -14,10 +16,14 @@ from limiter.licence import Licences
 from limiter.model import Backend
 from limiter.opening import open_limiter
 from limiter.persister import Persister
-from limiter.relay.app import Report, create_app
+from limiter.relay.app import create_app, runner_of
 from limiter.relay.backends import BackendClient
+from limiter.relay.breaker import Breaker
 from limiter.relay.echo import echo_server
-from limiter.settings import Settings
+from limiter.relay.metrics import METRICS
+from limiter.settings import BackendSettings, Settings
+
+_LOG = logging.getLogger("limiter.relay")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,24 +47,40 @@ async def serve(settings: Settings, started: Callable[[Serving], None]) -> None:
     async with AsyncExitStack() as stack:
         limiter = await stack.enter_async_context(open_limiter(settings))
         backends = await stack.enter_async_context(open_backends(settings))
-        reports: dict[str, Report] = {}
+        persister = None
         if settings.persister.file:
             persister = Persister(limiter, Path(settings.persister.file), interval_s=settings.persister.interval_s)
-            await stack.enter_async_context(persister)
-            reports["persister"] = persister.report
         app = create_app(
             limiter,
             backends,
             licences=Licences(settings.licence.public_keys),
             costs=settings.costs,
             body_limit_mb=settings.relay.body_limit_mb,
+            upload_limit_mb=settings.relay.upload_limit_mb,
+            replay_limit_kb=settings.relay.replay_limit_kb,
+            upload_s=settings.relay.upload_s,
+            cors_origins=settings.relay.cors_origins,
+            mint_per_ip=settings.relay.mint_per_ip,
+            mint_overall=settings.relay.mint_overall,
+            trusted_proxies=settings.relay.trusted_proxies,
+            keep_s=settings.idempotency.keep_s,
+            answer_limit_kb=settings.idempotency.answer_limit_kb,
+            retry_window_s=settings.idempotency.retry_window_s,
+            timeout_ms=settings.redis.timeout_ms,
             drain_s=settings.relay.drain_s,
-            reports=reports,
+            log_key=settings.logs.key.get_secret_value(),
+            reports={} if persister is None else {"persister": persister.report},
         )
+        dumping = await stack.enter_async_context(AsyncExitStack())  # it dumps once more after the last request
         url = await _listen(app, settings, stack)
+        if persister is not None:
+            await dumping.enter_async_context(persister)
+            app[METRICS].watch_dumps(lambda: persister.last_good_at)
         labels = {str(name): client.label for name, client in backends.items()}
         started(Serving(url, is_echo(settings), labels))
+        _LOG.info("started", extra={"url": url, "backends": labels})
         await stop.wait()
+        _LOG.info("stopping")
 
 
 def is_echo(settings: Settings) -> bool:
@@ -82,38 +104,38 @@ async def open_backends(settings: Settings) -> AsyncIterator[dict[Backend, Backe
             keep(BackendClient("gemini", url, label="echo", timeout_s=gemini.timeout_s))
             keep(BackendClient("hardware", url, label="echo", timeout_s=hardware.timeout_s))
         if gemini.api_key.get_secret_value():
-            keep(
-                BackendClient(
-                    "gemini",
-                    gemini.url,
-                    api_key=gemini.api_key.get_secret_value(),
-                    timeout_s=gemini.timeout_s,
-                    models={name: to.gemini for name, to in settings.models.items() if to.gemini},
-                )
-            )
+            keep(_client("gemini", gemini, {name: to.gemini for name, to in settings.models.items() if to.gemini}))
         if hardware.url:
-            keep(
-                BackendClient(
-                    "hardware",
-                    hardware.url,
-                    api_key=hardware.api_key.get_secret_value(),
-                    timeout_s=hardware.timeout_s,
-                    models={name: to.hardware for name, to in settings.models.items() if to.hardware},
-                )
-            )
+            names = {name: to.hardware for name, to in settings.models.items() if to.hardware}
+            keep(_client("hardware", hardware, names))
         yield clients
+
+
+def _client(name: Backend, backend: BackendSettings, models: Mapping[str, str]) -> BackendClient:
+    return BackendClient(
+        name,
+        backend.url,
+        api_key=backend.api_key.get_secret_value(),
+        connect_s=backend.connect_s,
+        timeout_s=backend.timeout_s,
+        idle_s=backend.idle_s,
+        total_s=backend.total_s,
+        models=models,
+        breaker=Breaker(failures=backend.breaker_failures, reset_s=backend.breaker_reset_s),
+    )
 
 
 async def _listen(app: web.Application, settings: Settings, stack: AsyncExitStack) -> str:
     relay = settings.relay
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=relay.drain_s)
+    runner = runner_of(app, shutdown_s=relay.drain_s)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     try:
         await web.TCPSite(runner, relay.host, relay.port).start()
     except OSError as error:
+        cause = os.strerror(error.errno) if error.errno else error.strerror
         raise SettingsError(
-            f"cannot listen on {relay.host}:{relay.port}: {error.strerror}; give another --port"
+            f"cannot listen on {relay.host}:{relay.port}: {cause}; give another --host or --port"
         ) from None
     host, port = runner.addresses[0][:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"

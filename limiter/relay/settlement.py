@@ -4,10 +4,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 from limiter.credit_limiter import CreditLimiter
 from limiter.errors import LimiterError, LimiterUnavailable
-from limiter.model import Backend, Decision
+from limiter.model import Backend, Decision, Settlement, Status
+from limiter.relay.metrics import Metrics, SettlementKind
+from limiter.relay.redis_mode import RedisMode
 
 _LOG = logging.getLogger("limiter.relay")
 _FIRST_PAUSE_S = 0.05
@@ -19,8 +22,8 @@ _MOST_UNDOS = 256  # at once: each keeps asking a Redis that is away
 class Settlements:
     """The settlements under way. Close it with `drain` before the limiter's connection closes."""
 
-    def __init__(self, limiter: CreditLimiter) -> None:
-        self._limiter = limiter
+    def __init__(self, limiter: CreditLimiter, mode: RedisMode, metrics: Metrics) -> None:
+        self._limiter, self._mode, self._metrics = limiter, mode, metrics
         self._tasks: set[asyncio.Task[None]] = set()
         self._undos = 0
 
@@ -47,6 +50,17 @@ class Settlements:
             return
         self._undos += 1
         self.start(f"release of what may be hold {hold_id}", release).add_done_callback(self._undone)
+
+    def under_way(self) -> int:
+        """Tell how many settlements are under way."""
+        return len(self._tasks)
+
+    def settled(self, kind: SettlementKind, done: Settlement | Status) -> None:
+        """Count a settlement that is over."""
+        if isinstance(done, Settlement):
+            self._metrics.settled(kind, done.status, backend=done.backend, credits_=done.cost)
+        else:
+            self._metrics.settled(kind, done)
 
     def _undone(self, _task: "asyncio.Task[None]") -> None:
         self._undos -= 1
@@ -75,8 +89,12 @@ class Settlements:
                 return
             else:
                 return
-            await asyncio.sleep(pause_s)
-            pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+            if self._mode.state == "ok":
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(max(0, lapses - time.monotonic())):
+                    await self._mode.back()
 
 
 class OpenHold:
@@ -96,7 +114,12 @@ class OpenHold:
         """Give the hold back, unless it was settled."""
         self._settle("release", lambda limiter: limiter.release(self._install_id, self._hold_id))
 
-    def _settle(self, what: str, operation: Callable[[CreditLimiter], Awaitable[object]]) -> None:
+    def _settle(
+        self, what: SettlementKind, operation: Callable[[CreditLimiter], Awaitable[Settlement | Status]]
+    ) -> None:
+        async def settle() -> None:
+            self._owner.settled(what, await operation(self._limiter))
+
         if not self._settled:
             self._settled = True
-            self._owner.start(f"{what} of hold {self._hold_id}", lambda: operation(self._limiter))
+            self._owner.start(f"{what} of hold {self._hold_id}", settle)

@@ -1,0 +1,131 @@
+"""How log lines look: JSON for machines, columns in a terminal, and never a secret.
+
+It is the one module that knows structlog: every other logs by the standard library, so that who uses this package as a
+library keeps their own set-up.
+"""
+
+import hashlib
+import logging
+import re
+import secrets
+import sys
+from collections.abc import Callable, Iterable
+from typing import Literal, TextIO
+
+import orjson
+import structlog
+from aiohttp.http_exceptions import HttpProcessingError
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+LogFormat = Literal["auto", "json", "text"]
+_HIDDEN = "***"
+_SECRETS = re.compile(r"(?i:(?<=\bbearer\s))\S+|\beyJ[\w-]{8,}\.[\w-]+\.[\w-]*")  # what stands after Bearer; any JWT
+_LEAST_SECRET = 6  # characters: shorter ones would blot out words
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), 127)} | {ord("\n"): "\\n", ord("\t"): "\\t"}
+_NAME_BYTES = 6
+
+
+def set_up_logging(
+    *, level: str = "INFO", style: LogFormat = "auto", hide: Iterable[str] = (), stream: TextIO | None = None
+) -> None:
+    """Send every log line of this process to a stream (stderr), in place of what was set up before.
+
+    style: "auto" is text in a terminal, else JSON. hide: values that must not appear, as the operator's keys.
+    """
+    stream = stream or sys.stderr
+    is_text = style == "text" or (style == "auto" and stream.isatty())
+    render: list[Processor] = [_json_renderer()]
+    if is_text:
+        render = [
+            structlog.dev.ConsoleRenderer(
+                colors=stream.isatty(),
+                timestamp_key="time",
+                sort_keys=False,
+                exception_formatter=structlog.dev.plain_traceback,  # the rich one shows variables, and what is in them
+            )
+        ]
+    handler = logging.StreamHandler(stream)
+    handler.addFilter(shorten_malformed)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[
+                structlog.stdlib.add_log_level,
+                structlog.stdlib.add_logger_name,
+                structlog.stdlib.ExtraAdder(),
+                structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
+            ],
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.format_exc_info,  # before the cleaner, which then sees the traceback, too
+                _cleaner(hide),
+                *render,
+            ],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+
+
+def short_names(key: str = "") -> Callable[[str], str]:
+    """Give a function that turns an install id into a short name: the same for the same key, telling nothing of the id.
+
+    Without a key each process has its own names.
+    """
+    secret = hashlib.sha256(key.encode()).digest() if key else secrets.token_bytes(32)
+
+    def short_name(install_id: str) -> str:
+        return hashlib.blake2b(install_id.encode(), key=secret, digest_size=_NAME_BYTES).hexdigest()
+
+    return short_name
+
+
+def shorten_malformed(record: logging.LogRecord) -> bool:
+    """Tell of bytes that are no HTTP in one line: aiohttp logs a traceback (3.14) that quotes what the client sent.
+
+    A filter for the log that a server writes to, or for a handler.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, HttpProcessingError):
+        record.msg, record.args = "malformed request: %s", (type(error).__name__,)
+        record.exc_info = record.exc_text = None
+        record.levelno, record.levelname = logging.INFO, "INFO"
+        return logging.getLogger(record.name).isEnabledFor(logging.INFO)
+    return True
+
+
+def _json_renderer() -> Processor:
+    def render(_logger: WrappedLogger, _method: str, line: EventDict) -> str:
+        first = {name: line.pop(name) for name in ("time", "level", "event") if name in line}
+        return orjson.dumps({**first, **line}, default=repr, option=orjson.OPT_NON_STR_KEYS).decode()
+
+    return render
+
+
+def _cleaner(hide: Iterable[str]) -> Processor:
+    """Make the step that blots out secrets, and control characters: a line's end in a text is not the line's end."""
+    hidden = sorted((value for value in hide if len(value) >= _LEAST_SECRET), key=len, reverse=True)
+
+    def is_clean(text: str) -> bool:
+        """Tell at little cost that there is nothing to do, as for nearly every line."""
+        return not (
+            "eyJ" in text
+            or "bearer" in text.lower()
+            or any(value in text for value in hidden)
+            or not text.isprintable()
+        )
+
+    def clean_text(text: str) -> str:
+        for value in hidden:
+            text = text.replace(value, _HIDDEN)
+        return _SECRETS.sub(_HIDDEN, text)
+
+    def clean(_logger: WrappedLogger, _method: str, line: EventDict) -> EventDict:
+        texts = {name: value for name, value in line.items() if isinstance(value, str)}
+        if not is_clean(" ".join(texts.values())):
+            for name, text in texts.items():
+                cleaned = clean_text(text)
+                line[name] = cleaned if name == "exception" else cleaned.translate(_CONTROL)
+        return line
+
+    return clean

@@ -1,0 +1,76 @@
+"""What a client asks for: a JSON body, read whole and checked. It reserves nothing and sends nothing."""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import orjson
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+
+from limiter.relay.answers import fail
+from limiter.relay.backends import BackendClient, Streamed
+
+
+class Asked(Protocol):
+    """What is to be forwarded: the path below /v1/, the client's headers, and a body for each backend.
+
+    replayable: whether all of the body can be sent a second time.
+    """
+
+    @property
+    def path(self) -> str: ...  # noqa: D102  the class says it
+    @property
+    def headers(self) -> Mapping[str, str]: ...  # noqa: D102
+    @property
+    def replayable(self) -> bool: ...  # noqa: D102
+    def body_for(self, client: BackendClient) -> bytes | Streamed: ...  # noqa: D102
+
+
+@dataclass(frozen=True, slots=True)
+class AskedJson:
+    """A JSON object that names a model, with its bytes as they came."""
+
+    path: str
+    headers: Mapping[str, str]
+    body: bytes
+    document: Mapping[str, object]
+    replayable = True  # it is in memory anyway
+
+    @property
+    def model(self) -> str:
+        """The model as the client calls it."""
+        return str(self.document["model"])
+
+    def body_for(self, client: BackendClient) -> bytes:
+        """Give the body with the backend's own name of the model; its own bytes where the name is the same."""
+        model = client.model(self.model)
+        if model == self.model:
+            return self.body
+        try:
+            return orjson.dumps({**self.document, "model": model})
+        except orjson.JSONEncodeError:  # orjson reads 1024 levels, and writes 254
+            fail(400, "invalid_json", "Invalid JSON", "The body is nested too deeply.")
+
+
+async def read_json(request: web.Request, *, within_s: float) -> AskedJson:
+    """Read the body of a JSON route. Raises ProblemRaised."""
+    if request.content_type != "application/json":
+        fail(415, "unsupported_media_type", "Unsupported media type", "Send the body as application/json.")
+    try:
+        async with asyncio.timeout(within_s):
+            body = await request.read()
+    except TimeoutError:
+        fail(408, "request_timeout", "Request timeout", f"The body did not come within {within_s:g} s.")
+    except (web.RequestPayloadError, HttpProcessingError):
+        fail(400, "invalid_body", "Invalid body", "The body cannot be read: its chunks are damaged.")
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        fail(400, "invalid_json", "Invalid JSON", f"The body is not JSON: {error}.")
+    if not isinstance(document, dict):
+        fail(400, "invalid_json", "Invalid JSON", "The body must be a JSON object.")
+    if not isinstance(document.get("model"), str):
+        fail(400, "missing_model", "Missing model", "The body must name a model.", param="model")
+    return AskedJson(request.path.removeprefix("/v1/"), request.headers, body, document)

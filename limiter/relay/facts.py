@@ -1,0 +1,36 @@
+"""What is known of a request so far, for whoever watches it. Handlers fill it in; nothing is decided by it."""
+
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from limiter.model import Backend
+
+
+@dataclass(slots=True)
+class Facts:
+    """One request's facts; what is not known yet, or never will be, is None.
+
+    status, reason: the decision's words. backend: the one that answered, or else the last that was tried. cost: credits
+    that were reserved. fell_back: whether hardware was tried after Gemini had failed.
+    """
+
+    install_id: str | None = None
+    tier: str | None = None
+    status: str | None = None
+    reason: str | None = None
+    backend: Backend | None = None
+    cost: int | None = None
+    model: str | None = None
+    fell_back: bool = False
+
+
+FACTS = web.RequestKey("facts", Facts)
+
+
+def facts_of(request: web.Request) -> Facts:
+    """Give a request's facts, empty ones at first."""
+    facts = request.get(FACTS)
+    if facts is None:
+        facts = request[FACTS] = Facts()
+    return facts

@@ -1,0 +1,101 @@
+"""A multipart form on its way through: the `model` field gets another name, every other byte stays as it is.
+
+Nothing of a file is held back but the few bytes that may begin a boundary. No I/O.
+"""
+
+import re
+from collections.abc import Callable
+from enum import Enum, auto
+
+_LONGEST_HEAD = 8192
+_LONGEST_NAME = 1024
+_DISPOSITION = re.compile(rb"^content-disposition:(.*)$", re.IGNORECASE | re.MULTILINE)
+_PARAMETER = re.compile(rb';\s*([^=;\s]+)\s*=\s*("(?:[^"\\]|\\.)*"|[^;\s]*)')
+
+
+class _Place(Enum):
+    BODY = auto()  # of a part that passes as it is, or before the first boundary
+    HEAD = auto()  # just behind a boundary
+    MODEL = auto()  # the body of the part that names the model
+    END = auto()  # behind the last boundary, or in what is no form: all passes
+
+
+class ModelField:
+    """Renames the model of one form. rename: gives the name to send for the one that came, which it may note."""
+
+    def __init__(self, boundary: str, rename: Callable[[str], str]) -> None:
+        self._delimiter = b"\r\n--" + boundary.encode("ascii", "surrogateescape")
+        self._rename = rename
+        self._held = b"\r\n"  # the first boundary has no line before it
+        self._place = _Place.BODY
+        self._unsent = 2  # of the two bytes that are not the client's
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Take the next bytes and give those that can go on; at the end feed b"" and take `rest`."""
+        self._held += chunk
+        out = bytearray()
+        while (step := self._step()) is not None:
+            out += step
+        return self._without_ours(bytes(out))
+
+    def rest(self) -> bytes:
+        """Give what is still held, at the end of the form."""
+        held, self._held = self._held, b""
+        return self._without_ours(held)
+
+    def _without_ours(self, out: bytes) -> bytes:
+        skipped = min(self._unsent, len(out))
+        self._unsent -= skipped
+        return out[skipped:]
+
+    def _step(self) -> bytes | None:
+        """Pass a piece on and move to the next place; None when more bytes are needed."""
+        match self._place:
+            case _Place.BODY:
+                return self._body()
+            case _Place.HEAD:
+                return self._head()
+            case _Place.MODEL:
+                return self._model()
+            case _Place.END:
+                return self._take(len(self._held), _Place.END) if self._held else None
+
+    def _body(self) -> bytes | None:
+        at = self._held.find(self._delimiter)
+        if at >= 0:
+            return self._take(at + len(self._delimiter), _Place.HEAD)
+        certain = len(self._held) - len(self._delimiter) + 1
+        return self._take(certain, _Place.BODY) if certain > 0 else None
+
+    def _head(self) -> bytes | None:
+        if self._held.startswith(b"--"):
+            return self._take(len(self._held), _Place.END)
+        end = self._held.find(b"\r\n\r\n")
+        if end > _LONGEST_HEAD or (end < 0 and len(self._held) > _LONGEST_HEAD + 4):
+            return self._take(len(self._held), _Place.END)
+        if end < 0:
+            return None
+        return self._take(end + 4, _Place.MODEL if _names_model(self._held[:end]) else _Place.BODY)
+
+    def _model(self) -> bytes | None:
+        at = self._held.find(self._delimiter)
+        if at > _LONGEST_NAME or (at < 0 and len(self._held) > _LONGEST_NAME + len(self._delimiter)):
+            return self._take(0, _Place.BODY)
+        if at < 0:
+            return None
+        value = self._take(at, _Place.BODY)
+        try:
+            return self._rename(value.decode()).encode()
+        except UnicodeDecodeError:
+            return value
+
+    def _take(self, size: int, place: _Place) -> bytes:
+        self._place = place
+        taken, self._held = self._held[:size], self._held[size:]
+        return taken
+
+
+def _names_model(head: bytes) -> bool:
+    line = _DISPOSITION.search(head.replace(b"\r\n", b"\n"))
+    given = {name.lower(): value.strip(b'"') for name, value in _PARAMETER.findall(line[1])} if line else {}
+    return given.get(b"name") == b"model" and not given.keys() & {b"filename", b"filename*"}

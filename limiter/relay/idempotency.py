@@ -1,0 +1,251 @@
+"""Serves a request once, however often it is sent: by its `Idempotency-Key`, or as the repeat that an SDK makes itself.
+
+An attempt claims its key before anything is reserved; the claim names its hold, and lapses after it, so that a node
+that dies blocks nothing for long. An attempt that was debited leaves its answer, to be replayed, or the note that it
+was served: a client that leaves half-way, and an answer that is too large to keep, are never debited a second time. An
+attempt that was not debited leaves nothing. The answer never waits for any of it.
+
+The hold's id is the attempt's, not the key's: the release of a first attempt may come late, and with one id for both it
+would give back the hold of the second. Nothing here reserves or settles.
+"""
+
+import asyncio
+import hashlib
+import re
+import string
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import NoReturn
+
+from aiohttp import web
+
+from limiter.errors import LimiterUnavailable
+from limiter.relay.answers import REQUEST_ID, Problem, ProblemRaised, fail
+from limiter.relay.recording import Answer, Recording
+from limiter.relay.redis_mode import RedisAway
+from limiter.relay.stores import Claimed, ClaimStatus, Stores
+
+__all__ = ["Idempotency", "Recording", "idempotency_key"]
+Start = Callable[[str, Callable[[], Awaitable[object]]], "asyncio.Task[None]"]  # Settlements.start
+KEY_HEADER = "Idempotency-Key"
+REPLAYED_HEADER = "Idempotency-Replayed"
+_RETRY_HEADER = "x-stainless-retry-count"  # the OpenAI SDKs count in it: "0" for a first attempt
+_LONGEST_KEY = 255
+_PRINTABLE = frozenset(string.ascii_letters + string.digits + string.punctuation + " ")
+_QUOTED = re.compile(r'"((?:[^"\\]|\\["\\])*)"')  # a string of RFC 9651
+_CLAIM_OUTLIVES_HOLD_MS = 60_000  # or an attempt that takes its whole time would be joined by another
+_PATIENCE_S = (0.02, 0.05, 0.1, 0.2)  # an answer may reach its client before the note of it reaches Redis
+_MOST_UNDOS = 256  # at once: each keeps asking a Redis that is away
+_BIG_BODY = 1 << 20  # hashed in a thread
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """Where an attempt leaves its record. supersedes: it is a new request, whatever came before it there."""
+
+    key: str
+    fingerprint: str
+    keep_ms: int
+    supersedes: bool
+
+
+class Idempotency:
+    """Keeps requests from being served twice, on any number of nodes.
+
+    start: runs a settlement in the background, repeated while Redis is away (`Settlements.start`). keep_s: for how long
+    a key is remembered. keep_bytes: the largest body that is kept. retry_window_s: for how long after its end a request
+    is known to an SDK's retry that has no key; 0 for never.
+    """
+
+    def __init__(
+        self,
+        stores: Stores,
+        start: Start,
+        *,
+        keep_s: int = 86_400,
+        keep_bytes: int = 1 << 20,
+        retry_window_s: int = 60,
+    ) -> None:
+        self._stores, self._start = stores, start
+        self._keep_ms, self._window_ms = keep_s * 1000, retry_window_s * 1000
+        self._keep_bytes = keep_bytes
+        self._undos = 0
+
+    async def once(
+        self,
+        request: web.Request,
+        install_id: str,
+        body: bytes | None,
+        serve: Callable[[Recording], Awaitable[web.StreamResponse]],
+    ) -> web.StreamResponse:
+        """Serve a request, or answer as the attempt before it did.
+
+        body: as it came, whole; None for an upload that passes by: its key is then checked against the length only, and
+        no retry without a key is known. serve: reserves with `recording.hold_id`, which is the request's id too.
+        Raises ProblemRaised: 400 for a key that is none, 409 while another attempt runs, or when its answer was not
+        kept, 422 for a key that was used for another request; LimiterUnavailable; and what `serve` raises.
+        """
+        slot = await self._slot(request, install_id, body)
+        if slot is None:
+            return await serve(Recording(request[REQUEST_ID]))
+        owner = request[REQUEST_ID]
+        claimed = await self._claim(slot, owner)
+        if claimed.status is not ClaimStatus.CLAIMED:
+            return _replayed(request, claimed)
+        recording = Recording(owner, self._keep_bytes, lambda: self._note_begun(slot, owner))
+        try:
+            return await serve(recording)
+        finally:  # without an await: it is the same for a client that left
+            self._note_end(slot, owner, recording)
+
+    async def _slot(self, request: web.Request, install_id: str, body: bytes | None) -> _Slot | None:
+        key, repeats = idempotency_key(request), _repeats(request)
+        if key is not None:
+            fingerprint = await _fingerprint(request, body)
+            return _Slot(self._stores.keys.claim(install_id, key), fingerprint, self._keep_ms, supersedes=False)
+        if repeats is None or body is None or not self._window_ms:
+            return None
+        fingerprint = await _fingerprint(request, body)
+        key = self._stores.keys.retry(install_id, fingerprint)
+        return _Slot(key, fingerprint, self._window_ms, supersedes=not repeats)
+
+    async def _claim(self, slot: _Slot, owner: str) -> Claimed:
+        for pause_s in (*_PATIENCE_S, 0):
+            claiming = asyncio.ensure_future(
+                self._stores.claim(
+                    slot.key, owner, slot.fingerprint, claim_ms=self._claim_ms, supersedes=slot.supersedes
+                )
+            )
+            try:
+                claimed = await asyncio.shield(claiming)
+            except RedisAway:  # nothing was sent
+                raise
+            except (asyncio.CancelledError, LimiterUnavailable):
+                self._undo(slot, owner, claiming)
+                raise
+            if claimed.status is not ClaimStatus.RUNNING:
+                break
+            await asyncio.sleep(pause_s)
+        return claimed
+
+    @property
+    def _claim_ms(self) -> int:
+        return self._stores.hold_ms + _CLAIM_OUTLIVES_HOLD_MS
+
+    def _undo(self, slot: _Slot, owner: str, claiming: "asyncio.Future[Claimed]") -> None:
+        """Drop a claim whose answer nobody has; with too many such, it lapses by itself."""
+        if self._undos == _MOST_UNDOS:
+            return
+        self._undos += 1
+
+        async def drop() -> None:
+            await asyncio.wait({claiming})
+            await self._stores.drop(slot.key, owner)
+
+        def done(_task: "asyncio.Task[None]") -> None:
+            self._undos -= 1
+
+        self._start(f"drop of what may be the claim of {owner}", drop).add_done_callback(done)
+
+    def _note_begun(self, slot: _Slot, owner: str) -> None:
+        self._start(
+            f"note of the stream of {owner}",
+            lambda: self._stores.keep(
+                slot.key, owner, slot.fingerprint, keep_ms=self._lasting_ms(slot), busy_ms=self._claim_ms
+            ),
+        )
+
+    def _lasting_ms(self, slot: _Slot) -> int:
+        """Give how long the note of a stream must live: at least as long as the stream may."""
+        return max(slot.keep_ms, self._claim_ms)
+
+    def _note_end(self, slot: _Slot, owner: str, recording: Recording) -> None:
+        if not recording.debit_stands:
+            self._start(f"drop of the claim of {owner}", lambda: self._stores.drop(slot.key, owner))
+            return
+        answer = recording.answer()
+        packed = answer.packed() if answer else b""
+        self._start(
+            f"record of the answer of {owner}",
+            lambda: self._stores.keep(slot.key, owner, slot.fingerprint, keep_ms=slot.keep_ms, answer=packed),
+        )
+
+
+def idempotency_key(request: web.Request) -> str | None:
+    """Read `Idempotency-Key`, quoted as a string of RFC 9651 or bare; None without one. Raises ProblemRaised (400)."""
+    given = request.headers.getall(KEY_HEADER, [])
+    if not given:
+        return None
+    key = given[0].strip(" \t")
+    if key.startswith('"'):
+        quoted = _QUOTED.fullmatch(key)
+        key = re.sub(r"\\(.)", r"\1", quoted[1]) if quoted else ""
+    if len(given) > 1 or not 1 <= len(key) <= _LONGEST_KEY or not _PRINTABLE.issuperset(key):
+        fail(
+            400,
+            "invalid_idempotency_key",
+            "Invalid Idempotency-Key",
+            f"Send one {KEY_HEADER} of 1 to {_LONGEST_KEY} printable ASCII characters, quoted or bare.",
+        )
+    return key
+
+
+def _repeats(request: web.Request) -> bool | None:
+    """Tell whether an SDK says that it sends this again; None when no SDK counts."""
+    text = request.headers.get(_RETRY_HEADER, "")
+    return text.strip("0") != "" if text.isascii() and text.isdigit() else None
+
+
+async def _fingerprint(request: web.Request, body: bytes | None) -> str:
+    """Tell what is asked for: method, path and body."""
+    head = f"{request.method} {request.path_qs} "
+    if body is None:
+        text = f"{head}{request.content_type} {request.content_length}".encode()
+        return hashlib.sha256(text).hexdigest()[:40]
+
+    def digest() -> str:
+        summed = hashlib.sha256(head.encode())
+        summed.update(body)
+        return summed.hexdigest()[:40]
+
+    return await asyncio.to_thread(digest) if len(body) > _BIG_BODY else digest()
+
+
+def _replayed(request: web.Request, claimed: Claimed) -> web.Response:
+    if claimed.status is ClaimStatus.RUNNING:
+        problem = Problem(
+            409,
+            "idempotency_in_progress",
+            "Request in progress",
+            "The same request is being served now: send it again when that is done.",
+            retry_after_s=1,
+        )
+        raise ProblemRaised(problem)
+    if claimed.status is ClaimStatus.REUSED:
+        _fail_reused()
+    answer = Answer.unpacked(claimed.answer) if claimed.status is ClaimStatus.KEPT else None
+    if answer is None:
+        problem = Problem(
+            409,
+            "idempotency_answer_not_kept",
+            "Served already",
+            "This request was served and paid for, but its answer was not kept: it was too large, or its client left. "
+            "To be served again, send it as a new request.",
+            may_retry=False,
+        )
+        raise ProblemRaised(problem)
+    request[REQUEST_ID] = answer.hold_id
+    headers = [*answer.headers, (REPLAYED_HEADER, "true")]
+    response = web.Response(status=answer.status, headers=headers, body=answer.body)
+    if not request.content.at_eof():
+        response.force_close()  # an upload that nobody will read
+    return response
+
+
+def _fail_reused() -> NoReturn:
+    fail(
+        422,
+        "idempotency_key_reused",
+        "Idempotency-Key reused",
+        f"This {KEY_HEADER} was sent before with another request: send a new key with a new request.",
+    )

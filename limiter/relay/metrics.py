@@ -1,0 +1,199 @@
+"""What is counted and measured, and the one module that knows prometheus-client. It decides nothing.
+
+Every label has a bounded set of values: what a client or a backend makes up is counted as "other".
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from http import HTTPStatus
+from typing import Literal
+
+from aiohttp import web
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+
+from limiter import __version__
+from limiter.model import Backend, Reason, Status
+from limiter.timestamps import ms_from_iso
+
+BackendOutcome = Literal["served", "refused", "failed", "timeout", "cancelled", "breaker_open"]
+BreakerState = Literal["closed", "open", "half_open"]
+SettlementKind = Literal["commit", "release"]
+UNMETERED = "UNMETERED"  # served from hardware while Redis is away
+UNAVAILABLE = "UNAVAILABLE"  # not decided: Redis is away
+METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"})  # any other is a client's own word
+CLIENT_LEFT = 499  # nginx' word for a request whose client did not wait for the answer
+_OTHER = "other"
+_DECISIONS = frozenset({*Status, UNMETERED, UNAVAILABLE})
+_REASONS = frozenset({*Reason, ""})
+_OUTCOMES = frozenset({*Status, "FAILED", "GAVE_UP"})
+_STATUSES = frozenset({*(int(status) for status in HTTPStatus), CLIENT_LEFT})
+_BREAKER_STATES: tuple[BreakerState, ...] = ("closed", "open", "half_open")
+_DECISION_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 3)
+_FIRST_BYTE_BUCKETS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_TOTAL_BUCKETS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """One request that is over. first_byte_s: of a stream, from the request's head to the answer's."""
+
+    method: str
+    route: str
+    status: int
+    total_s: float
+    first_byte_s: float | None = None
+
+
+class Metrics:
+    """The metrics of one relay process.
+
+    tiers, routes: the configured names and the table's patterns; any other is counted as "other".
+    """
+
+    def __init__(self, *, tiers: Iterable[str], routes: Iterable[str]) -> None:
+        # Else each counter has a second series, which nobody asks for.
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # it has no hints (0.26)
+        self._tiers, self._routes = frozenset(tiers), frozenset(routes)
+        self._registry = registry = CollectorRegistry()
+        ProcessCollector(namespace="limiter", registry=registry)
+        self._requests = Counter(
+            "limiter_requests", "Requests that are over.", ["route", "method", "status"], registry=registry
+        )
+        self._in_flight = Gauge("limiter_requests_in_flight", "Requests under way.", registry=registry)
+        self._decisions = Counter(
+            "limiter_decisions", "Decisions on credits.", ["status", "reason", "tier"], registry=registry
+        )
+        self._settlements = Counter(
+            "limiter_settlements", "Commits and releases that are over.", ["kind", "outcome"], registry=registry
+        )
+        self._debited = Counter("limiter_credits_debited", "Credits debited.", ["backend"], registry=registry)
+        self._settling = Gauge(
+            "limiter_settlements_in_flight",
+            "Commits and releases under way, with those that wait for Redis.",
+            registry=registry,
+        )
+        self._calls = Counter(
+            "limiter_backend_calls", "Calls to a backend that are over.", ["backend", "outcome"], registry=registry
+        )
+        self._breakers = Gauge(
+            "limiter_breaker_state",
+            "1 for the state that a backend's circuit breaker is in.",
+            ["backend", "state"],
+            registry=registry,
+        )
+        self._redis_up = Gauge("limiter_redis_up", "1 while decisions can be had, 0 while not.", registry=registry)
+        self._dump_age_s = Gauge(
+            "limiter_dump_age_seconds", "Age of the last good credits.json; NaN before the first.", registry=registry
+        )
+        self._decision_s = Histogram(
+            "limiter_decision_seconds",
+            "Time of a decision, at Redis and back.",
+            registry=registry,
+            buckets=_DECISION_BUCKETS_S,
+        )
+        self._first_byte_s = Histogram(
+            "limiter_first_byte_seconds",
+            "Time to the first byte of a streamed answer.",
+            ["route"],
+            registry=registry,
+            buckets=_FIRST_BYTE_BUCKETS_S,
+        )
+        self._total_s = Histogram(
+            "limiter_request_seconds",
+            "Time of a request to its end.",
+            ["route"],
+            registry=registry,
+            buckets=_TOTAL_BUCKETS_S,
+        )
+        Gauge("limiter_build_info", "1, with the version.", ["version"], registry=registry).labels(__version__).set(1)
+
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        """Count a request as under way until the block ends."""
+        self._in_flight.inc()
+        try:
+            yield
+        finally:
+            self._in_flight.dec()
+
+    def answered(self, request: Answered) -> None:
+        """Count a request that is over."""
+        route = request.route if request.route in self._routes else _OTHER
+        method = request.method if request.method in METHODS else _OTHER
+        status = str(request.status) if request.status in _STATUSES else f"{request.status // 100}xx"
+        self._requests.labels(route, method, status).inc()
+        self._total_s.labels(route).observe(request.total_s)
+        if request.first_byte_s is not None:
+            self._first_byte_s.labels(route).observe(request.first_byte_s)
+
+    def decided(self, status: str, reason: str | None, tier: str | None) -> None:
+        """Count a decision: a `Status`, UNMETERED or UNAVAILABLE."""
+        self._decisions.labels(
+            status if status in _DECISIONS else _OTHER,
+            reason if reason in _REASONS else "" if reason is None else _OTHER,
+            tier if tier in self._tiers else _OTHER,
+        ).inc()
+
+    def decision_took(self, seconds: float) -> None:
+        """Measure a decision that Redis made."""
+        self._decision_s.observe(seconds)
+
+    def settled(self, kind: SettlementKind, outcome: str, *, backend: Backend | None = None, credits_: int = 0) -> None:
+        """Count a settlement: outcome is a `Status`, FAILED or GAVE_UP; the rest is what a commit debited."""
+        self._settlements.labels(kind, outcome if outcome in _OUTCOMES else _OTHER).inc()
+        if backend is not None:
+            self._debited.labels(backend).inc(credits_)
+
+    def backend_called(self, backend: Backend, outcome: BackendOutcome) -> None:
+        """Count a call to a backend; `refused` is a 4xx that the client gets to see."""
+        self._calls.labels(backend, outcome).inc()
+
+    def watch_settlements(self, under_way: Callable[[], int]) -> None:
+        """Show how many settlements are under way, as a function tells it."""
+        self._settling.set_function(under_way)
+
+    def watch_breaker(self, backend: Backend, state: Callable[[], BreakerState]) -> None:
+        """Show the state of a backend's circuit breaker."""
+
+        def is_in(one: BreakerState) -> float:
+            return float(state() == one)
+
+        for one in _BREAKER_STATES:
+            self._breakers.labels(backend, one).set_function(partial(is_in, one))
+
+    def watch_redis(self, is_up: Callable[[], bool]) -> None:
+        """Show whether decisions can be had."""
+        self._redis_up.set_function(lambda: float(is_up()))
+
+    def watch_dumps(self, last_good_at: Callable[[], str | None]) -> None:
+        """Show the age of the last good dump, of which a function tells the time as ISO text."""
+
+        def age_s() -> float:
+            at = last_good_at()
+            return float("nan") if at is None else time.time() - ms_from_iso(at) / 1000
+
+        self._dump_age_s.set_function(age_s)
+
+    def render(self) -> bytes:
+        """Write all in Prometheus' text format 0.0.4."""
+        return generate_latest(self._registry)
+
+
+METRICS = web.AppKey("metrics", Metrics)
+
+
+async def show_metrics(request: web.Request) -> web.Response:
+    """Show the metrics. In one format whatever is asked for: the library fails on an odd `Accept` (0.26)."""
+    return web.Response(body=request.app[METRICS].render(), headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})

@@ -1,0 +1,96 @@
+"""The list of models: the operator's names first, then what the backends say they have. It costs no credits."""
+
+import asyncio
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import orjson
+from aiohttp import hdrs, web
+
+from limiter.model import Backend
+from limiter.relay.answers import Problem, ProblemRaised
+from limiter.relay.backends import BackendClient, BackendFailed
+from limiter.relay.metered import RELAY
+
+_FRESH_S = 30  # whoever asks without end must not make the operator's key ask without end
+_PATIENCE_S = 10
+_LONGEST_LIST = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One line of the list, in OpenAI's form."""
+
+    id: str
+    created: int
+    owned_by: str
+
+
+class Models:
+    """What can be asked for, remembered for a short while: one asks the backends, and who came meanwhile shares it."""
+
+    def __init__(self, backends: Mapping[Backend, BackendClient]) -> None:
+        self._backends = backends
+        self._lock = asyncio.Lock()
+        self._list: list[Model] = []
+        self._fresh_until_s = 0.0
+
+    async def known(self) -> list[Model]:
+        """Give the models. A backend that fails is left out. Raises ProblemRaised (502) when all do."""
+        async with self._lock:
+            if time.monotonic() >= self._fresh_until_s:
+                self._list = await self._ask()
+                self._fresh_until_s = time.monotonic() + _FRESH_S
+            return self._list
+
+    async def _ask(self) -> list[Model]:
+        lists = await asyncio.gather(*(_models_of(client) for client in self._backends.values()))
+        if all(models is None for models in lists):
+            detail = "No backend tells its models now."
+            raise ProblemRaised(Problem(502, "backend_unavailable", "Backend unavailable", detail, retry_after_s=1))
+        mapped = [Model(name, 0, "operator") for client in self._backends.values() for name in client.models]
+        merged: dict[str, Model] = {}
+        for model in [*mapped, *(model for models in lists for model in models or ())]:
+            merged.setdefault(model.id, model)
+        return [*merged.values()]
+
+
+MODELS = web.AppKey("models", Models)
+
+
+async def show_models(request: web.Request) -> web.Response:
+    """List the models as OpenAI does, to whoever could use them."""
+    identity = request.app[RELAY].identify(request)
+    data = [
+        {"id": model.id, "object": "model", "created": model.created, "owned_by": model.owned_by}
+        for model in await request.app[MODELS].known()
+    ]
+    body = orjson.dumps({"object": "list", "data": data})
+    headers = {hdrs.CACHE_CONTROL: "no-store", **identity.headers()}
+    return web.Response(body=body, content_type="application/json", headers=headers)
+
+
+async def _models_of(client: BackendClient) -> list[Model] | None:
+    """Ask one backend; None when it gives no list that can be read."""
+    try:
+        async with asyncio.timeout(_PATIENCE_S), client.send("models", {}, b"", method=hdrs.METH_GET) as answer:
+            body = bytearray(answer.first)
+            async for chunk in answer.rest:
+                body += chunk
+                if len(body) > _LONGEST_LIST:
+                    return None
+            return [*_read(orjson.loads(body))] if answer.succeeded else None
+    except (BackendFailed, TimeoutError, ValueError):
+        return None
+
+
+def _read(document: object) -> Iterator[Model]:
+    """Read what is a model in a list; whatever else is in there stays here."""
+    data = document.get("data") if isinstance(document, dict) else None
+    if not isinstance(data, list):
+        raise ValueError("no list of models")  # noqa: TRY004  as orjson says it of what is no JSON
+    for item in data:
+        if isinstance(item, dict) and isinstance(name := item.get("id"), str):
+            created, owner = item.get("created"), item.get("owned_by")
+            yield Model(name, created if isinstance(created, int) else 0, owner if isinstance(owner, str) else "")

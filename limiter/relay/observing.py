@@ -1,0 +1,94 @@
+"""Watches every request: one log line at its end, and its metrics. It changes no answer.
+
+The line holds what this program knows of a request, never what a client wrote: no body, no header, no query string,
+no path but the pattern of a known route.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from limiter.relay.answers import REQUEST_ID
+from limiter.relay.facts import FACTS, Facts
+from limiter.relay.metrics import CLIENT_LEFT, METHODS, METRICS, Answered, Metrics
+
+_LOG = logging.getLogger("limiter.request")
+_UNKNOWN_ROUTE = "unknown"
+_FIRST_BYTE_S = web.RequestKey("first_byte_s", float)
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def observe(app: web.Application, metrics: Metrics, short_name: Callable[[str], str]) -> None:
+    """Watch the requests of an app, from outside of all its other middlewares.
+
+    short_name: turns an install id into what the log may hold (`limiter.logs.short_names`).
+    """
+
+    @web.middleware
+    async def watch(request: web.Request, handler: Handler) -> web.StreamResponse:
+        began_s = time.monotonic()
+        status = 500  # of an error that nobody answers
+        with metrics.under_way():
+            try:
+                response = await handler(request)
+            except web.HTTPException as error:
+                status = error.status
+                raise
+            except asyncio.CancelledError:
+                status = CLIENT_LEFT
+                raise
+            else:
+                status = response.status
+                return response
+            finally:
+                _note(request, status, began_s, metrics, short_name)
+
+    async def note_first_byte(request: web.Request, _response: web.StreamResponse) -> None:
+        request[_FIRST_BYTE_S] = time.monotonic()
+
+    app[METRICS] = metrics
+    app.middlewares.insert(0, watch)
+    app.on_response_prepare.append(note_first_byte)
+
+
+def _note(
+    request: web.Request, status: int, began_s: float, metrics: Metrics, short_name: Callable[[str], str]
+) -> None:
+    facts = request.get(FACTS) or Facts()
+    resource = request.match_info.route.resource
+    # Whole answers are sent after all middlewares: only a stream has begun by now.
+    first_byte_s = request[_FIRST_BYTE_S] - began_s if _FIRST_BYTE_S in request else None
+    answered = Answered(
+        method=request.method if request.method in METHODS else "other",
+        route=resource.canonical if resource is not None else _UNKNOWN_ROUTE,
+        status=status,
+        total_s=time.monotonic() - began_s,
+        first_byte_s=first_byte_s,
+    )
+    metrics.answered(answered)
+    if facts.status is not None:
+        metrics.decided(facts.status, facts.reason, facts.tier)
+    if _LOG.isEnabledFor(logging.INFO):
+        line = {
+            "request_id": request.get(REQUEST_ID),
+            "method": answered.method,
+            "route": answered.route,
+            "status": status,
+            "install": short_name(facts.install_id) if facts.install_id is not None else None,
+            "tier": facts.tier,
+            "decision": facts.status,
+            "reason": facts.reason,
+            "backend": facts.backend,
+            "fell_back": facts.fell_back or None,
+            "credits": facts.cost,
+            "duration_ms": _ms(answered.total_s),
+            "first_byte_ms": _ms(first_byte_s) if first_byte_s is not None else None,
+        }
+        _LOG.info("request", extra={name: value for name, value in line.items() if value is not None})
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 1)

@@ -1,0 +1,125 @@
+"""A backend's answer on its way to the client, as a stream or whole; what was held for it is committed here."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+import orjson
+from aiohttp import hdrs, web
+from multidict import CIMultiDict
+
+from limiter.model import Balance
+from limiter.relay.answers import REQUEST_ID, spendable
+from limiter.relay.backends import BackendFailed, Upstream
+from limiter.relay.idempotency import Recording
+from limiter.relay.settlement import OpenHold
+
+CREDITS_EVENT = "X-Credits-Event"
+_WHOLE_BODY = 1 << 20  # an answer up to this size is read whole, so that a broken one can still become an error
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """One request that is being served: its hold, what it costs, what was left when it was reserved, and its record."""
+
+    hold: OpenHold
+    cost: int
+    balance: Balance
+    recording: Recording
+
+    def commit(self, upstream: Upstream) -> None:
+        """Debit the request: no repeat of it is to be debited again."""
+        self.hold.commit(upstream.backend)
+        self.recording.debited()
+
+
+async def pass_answer(
+    request: web.Request, upstream: Upstream, headers: CIMultiDict[str], served: Served
+) -> web.StreamResponse:
+    """Pass an answer on. Raises BackendFailed while the client has seen nothing of it yet."""
+    if upstream.succeeded and upstream.streams:
+        served.commit(upstream)
+        return await _pass_stream(request, upstream, headers, served)
+    return await _pass_body(request, upstream, headers, served)
+
+
+async def _pass_stream(
+    request: web.Request, upstream: Upstream, headers: CIMultiDict[str], served: Served
+) -> web.StreamResponse:
+    response = served.recording.stream(status=upstream.status, headers=headers)
+    packed = headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity"
+    last = upstream.first
+    with suppress(ConnectionError):  # the client left: leaving the caller's block stops the backend
+        await response.prepare(request)
+        await response.write(upstream.first)
+        try:
+            async for chunk in upstream.rest:
+                await response.write(chunk)
+                last = chunk
+        except BackendFailed as failure:
+            if packed:
+                return broken_off(request, response)  # plain text among packed bytes would be taken for damage
+            error = orjson.dumps(failure.problem.as_dict(request[REQUEST_ID]))
+            last = b"\n\ndata: " + error + b"\n\n"
+            await response.write(last)
+        if request.headers.get(CREDITS_EVENT) == "1" and not packed:
+            await response.write((b"" if last.endswith((b"\n", b"\r")) else b"\n\n") + _comment(upstream, served))
+        await response.write_eof()
+    return response
+
+
+def _comment(upstream: Upstream, served: Served) -> bytes:
+    """Give the comment line that tells what was charged; by the specification of SSE, clients pass over it."""
+    left, gemini_left = spendable(served.balance)
+    told = {"charged": served.cost, "backend": upstream.backend, "remaining": left, "gemini_remaining": gemini_left}
+    return b": credits " + orjson.dumps(told) + b"\n\n"
+
+
+async def _pass_body(
+    request: web.Request, upstream: Upstream, headers: CIMultiDict[str], served: Served
+) -> web.StreamResponse:
+    """Pass an answer that is no stream: whole if it is small, else as it comes.
+
+    Either way it counts when it is complete. A client that leaves a big one before its end pays for it all the same,
+    or all but its last byte would be free.
+    """
+    read, complete = await _read_up_to(upstream, _WHOLE_BODY)
+    if complete:
+        if upstream.succeeded:
+            served.commit(upstream)
+        return served.recording.whole(status=upstream.status, headers=headers, body=read)
+    response = served.recording.stream(status=upstream.status, headers=headers)
+    try:
+        with suppress(ConnectionError):
+            await response.prepare(request)
+            await response.write(read)
+            async for chunk in upstream.rest:
+                await response.write(chunk)
+            await response.write_eof()
+    except BackendFailed:
+        return broken_off(request, response)
+    except asyncio.CancelledError:
+        served.commit(upstream)
+        raise
+    served.commit(upstream)
+    return response
+
+
+def broken_off(request: web.Request, response: web.StreamResponse) -> web.StreamResponse:
+    """Break the connection off: the one way to say that half an answer is not the answer."""
+    if request.transport is not None:
+        request.transport.abort()
+    return response
+
+
+async def _read_up_to(upstream: Upstream, limit: int) -> tuple[bytes, bool]:
+    parts, size = [upstream.first], len(upstream.first)
+    rest: AsyncIterator[bytes] = upstream.rest
+    while size <= limit:
+        chunk = await anext(rest, b"")
+        if not chunk:
+            return b"".join(parts), True
+        parts.append(chunk)
+        size += len(chunk)
+    return b"".join(parts), False

@@ -1,0 +1,183 @@
+"""Whether Redis is there, as this node sees it, and what a request gets while it is not.
+
+Real calls and a probe that runs for ever decide it; nothing is decided once at start. Only changes are logged. It knows
+nothing of credits, and settles nothing.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from types import TracebackType
+from typing import Literal, Self, TypeVar
+
+from limiter.credit_limiter import CreditLimiter
+from limiter.errors import BrokenRow, LimiterError, LimiterUnavailable, ScriptContractError
+from limiter.model import CORE, Decision
+
+T = TypeVar("T")
+OnRedisDown = Literal["deny", "hardware"]
+RedisState = Literal["ok", "away"]
+_LOG = logging.getLogger("limiter.relay")
+_PROBED = "probe"  # an install id that no client can have: it is no UUID
+_IDLE_S = 5.0  # while ok: the probe looks only when no decision has shown it for so long
+_FIRST_PAUSE_S = 0.1
+_LONGEST_PAUSE_S = 1.0
+
+
+class RedisAway(LimiterUnavailable):
+    """Redis was away already: nothing was sent, so nothing can be held."""
+
+    def __init__(self) -> None:
+        super().__init__("Redis is away", executed=False)
+
+
+class RedisMode:
+    """The state of Redis on this node. Use it as `async with RedisMode(…):`, which runs the probe.
+
+    on_redis_down: "deny" refuses while Redis is away; "hardware" serves unmetered, for relays that have hardware.
+    timed: told the seconds of each reserve that was answered.
+    """
+
+    def __init__(
+        self,
+        limiter: CreditLimiter,
+        *,
+        on_redis_down: OnRedisDown = "deny",
+        timed: Callable[[float], None] | None = None,
+    ) -> None:
+        self.on_redis_down = on_redis_down
+        self._limiter = limiter
+        self._timed = timed
+        self._state: RedisState = "ok"
+        self._answered_s = self._changed_s = time.monotonic()
+        self._went, self._back = asyncio.Event(), asyncio.Event()
+        self._back.set()
+        self._task: asyncio.Task[None] | None = None
+        self._stopping = False
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._probe_for_ever(), name="probe of Redis")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stopping = True  # a cancellation can get lost in redis-py 8, see `importer.CancelWatch`
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+
+    @property
+    def state(self) -> RedisState:
+        """Whether decisions can be had."""
+        return self._state
+
+    def report(self) -> Mapping[str, object]:
+        """Tell the state, for readiness: since how many seconds, and what a request gets while Redis is away."""
+        since_s = round(time.monotonic() - self._changed_s, 1)
+        return {"state": self._state, "since_s": since_s, "on_redis_down": self.on_redis_down}
+
+    @property
+    def serves_unmetered(self) -> bool:
+        """Whether requests are to be served from hardware, and from nothing else, without credits.
+
+        Ask before a request's first call, and again when that ended in LimiterUnavailable. Where only this one
+        request got no answer, it is false: nobody is served for nothing while others pay.
+        """
+        return self.on_redis_down == "hardware" and self._state == "away"
+
+    async def decide(self, reserve: Callable[[], Awaitable[Decision]]) -> Decision:
+        """Run a reserve; its answer is what shows that Redis is there. Raises what it raises, and as `call`.
+
+        After LimiterUnavailable it may hold something, but not after RedisAway.
+        """
+        began_s = time.monotonic()
+        try:
+            decision = await self.call(reserve)
+        except (BrokenRow, ScriptContractError):
+            self._note_answer()
+            raise
+        self._note_answer()
+        if self._timed is not None:
+            self._timed(time.monotonic() - began_s)
+        return decision
+
+    async def call(self, operation: Callable[[], Awaitable[T]]) -> T:
+        """Run another operation on Redis, as a balance. Raises RedisAway at once, without sending it, while away.
+
+        Its answer proves nothing, as a server that takes no writes gives one, too.
+        """
+        if self._state == "away":
+            raise RedisAway
+        return await self._watched(operation)
+
+    async def back(self) -> None:
+        """Wait until Redis is not away."""
+        await self._back.wait()
+
+    async def _watched(self, operation: Callable[[], Awaitable[T]]) -> T:
+        began_s = time.monotonic()
+        try:
+            return await operation()
+        except LimiterUnavailable as error:
+            self._note_failure(began_s, error)
+            raise
+
+    def _note_answer(self) -> None:
+        self._answered_s = time.monotonic()
+        if self._state == "away":
+            self._change("ok")
+            self._back.set()
+            _LOG.warning("Redis is back")
+
+    def _note_failure(self, began_s: float, error: LimiterUnavailable) -> None:
+        """Believe a failure only if nobody got an answer since the failed call began: else it is late, or alone."""
+        if self._state == "ok" and self._answered_s < began_s:
+            self._change("away")
+            self._back.clear()
+            served = "serving unmetered from hardware" if self.on_redis_down == "hardware" else "refusing requests"
+            _LOG.error("Redis is away: %s until it is back (%s)", served, error)
+            self._went.set()
+
+    def _change(self, state: RedisState) -> None:
+        self._state, self._changed_s = state, time.monotonic()
+
+    async def _probe_for_ever(self) -> None:
+        pause_s = _FIRST_PAUSE_S
+        while not self._stopping:
+            if self._state == "ok":
+                pause_s = _FIRST_PAUSE_S
+                await self._idle()
+            else:
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+            try:
+                await self._probe()
+            except LimiterUnavailable:
+                continue
+            except LimiterError:
+                self._note_answer()  # a fault, but not one of Redis being away: requests tell of it
+            except Exception:  # noqa: BLE001  a fault of ours must not end the probe, and the way back with it
+                _LOG.exception("the probe of Redis failed, by a fault of this program")
+            else:
+                self._note_answer()
+
+    async def _idle(self) -> None:
+        """Wait until Redis went away, or no decision has been made for a while."""
+        self._went.clear()
+        while (quiet_s := time.monotonic() - self._answered_s) < _IDLE_S and self._state == "ok":
+            try:
+                async with asyncio.timeout(_IDLE_S - quiet_s):
+                    await self._went.wait()
+            except TimeoutError:
+                continue
+
+    async def _probe(self) -> None:
+        """Run the very script of a decision, on a row that is not there and is not made.
+
+        A balance would do for a server that is gone, but a replica and a server out of memory answer one.
+        """
+        await self._watched(
+            lambda: self._limiter.reserve(_PROBED, tier=CORE, has_hardware=True, hold_id=_PROBED, may_create=False)
+        )

@@ -1,0 +1,147 @@
+"""A multipart body on its way to a backend: read as the backend takes it, counted, and kept only up to a limit.
+
+What is kept can be sent again, to the other backend. Nothing here knows of credits.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from email.message import Message
+
+from aiohttp import ClientError, hdrs, web
+from aiohttp.http_exceptions import HttpProcessingError
+
+from limiter.relay.answers import Problem, ProblemRaised, fail
+from limiter.relay.backends import BackendClient, Streamed
+from limiter.relay.forms import ModelField
+
+_LONGEST_BOUNDARY = 70  # RFC 2046
+_CONTINUE = "100-continue"
+
+
+@dataclass(frozen=True, slots=True)
+class UploadLimits:
+    """Bounds of one upload. kept_b: bytes kept for the fallback. idle_s: without a byte of the client's."""
+
+    size_b: int
+    kept_b: int
+    total_s: float
+    idle_s: float = 30
+
+
+class Upload:
+    """The body of one request. Raises ProblemRaised when its head already says that it cannot be served.
+
+    named: is told each model name that passes. Close it with `close`.
+    """
+
+    def __init__(self, request: web.Request, limits: UploadLimits, named: Callable[[str], None]) -> None:
+        self.path = request.path.removeprefix("/v1/")
+        self.headers: Mapping[str, str] = request.headers
+        self._boundary = _boundary_of(request)
+        self._length = request.content_length
+        if self._length is not None and self._length > limits.size_b:
+            raise _too_large()
+        self._content, self._limits, self._named = request.content, limits, named
+        self._writer = request.writer if request.headers.get(hdrs.EXPECT, "").lower() == _CONTINUE else None
+        self._ends_s = asyncio.get_running_loop().time() + limits.total_s
+        self._kept: list[bytes] = []
+        self._size = 0
+        self._fault: ProblemRaised | None = None
+        self._reading: asyncio.Task[bytes] | None = None
+
+    @property
+    def replayable(self) -> bool:
+        """Whether all that was read so far is kept."""
+        return self._size <= self._limits.kept_b and self._fault is None
+
+    def body_for(self, client: BackendClient) -> Streamed:
+        """Give the body from its start, with the backend's own name of the model wherever in the form it stands.
+
+        Chunked where names are mapped, as the length is then not known; else with the client's Content-Length.
+        """
+
+        def rename(name: str) -> str:
+            self._named(name)
+            return client.model(name)
+
+        chunks = self._renamed(ModelField(self._boundary, rename))
+        return Streamed(chunks, None if client.models else self._length, lambda: self._fault)
+
+    def close(self) -> None:
+        """Stop reading."""
+        if self._reading is not None:
+            self._reading.cancel()
+
+    async def _renamed(self, field: ModelField) -> AsyncIterator[bytes]:
+        at = 0
+        while chunk := self._kept[at] if at < len(self._kept) else await self._next():
+            at += 1
+            if out := field.feed(chunk):
+                yield out
+        if out := field.rest():
+            yield out
+
+    async def _next(self) -> bytes:
+        """Read on; one read at a time, also when a backend that failed still waits for the bytes."""
+        if self._reading is None:
+            self._reading = asyncio.create_task(self._read())
+        chunk = await asyncio.shield(self._reading)
+        if self._fault is not None:
+            raise self._fault
+        return chunk
+
+    async def _read(self) -> bytes:
+        """Read and keep what has come; b"" at the end, or when there is a fault."""
+        try:
+            chunk = await self._received()
+        finally:
+            self._reading = None
+        self._size += len(chunk)
+        if self._size > self._limits.size_b:
+            self._fault = _too_large()
+            return b""
+        if not self.replayable:
+            self._kept.clear()
+        elif chunk:
+            self._kept.append(chunk)
+        return chunk
+
+    async def _received(self) -> bytes:
+        limits = self._limits
+        try:
+            async with asyncio.timeout_at(min(asyncio.get_running_loop().time() + limits.idle_s, self._ends_s)):
+                if self._writer is not None:
+                    writer, self._writer = self._writer, None
+                    await writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                    writer.output_size = 0  # it is no part of the answer; aiohttp's own handler does the same
+                return await self._content.readany()
+        except TimeoutError:
+            detail = f"No byte came for {limits.idle_s:g} s, or not all came within {limits.total_s:g} s."
+            self._fault = ProblemRaised(Problem(408, "request_timeout", "Request timeout", detail))
+        except (web.RequestPayloadError, ClientError, HttpProcessingError, OSError):
+            detail = "The body cannot be read: it broke off, or its encoding is damaged."
+            self._fault = ProblemRaised(Problem(400, "invalid_body", "Invalid body", detail))
+        return b""
+
+
+async def expect_later(request: web.Request) -> None:
+    """Leave an `Expect: 100-continue` to the first read: who is refused before it need not send the body at all."""
+    if request.headers.get(hdrs.EXPECT, "").lower() != _CONTINUE:
+        raise web.HTTPExpectationFailed(text="Expect can only be 100-continue.")
+
+
+def _too_large() -> ProblemRaised:
+    detail = "The file is larger than this relay takes."
+    return ProblemRaised(Problem(413, "request_too_large", "Request too large", detail))
+
+
+def _boundary_of(request: web.Request) -> str:
+    message = Message()
+    message[hdrs.CONTENT_TYPE] = request.headers.get(hdrs.CONTENT_TYPE, "")
+    boundary = message.get_boundary()
+    if request.content_type != "multipart/form-data":
+        fail(415, "unsupported_media_type", "Unsupported media type", "Send the body as multipart/form-data.")
+    if not boundary or len(boundary) > _LONGEST_BOUNDARY or not boundary.isascii():
+        fail(400, "invalid_body", "Invalid body", "The Content-Type must have a boundary of 1 to 70 ASCII characters.")
+    return boundary

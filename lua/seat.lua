@@ -1,0 +1,32 @@
+#!lua
+-- Gives an install one of a licence's seats, or notes that it uses the one it has. One step, so that installs that come
+-- at once are never given more seats than there are.
+-- Reply: {status}   status: SEATED | FULL (others have all the seats)
+local seats_key  = KEYS[1]            -- hash: install id -> "1780000000000 1780000000000", seated and last used at
+local install_id = ARGV[1]            -- string, 1..64 bytes
+local seats      = tonumber(ARGV[2])  -- int > 0, installs that may use the licence
+local lapses_ms  = tonumber(ARGV[3])  -- int > 0, epoch milliseconds: when its seats are forgotten
+local now_arg    = ARGV[4]            -- int, epoch milliseconds; "" for the server's time
+--@include clock
+
+if install_id == "" or not (seats and seats > 0 and lapses_ms and lapses_ms > 0) then
+  return redis.error_reply("BADARG seat wants an install, and seats and a time above 0")
+end
+local now_ms = clock.now_ms(now_arg)
+local taken = redis.call("HLEN", seats_key)
+local since = string.match(redis.call("HGET", seats_key, install_id) or "", "^(%d+) ")
+if not since then
+  if taken >= seats then return { "FULL" } end
+elseif taken > seats then
+  -- The licence has fewer seats than the one before it: those who came first keep theirs.
+  local ahead, all = 0, redis.call("HGETALL", seats_key)
+  for i = 1, #all, 2 do
+    local other = tonumber(string.match(all[i + 1], "^(%d+) ")) or 0
+    if other < tonumber(since) or other == tonumber(since) and all[i] < install_id then ahead = ahead + 1 end
+  end
+  if ahead >= seats then return { "FULL" } end
+end
+local now = string.format("%.0f", now_ms)
+redis.call("HSET", seats_key, install_id, (since or now) .. " " .. now)
+redis.call("PEXPIREAT", seats_key, string.format("%.0f", lapses_ms), taken == 0 and "NX" or "GT")
+return { "SEATED" }

@@ -1,0 +1,106 @@
+"""claim.lua, keep.lua and drop.lua: of all attempts one has the key, and only that one says what became of it."""
+
+import pytest
+from redis.asyncio import Redis
+
+from limiter import CreditLimiter
+from limiter.relay.stores import Claimed, ClaimStatus, Stores
+from tests.conftest import Clock, fields_of, text_of
+
+KEY = "credits:claim:a:k"
+NOTHING = b""
+
+
+@pytest.fixture
+def stores(limiter: CreditLimiter) -> Stores:
+    return Stores(limiter)
+
+
+async def claim(stores: Stores, owner: str, fingerprint: str = "f", *, supersedes: bool = False) -> Claimed:
+    return await stores.claim(KEY, owner, fingerprint, claim_ms=60_000, supersedes=supersedes)
+
+
+async def fields(redis: Redis) -> dict[str, str]:
+    return {text_of(name): text_of(value) for name, value in (await redis.hgetall(KEY)).items()}
+
+
+async def test_claim_when_the_key_is_free_then_it_is_held_for_its_time(
+    stores: Stores, redis: Redis, clock: Clock
+) -> None:
+    assert await claim(stores, "one") == Claimed(ClaimStatus.CLAIMED, NOTHING)
+    busy_until_ms = str(clock.now_ms + 60_000)
+    assert await fields(redis) == {"owner": "one", "fingerprint": "f", "busy_until_ms": busy_until_ms, "answer": ""}
+    assert 50_000 < await redis.pttl(KEY) <= 60_000
+
+
+async def test_claim_when_repeated_after_a_lost_reply_then_it_is_claimed_again(stores: Stores) -> None:
+    await claim(stores, "one")
+    assert (await claim(stores, "one")).status is ClaimStatus.CLAIMED
+
+
+async def test_claim_when_another_runs_then_running_or_reused_and_nothing_changes(stores: Stores, redis: Redis) -> None:
+    await claim(stores, "one")
+    before = await fields(redis)
+    assert (await claim(stores, "two")).status is ClaimStatus.RUNNING
+    assert (await claim(stores, "two", "another request")).status is ClaimStatus.REUSED
+    assert await fields(redis) == before
+
+
+async def test_claim_when_an_answer_was_kept_then_it_is_given_byte_for_byte(stores: Stores) -> None:
+    answer = bytes(range(256)) * 100
+    await claim(stores, "one")
+    assert await stores.keep(KEY, "one", "f", keep_ms=1000, answer=answer) is ClaimStatus.KEPT
+    assert await claim(stores, "two") == Claimed(ClaimStatus.KEPT, answer)
+    assert (await claim(stores, "two", "another request")).status is ClaimStatus.REUSED
+
+
+async def test_claim_when_a_stream_began_then_running_and_when_its_node_died_spent(
+    stores: Stores, redis: Redis, clock: Clock
+) -> None:
+    await claim(stores, "one")
+    await stores.keep(KEY, "one", "f", keep_ms=90_000, busy_ms=5000)
+    assert 80_000 < await redis.pttl(KEY) <= 90_000
+    assert (await claim(stores, "two")).status is ClaimStatus.RUNNING
+    clock.now_ms += 5000
+    assert (await claim(stores, "two")).status is ClaimStatus.SPENT
+
+
+async def test_claim_when_it_supersedes_then_the_one_before_can_neither_keep_nor_drop(
+    stores: Stores, redis: Redis
+) -> None:
+    await claim(stores, "one")
+    assert (await claim(stores, "two", supersedes=True)).status is ClaimStatus.CLAIMED
+    before = await fields(redis)
+    assert await stores.keep(KEY, "one", "f", keep_ms=1000, answer=b"x") is ClaimStatus.LOST
+    assert await stores.drop(KEY, "one") is ClaimStatus.GONE
+    assert await fields(redis) == before
+    assert before["owner"] == "two"
+
+
+async def test_keep_when_the_claim_has_lapsed_then_it_is_kept_all_the_same(stores: Stores, redis: Redis) -> None:
+    assert await stores.keep(KEY, "one", "f", keep_ms=1000, answer=b"x") is ClaimStatus.KEPT
+    assert await claim(stores, "two") == Claimed(ClaimStatus.KEPT, b"x")
+    assert 0 < await redis.pttl(KEY) <= 1000
+
+
+async def test_keep_when_the_note_of_a_stream_comes_after_its_end_then_the_end_stands(stores: Stores) -> None:
+    await claim(stores, "one")
+    await stores.keep(KEY, "one", "f", keep_ms=1000, answer=b"x")
+    await stores.keep(KEY, "one", "f", keep_ms=90_000, busy_ms=60_000)
+    assert await stores.drop(KEY, "one") is ClaimStatus.KEPT
+    assert await claim(stores, "two") == Claimed(ClaimStatus.KEPT, b"x")
+
+
+async def test_drop_when_repeated_then_it_leaves_the_next_claim_alone(stores: Stores, redis: Redis) -> None:
+    await claim(stores, "one")
+    assert await stores.drop(KEY, "one") is ClaimStatus.DROPPED
+    await claim(stores, "two")
+    assert await stores.drop(KEY, "one") is ClaimStatus.GONE
+    assert (await fields(redis))["owner"] == "two"
+
+
+async def test_claims_when_made_then_no_row_is_touched(stores: Stores, redis: Redis) -> None:
+    await claim(stores, "one")
+    await stores.keep(KEY, "one", "f", keep_ms=1000)
+    assert await redis.keys("*") == [KEY.encode()]
+    assert await fields_of(redis, "a") == {}
