@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import ParamSpec, Self, TypeVar
 
+from limiter.cancelling import to_the_end
+
 T = TypeVar("T")
 P = ParamSpec("P")
 _DEAD_S = 3600.0  # a temp file that nobody wrote to for so long has lost its writer
@@ -87,18 +89,7 @@ def free_name(path: Path, word: str, stamp: str) -> Path:
 
 async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Run it in a thread, to its end even when the caller is cancelled: a file is never closed under its writer."""
-    task = asyncio.ensure_future(asyncio.to_thread(function, *args, **kwargs))
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is not None:
-        if failure := task.exception():
-            cancelled.add_note(f"Meanwhile: {failure}")
-        raise cancelled
-    return task.result()
+    return await to_the_end(asyncio.to_thread(function, *args, **kwargs), if_it_fails="Meanwhile")
 
 
 def _keep(path: Path, kept: Path) -> None:

@@ -7,12 +7,13 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
 from redis.asyncio import Redis
 
+from limiter.cancelling import CancelWatch, to_the_end
 from limiter.errors import LimiterError, LimiterUnavailable
 from limiter.keys import Keys, normalise_install_id
 from limiter.model import MAX_COST, Backend, Balance, Decision, Row, Settlement, Status, Tiers
@@ -21,6 +22,7 @@ from limiter.store import read_row
 
 T = TypeVar("T")
 _HOLD_ID = re.compile(r"[A-Za-z0-9._-]{1,48}", re.ASCII)
+_UNSETTLED = "The hold was not settled and will lapse by itself"
 _FIRST_PAUSE_S = 0.01
 _LONGEST_PAUSE_S = 0.25
 
@@ -175,17 +177,20 @@ class CreditLimiter:
         try:
             decision = await asyncio.shield(reserving)
         except (asyncio.CancelledError, LimiterUnavailable) as error:
-            await _noting(error, _to_the_end(self._undo(install_id, hold_id, reserving)))
+            await _noting(error, to_the_end(self._undo(install_id, hold_id, reserving), if_it_fails=_UNSETTLED))
             raise
         hold = Hold(decision)
         try:
             yield hold
         except BaseException as error:
             if decision.allowed:
-                await _noting(error, _to_the_end(self.release(install_id, decision.hold_id)))
+                await _noting(error, to_the_end(self.release(install_id, decision.hold_id), if_it_fails=_UNSETTLED))
             raise
         if decision.allowed:
-            await _to_the_end(self.commit(install_id, decision.hold_id, backend=hold.used_backend, cost=hold.used_cost))
+            await to_the_end(
+                self.commit(install_id, decision.hold_id, backend=hold.used_backend, cost=hold.used_cost),
+                if_it_fails=_UNSETTLED,
+            )
 
     async def _undo(self, install_id: str, hold_id: str, reserving: "asyncio.Future[Decision]") -> None:
         """Give back what a reserve holds, or may hold, whose answer came to nobody."""
@@ -205,7 +210,7 @@ class CreditLimiter:
         unknown = False
         deadline = time.monotonic() + self._deadline_s
         pause_s = _FIRST_PAUSE_S
-        cancel_requests = _cancel_requests()
+        cancel = CancelWatch()
         while True:
             try:
                 async with asyncio.timeout(max(deadline - time.monotonic(), 0)):
@@ -218,26 +223,11 @@ class CreditLimiter:
                     error.executed = None if unknown else False  # an earlier attempt may have been executed
                     raise
             else:
-                _deliver_cancellation(cancel_requests)
+                cancel.check()
                 return answer
-            _deliver_cancellation(cancel_requests)
+            cancel.check()
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
-
-
-def _cancel_requests() -> int:
-    task = asyncio.current_task()
-    return 0 if task is None else task.cancelling()
-
-
-def _deliver_cancellation(cancel_requests: int) -> None:
-    """Raise the cancellation that was requested since, and got lost in the attempt.
-
-    redis-py 8 sends through `asyncio.wait_for`. Before Python 3.12 that drops a cancellation which comes as the sending
-    ends (python/cpython#86296), and the caller would never hear of it.
-    """
-    if _cancel_requests() > cancel_requests:
-        raise asyncio.CancelledError
 
 
 class Hold:
@@ -271,22 +261,6 @@ async def _noting(reason: BaseException, release: Awaitable[Status | None]) -> N
         await release
     except LimiterError as unsettled:
         reason.add_note(f"The hold was not released and will lapse by itself: {unsettled}")
-
-
-async def _to_the_end(settle: Coroutine[object, object, object]) -> None:
-    """Await a settlement to its end, however often the caller is cancelled meanwhile; that is delivered afterwards."""
-    task = asyncio.ensure_future(settle)
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is not None:
-        if failure := task.exception():
-            cancelled.add_note(f"The hold was not settled and will lapse by itself: {failure}")
-        raise cancelled
-    await task
 
 
 def _checked_hold_id(hold_id: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 
 from redis.exceptions import NoScriptError, RedisError
 
+from limiter.cancelling import CancelWatch
 from limiter.credit_limiter import CreditLimiter
 from limiter.errors import BrokenRow, LedgerFileError
 from limiter.ledger import LedgerFile, row_from_member, undated_fields
@@ -117,23 +118,6 @@ async def moment_ms(limiter: CreditLimiter) -> int:
     except (RedisError, OSError, TimeoutError) as error:
         raise mapped(error, "TIME") from error
     return int(seconds) * 1000 + int(microseconds) // 1000
-
-
-class CancelWatch:
-    """Finds a cancellation of this task that was lost on the way.
-
-    asyncio.wait_for of Python 3.11, through which redis-py 8 writes to its socket, drops one that comes when what it
-    waits for is done (python/cpython#86296, mended in 3.12). Without this a loop over pipelines could not be stopped.
-    """
-
-    def __init__(self) -> None:
-        self._task = asyncio.current_task()
-        self._before = self._task.cancelling() if self._task else 0
-
-    def check(self) -> None:
-        """Raise the CancelledError that was lost."""
-        if self._task is not None and self._task.cancelling() > self._before:
-            raise asyncio.CancelledError
 
 
 @dataclass(frozen=True, slots=True)

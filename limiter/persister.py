@@ -18,9 +18,10 @@ from typing import Any, Self
 from redis.exceptions import RedisError
 
 from limiter.atomic_file import free_name
+from limiter.cancelling import CancelWatch
 from limiter.credit_limiter import CreditLimiter
 from limiter.errors import LedgerFileError, LimiterError
-from limiter.importer import CancelWatch, import_file, moment_ms
+from limiter.importer import import_file, moment_ms
 from limiter.ledger import LedgerFile
 from limiter.ledger_writer import ListFile, write_ledger
 from limiter.model import Row

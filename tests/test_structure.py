@@ -16,7 +16,7 @@ MODULES = {
 # Whoever is not listed serves: relay, admin, cli, persister and what belongs to them. They import what they like of
 # these, and none of these imports one of them.
 LAYERS = (
-    ("errors", "timestamps", "lua_source", "seen"),
+    ("cancelling", "errors", "timestamps", "lua_source", "seen"),
     ("keys", "model"),
     ("scripts",),
     ("store",),

@@ -63,7 +63,7 @@ class RedisMode:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stopping = True  # a cancellation can get lost in redis-py 8, see `importer.CancelWatch`
+        self._stopping = True  # a cancellation can get lost in redis-py 8, see `cancelling.CancelWatch`
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait({self._task})
