@@ -16,14 +16,16 @@ import aiohttp
 import pytest
 from aiohttp import web
 from multidict import CIMultiDictProxy
+from pydantic import BaseModel
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Tiers
-from limiter.licence import Licences
 from limiter.model import Backend as BackendName
 from limiter.relay import create_app, runner_of
 from limiter.relay.backends import BackendClient
+from limiter.relay.health import Report
 from limiter.relay.metered import RELAY
+from limiter.settings import IdempotencySettings, LicenceSettings, RedisSettings, RelaySettings, Settings
 from tests.backend import Document
 from tests.conftest import ELSEWHERE
 
@@ -171,6 +173,21 @@ def client_of(
     return BackendClient(name, url, api_key=key, timeout_s=timeout_s, models=models, **more)
 
 
+def _sections(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Sort settings given by their bare names into the sections that a relay looks at."""
+    kinds: dict[str, type[BaseModel]] = {
+        "relay": RelaySettings,
+        "redis": RedisSettings,
+        "idempotency": IdempotencySettings,
+    }
+    unknown = set(options).difference(*(kind.model_fields for kind in kinds.values()))
+    assert not unknown, f"no settings: {unknown}"
+    return {
+        section: kind(**{name: value for name, value in options.items() if name in kind.model_fields})
+        for section, kind in kinds.items()
+    }
+
+
 @asynccontextmanager
 async def relays_on(redis: Redis) -> AsyncIterator[StartRelay]:
     """Start relays. Afterwards, when all are drained, no row may hold anything."""
@@ -182,18 +199,18 @@ async def relays_on(redis: Redis) -> AsyncIterator[StartRelay]:
             tiers: Tiers = RELAY_TIERS,
             public_keys: Sequence[str] = (),
             costs: Mapping[str, int] | None = None,
+            reports: Mapping[str, Report] | None = None,
             **options: Any,
         ) -> RunningRelay:
             for client in clients:
                 stack.push_async_callback(client.aclose)
             limiter = on or CreditLimiter(redis, tiers)
-            app = create_app(
-                limiter,
-                {client.name: client for client in clients},
-                licences=Licences(public_keys),
+            settings = Settings.model_construct(  # without the environment
                 costs={"default": 1, **(costs or {})},
-                **{"mint_per_ip": 0, "mint_overall": 0, **options},
+                licence=LicenceSettings(public_keys=list(public_keys)),
+                **_sections({"mint_per_ip": 0, "mint_overall": 0, **options}),
             )
+            app = create_app(limiter, {client.name: client for client in clients}, settings, reports)
             runner = runner_of(app, shutdown_s=5)
             await runner.setup()
             stack.push_async_callback(runner.cleanup)

@@ -12,7 +12,6 @@ from pathlib import Path
 from aiohttp import web
 
 from limiter.errors import SettingsError
-from limiter.licence import Licences
 from limiter.model import Backend
 from limiter.opening import open_limiter
 from limiter.persister import Persister
@@ -50,27 +49,8 @@ async def serve(settings: Settings, started: Callable[[Serving], None]) -> None:
         persister = None
         if settings.persister.file:
             persister = Persister(limiter, Path(settings.persister.file), interval_s=settings.persister.interval_s)
-        app = create_app(
-            limiter,
-            backends,
-            licences=Licences(settings.licence.public_keys),
-            costs=settings.costs,
-            body_limit_mb=settings.relay.body_limit_mb,
-            upload_limit_mb=settings.relay.upload_limit_mb,
-            replay_limit_kb=settings.relay.replay_limit_kb,
-            upload_s=settings.relay.upload_s,
-            cors_origins=settings.relay.cors_origins,
-            mint_per_ip=settings.relay.mint_per_ip,
-            mint_overall=settings.relay.mint_overall,
-            trusted_proxies=settings.relay.trusted_proxies,
-            keep_s=settings.idempotency.keep_s,
-            answer_limit_kb=settings.idempotency.answer_limit_kb,
-            retry_window_s=settings.idempotency.retry_window_s,
-            timeout_ms=settings.redis.timeout_ms,
-            drain_s=settings.relay.drain_s,
-            log_key=settings.logs.key.get_secret_value(),
-            reports={} if persister is None else {"persister": persister.report},
-        )
+        reports = {} if persister is None else {"persister": persister.report}
+        app = create_app(limiter, backends, settings, reports)
         dumping = await stack.enter_async_context(AsyncExitStack())  # it dumps once more after the last request
         url = await _listen(app, settings, stack)
         if persister is not None:

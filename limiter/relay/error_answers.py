@@ -1,0 +1,68 @@
+"""The one place where a request that failed becomes an answer, and where those that no route takes are refused."""
+
+import logging
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+
+from aiohttp import HttpVersion10, hdrs, web
+
+from limiter.errors import LimiterError
+from limiter.relay.answers import REQUEST_ID, Problem, ProblemRaised, fail, problem_of, problem_response
+from limiter.relay.cors import preflight
+
+_LOG = logging.getLogger("limiter.relay")
+_WORTH_READING = 64 << 10  # bytes of what a refused client still sends
+_SERVER_ERROR = 500
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@web.middleware
+async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Give each request its id, refuse what no route takes, and turn every exception into the error object."""
+    request[REQUEST_ID] = uuid.uuid4().hex
+    try:
+        if request.version < HttpVersion10:
+            fail(400, "unsupported_http_version", "Unsupported HTTP version", "This relay speaks HTTP/1.0 and 1.1.")
+        if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
+            fail(415, "packed_body", "Packed body", "Send the body as it is, without a Content-Encoding.")
+        if _wants_upgrade(request):
+            return _refuse_upgrade(request)
+        return preflight(request) or await handler(request)
+    except ProblemRaised as raised:
+        return _answer(request, raised.problem, raised.headers)
+    except (LimiterError, web.HTTPException) as error:
+        problem = problem_of(error)
+        if problem.status >= _SERVER_ERROR:
+            _LOG.error("%s: %s", request[REQUEST_ID], error)
+        headers = {"Allow": error.headers["Allow"]} if isinstance(error, web.HTTPMethodNotAllowed) else None
+        return _answer(request, problem, headers)
+    except Exception as error:  # noqa: BLE001  the last resort: the client gets an answer, the log the traceback
+        _LOG.exception("%s: unexpected", request[REQUEST_ID])
+        return _answer(request, problem_of(error))
+
+
+def _answer(request: web.Request, problem: Problem, headers: Mapping[str, str] | None = None) -> web.Response:
+    response = problem_response(request, problem, headers)
+    length = request.content_length
+    if not request.content.at_eof() and (length is None or length > _WORTH_READING):
+        response.force_close()  # the connection would have to carry all the rest before the next request
+    return response
+
+
+def _wants_upgrade(request: web.Request) -> bool:
+    """Tell whether another protocol is asked for. h2c does not count: some clients offer it with each first request."""
+    tokens = [token.strip().lower() for token in request.headers.get(hdrs.CONNECTION, "").split(",")]
+    return "upgrade" in tokens and request.headers.get(hdrs.UPGRADE, "").strip().lower() not in ("", "h2c")
+
+
+def _refuse_upgrade(request: web.Request) -> web.Response:
+    detail = "This relay speaks HTTP/1.1 and upgrades to nothing."
+    response = problem_response(request, Problem(400, "upgrade_not_offered", "Upgrade not offered", detail))
+    response.force_close()  # its body was not read as one: whatever it holds is not to be taken for requests
+    return response
+
+
+async def add_request_id(request: web.Request, response: web.StreamResponse) -> None:
+    """Name the request in its answer, whatever that is."""
+    if REQUEST_ID in request:
+        response.headers["X-Request-Id"] = request[REQUEST_ID]
