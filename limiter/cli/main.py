@@ -5,7 +5,7 @@ import sys
 import typer
 
 from limiter import __version__
-from limiter.cli import ledger, licence, rows, scripts, serve, settings
+from limiter.cli import dump, import_file, licence, persist, rows, scripts, serve, settings
 from limiter.cli.terminal import ERRORS
 from limiter.errors import LimiterError
 
@@ -30,9 +30,9 @@ def _version(
 
 
 app.command("serve")(serve.serve)
-app.command("persist")(ledger.persist)
-app.command("import")(ledger.import_)
-app.command("dump")(ledger.dump)
+app.command("persist")(persist.persist)
+app.command("import")(import_file.import_)
+app.command("dump")(dump.dump)
 app.command("row")(rows.row)
 app.command("config")(settings.config)
 app.add_typer(licence.app, name="licence")

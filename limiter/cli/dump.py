@@ -1,0 +1,58 @@
+"""`limiter dump`: every row to a credits.json, once."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from limiter.cli.terminal import ERRORS, OUT, ConfigOption, JsonOption, RedisOption, print_json, run, settings_of
+from limiter.opening import open_limiter
+from limiter.persister import DumpReport
+from limiter.persister import dump as dump_rows
+from limiter.settings import Settings
+
+
+def dump(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write; an existing file is replaced whole.")],
+    redis: RedisOption = None,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Write every row to a credits.json. Live holds are not in it.
+
+    A FILE that has rows which Redis has not is kept beside it. A row that cannot be read is left out and goes to
+    FILE.broken.json, and the exit code is 1.
+
+    Example: limiter dump backup.json --redis redis://localhost:6379/0
+    """
+    report = run(_dump(settings_of(config, redis=redis), file))
+    if json:
+        print_json(_document(report))
+    else:
+        OUT.print(f"{report.rows:,} rows, {report.size_bytes:,} bytes: {report.path}", markup=False, soft_wrap=True)
+        if report.kept is not None:
+            OUT.print(f"It replaced a file with other rows, kept as {report.kept}", markup=False, soft_wrap=True)
+    if not report.clean:
+        for reason in report.first_broken:
+            ERRORS.print(f"left out: {reason}", markup=False, soft_wrap=True)
+        ERRORS.print(f"limiter: {report.broken:,} rows are not in the file: see {report.broken_file}", soft_wrap=True)
+        raise typer.Exit(1)
+
+
+async def _dump(settings: Settings, file: Path) -> DumpReport:
+    async with open_limiter(settings) as limiter:
+        return await dump_rows(limiter, file)
+
+
+def _document(report: DumpReport) -> dict[str, object]:
+    return {
+        "file": str(report.path),
+        "time": report.time,
+        "rows": report.rows,
+        "size_bytes": report.size_bytes,
+        "checksum": report.checksum,
+        "kept": None if report.kept is None else str(report.kept),
+        "broken": report.broken,
+        "first_broken": list(report.first_broken),
+        "broken_file": None if report.broken_file is None else str(report.broken_file),
+    }

@@ -1,0 +1,48 @@
+"""`limiter import`: a credits.json into Redis."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from limiter.cli.import_view import import_shown, print_report
+from limiter.cli.terminal import ConfigOption, JsonOption, RedisOption, run, settings_of
+from limiter.importer import ImportReport
+from limiter.opening import open_limiter
+from limiter.scripts import PutMode
+from limiter.settings import Settings
+
+
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A credits.json, of the old ledger or of limiter.")],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Where Redis has the row too: the larger counters, the later period.")
+    ] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Where Redis has the row too: the file's, live holds stay.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; write nothing.")] = False,
+    redis: RedisOption = None,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Bring the rows of a credits.json into Redis.
+
+    The whole file is checked first: one that is broken anywhere changes nothing. Rows that cannot be used go to
+    FILE.rejected.json with their reasons, the others are in, and the exit code is 1. Without --merge or --replace,
+    Redis must have no rows but those of this very file, as a repeat finds them; rows that only Redis has always stay.
+
+    Example: limiter import old-credits.json --redis redis://localhost:6379/0
+    """
+    if merge and replace:
+        raise typer.BadParameter("give --merge or --replace, not both")
+    mode: PutMode = "merge" if merge else "replace" if replace else "create"
+    report = run(_import(settings_of(config, redis=redis), file, mode, dry_run=dry_run))
+    print_report(report, as_json=json)
+    if report.rejected:
+        raise typer.Exit(1)
+
+
+async def _import(settings: Settings, file: Path, mode: PutMode, *, dry_run: bool) -> ImportReport:
+    async with open_limiter(settings) as limiter:
+        return await import_shown(limiter, file, mode=mode, dry_run=dry_run)
