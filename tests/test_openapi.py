@@ -121,19 +121,31 @@ async def test_codes_when_they_are_compared_with_the_program_then_each_is_descri
 async def test_statuses_when_they_have_codes_then_a_route_says_so(document: Document) -> None:
     said = {status for item in document["paths"].values() for one in item.values() for status in one["responses"]}
     assert {str(status) for status in MEANING} <= said
-    assert set(CODES) - set(MEANING) == {404, 405}, "what belongs to no route"
+    assert set(CODES) - set(MEANING) == {405}, "what belongs to no route"
 
 
 # Real answers
 
 
-@pytest.mark.parametrize("path", ["/v1/credits", "/v1/models", "/healthz", "/readyz", "/metrics", "/openapi.json"])
+@pytest.mark.parametrize(
+    "path", ["/v1/credits", "/v1/models", "/v1/models/{id}", "/healthz", "/readyz", "/metrics", "/openapi.json"]
+)
 async def test_get_when_it_is_served_then_the_answer_is_as_described(
     relay: RunningRelay, document: Document, path: str
 ) -> None:
-    answer = await relay.send("GET", path, X_Install_Id=relay.install_id)
+    answer = await relay.send("GET", path.format(id="m"), X_Install_Id=relay.install_id)
     assert answer.status == 200
     check(document, "GET", path, answer)
+
+
+@pytest.mark.parametrize(("name", "who", "status"), [("other", "", 404), ("m", "me", 400), ("m", "Bearer x", 401)])
+async def test_model_when_it_is_not_shown_then_the_error_is_as_described(
+    relay: RunningRelay, document: Document, name: str, who: str, status: int
+) -> None:
+    header = "Authorization" if " " in who else "X_Install_Id"
+    answer = await relay.send("GET", f"/v1/models/{name}", None, **{header: who or relay.install_id})
+    assert answer.status == status
+    check(document, "GET", "/v1/models/{id}", answer)
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/embeddings", "/v1/responses"])

@@ -114,6 +114,35 @@ async def test_sdk_when_it_lists_models_then_it_reads_them(relay: RunningRelay) 
         assert [model.id async for model in client.models.list()] == ["m"]
 
 
+@pytest.mark.parametrize(
+    "name", ["m", "models/gemini-2.5-flash", "a/b:c@d", "two words", "ünï/%2F", "a?b#c", "{id}", "a/../b"]
+)
+async def test_sdk_when_it_retrieves_a_model_then_it_reads_that_one(
+    relay: RunningRelay, gemini: Backend, name: str
+) -> None:
+    gemini.models = ["first", name, "last"]
+    async with openai.AsyncOpenAI(base_url=f"{relay.url}/v1", api_key=relay.install_id) as client:
+        model = await client.models.retrieve(name)
+    assert (model.id, model.object, model.created, model.owned_by) == (name, "model", 7, "tests")
+
+
+async def test_model_when_its_slashes_come_bare_then_it_is_shown(relay: RunningRelay, gemini: Backend) -> None:
+    gemini.models = ["models/gemini-2.5-flash"]
+    answer = await relay.send("GET", "/v1/models/models/gemini-2.5-flash", X_Install_Id=relay.install_id)
+    assert (answer.status, answer.document["id"]) == (200, "models/gemini-2.5-flash")
+
+
+async def test_sdk_when_it_retrieves_a_model_that_nobody_lists_then_not_found(relay: RunningRelay) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{relay.url}/v1", api_key=relay.install_id) as client:
+        with pytest.raises(openai.NotFoundError) as raised:
+            await client.models.retrieve("nobody's")
+    assert (raised.value.code, raised.value.param, raised.value.type) == (
+        "model_not_found",
+        "model",
+        "invalid_request_error",
+    )
+
+
 # The echo
 
 

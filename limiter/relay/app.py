@@ -18,7 +18,7 @@ from limiter.relay.health import REPORTS, Report, show_health, show_readiness
 from limiter.relay.idempotency import Idempotency
 from limiter.relay.metered import RELAY, Relay, serve_metered, serve_upload, show_credits
 from limiter.relay.metrics import BreakerState, Metrics, show_metrics
-from limiter.relay.models import MODELS, Models, show_models
+from limiter.relay.models import MODELS, Models, show_model, show_models
 from limiter.relay.observing import observe
 from limiter.relay.openapi import show_openapi
 from limiter.relay.redis_mode import RedisMode
@@ -51,7 +51,8 @@ def create_app(
     app[REPORTS] = {"redis_mode": mode.report, **(reports or {})}
     for method, path, handler in _ROUTES:
         expect = expect_later if handler is serve_upload else None
-        app.router.add_route(method, path, handler, expect_handler=expect)
+        # The id of a model may hold slashes.
+        app.router.add_route(method, path.replace("}", ":.+}"), handler, expect_handler=expect)
     app.on_response_prepare.append(add_request_id)
     allow_origins(app, settings.relay.cors_origins)
     observe(app, metrics, short_names(settings.logs.key.get_secret_value()))
@@ -143,6 +144,7 @@ _ROUTES: list[tuple[str, str, Handler]] = [
     ("POST", "/v1/responses", serve_metered),
     ("POST", "/v1/audio/transcriptions", serve_upload),
     ("GET", "/v1/models", show_models),
+    ("GET", "/v1/models/{id}", show_model),
     ("GET", "/v1/credits", show_credits),
     ("GET", "/healthz", show_health),
     ("GET", "/readyz", show_readiness),

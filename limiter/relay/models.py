@@ -9,8 +9,9 @@ import orjson
 from aiohttp import hdrs, web
 
 from limiter.model import Backend
-from limiter.relay.answers import Problem, ProblemRaised
+from limiter.relay.answers import Problem, ProblemRaised, fail
 from limiter.relay.backends import BackendClient, BackendFailed
+from limiter.relay.identity import Identity
 from limiter.relay.metered import RELAY
 
 _FRESH_S = 30  # whoever asks without end must not make the operator's key ask without end
@@ -25,6 +26,10 @@ class Model:
     id: str
     created: int
     owned_by: str
+
+    def as_dict(self) -> dict[str, object]:
+        """Give it as OpenAI's API does."""
+        return {"id": self.id, "object": "model", "created": self.created, "owned_by": self.owned_by}
 
 
 class Models:
@@ -62,13 +67,23 @@ MODELS = web.AppKey("models", Models)
 async def show_models(request: web.Request) -> web.Response:
     """List the models as OpenAI does, to whoever could use them."""
     identity = request.app[RELAY].identify(request)
-    data = [
-        {"id": model.id, "object": "model", "created": model.created, "owned_by": model.owned_by}
-        for model in await request.app[MODELS].known()
-    ]
-    body = orjson.dumps({"object": "list", "data": data})
+    models = await request.app[MODELS].known()
+    return _json({"object": "list", "data": [model.as_dict() for model in models]}, identity)
+
+
+async def show_model(request: web.Request) -> web.Response:
+    """Show one of the list. Raises ProblemRaised (404)."""
+    identity = request.app[RELAY].identify(request)
+    name = request.match_info["id"]
+    model = next((model for model in await request.app[MODELS].known() if model.id == name), None)
+    if model is None:
+        fail(404, "model_not_found", "Model not found", "No backend here lists a model of this name.", param="model")
+    return _json(model.as_dict(), identity)
+
+
+def _json(document: Mapping[str, object], identity: Identity) -> web.Response:
     headers = {hdrs.CACHE_CONTROL: "no-store", **identity.headers()}
-    return web.Response(body=body, content_type="application/json", headers=headers)
+    return web.Response(body=orjson.dumps(document), content_type="application/json", headers=headers)
 
 
 async def _models_of(client: BackendClient) -> list[Model] | None:

@@ -1,5 +1,6 @@
 """The OpenAPI 3.1 description of what is served, at /openapi.json: built from the app's own routes and the tables."""
 
+import re
 from collections.abc import Iterable
 from functools import lru_cache
 
@@ -68,8 +69,8 @@ def _rendered(served: tuple[Route, ...]) -> bytes:
 
 def _described(method: str, path: str, operation: Operation) -> Schema:
     headers = ["X-Request-Id"]
-    if operation.identified:
-        headers += ["RateLimit-Policy", "RateLimit", "X-Licence"]
+    headers += ["X-Licence"] if "installId" in operation.parameters else []
+    headers += ["RateLimit-Policy", "RateLimit"] if operation.credits_told else []
     if operation.metered:
         headers.append("X-Credits-Backend")
     responses: Schema = {"200": _response("Served.", operation.answers, headers)}
@@ -82,14 +83,14 @@ def _described(method: str, path: str, operation: Operation) -> Schema:
         responses["4XX"] = _response(refusal, {"*/*": {}}, headers)
     responses["default"] = _response("Any other error.", _as_problem(ref("Error")), ["X-Request-Id"])
     described: Schema = {
-        "operationId": f"{method.lower()}_{path.strip('/').replace('/', '_').replace('.', '_')}",
+        "operationId": "_".join([method.lower(), *re.findall(r"\w+", path)]),
         "summary": operation.summary,
         "responses": responses,
     }
-    if operation.identified:
+    if "installId" in operation.parameters:
         described["security"] = [{}, *({name: []} for name in SECURITY)]
-        names = PARAMETERS if operation.metered else ["installId"]
-        described["parameters"] = [{"$ref": f"#/components/parameters/{name}"} for name in names]
+    if operation.parameters:
+        described["parameters"] = [{"$ref": f"#/components/parameters/{name}"} for name in operation.parameters]
     if operation.body is not None:
         content = {kind: {"schema": schema} for kind, schema in operation.body.items()}
         described["requestBody"] = {"required": True, "content": content}

@@ -29,7 +29,7 @@ CODES: Mapping[int, tuple[str, ...]] = {
     401: ("invalid_licence", "unknown_tier"),
     402: (Reason.OUT_OF_CREDITS, Reason.GEMINI_CAP),
     403: ("licence_seats_taken",),
-    404: ("unknown_path",),
+    404: ("unknown_path", "model_not_found"),
     405: ("method_not_allowed",),
     408: ("request_timeout",),
     409: ("idempotency_in_progress", "idempotency_answer_not_kept"),
@@ -47,6 +47,7 @@ MEANING: Mapping[int, str] = {
     401: "The licence is not valid here.",
     402: "The credits are used up. Sending it again does not help.",
     403: "As many installs use the licence as it is for.",
+    404: "No backend lists a model of this name.",
     408: "The body did not come in time.",
     409: "The same request is being served, or was served and its answer not kept.",
     413: "The body is larger than this relay takes.",
@@ -60,19 +61,24 @@ MEANING: Mapping[int, str] = {
 }
 RETRY_AFTER = frozenset({429, 502, 503, 504})
 ALSO_BACKENDS = frozenset({400, 409, 413, 415, 422})  # statuses with which a backend's own refusal passes, too
-_IDENTITY = (400, 401, 500, 503)
-_METERED = (*_IDENTITY, 402, 403, 408, 409, 413, 415, 422, 429, 502, 504)
+_IDENTITY = (400, 401)
+_CREDITS = (*_IDENTITY, 500, 503)
+_METERED = (*_CREDITS, 402, 403, 408, 409, 413, 415, 422, 429, 502, 504)
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One route. body: content by type. answers: content of the 200. errors: statuses with the error object."""
+    """One route. body: content by type. answers: content of the 200. errors: statuses with the error object.
+
+    parameters: names in `PARAMETERS`, of which the install id's stands for the licence, too.
+    """
 
     summary: str
     answers: Content
     errors: tuple[int, ...] = ()
     body: Content | None = None
-    identified: bool = False
+    parameters: tuple[str, ...] = ()
+    credits_told: bool = False
     metered: bool = False
     not_ready: bool = False
 
@@ -85,7 +91,15 @@ def ref(name: str) -> Schema:
 def _metered(summary: str, body: Content, answers: Content | None = None) -> Operation:
     """Describe a route that costs credits; answers: beside JSON and a stream."""
     of_backend: Content = {"application/json": {"type": "object"}, "text/event-stream": {}}
-    return Operation(summary, {**of_backend, **(answers or {})}, _METERED, body=body, identified=True, metered=True)
+    return Operation(
+        summary,
+        {**of_backend, **(answers or {})},
+        _METERED,
+        body=body,
+        parameters=("installId", "idempotencyKey", "creditsEvent"),
+        credits_told=True,
+        metered=True,
+    )
 
 
 def _object(properties: Schema, *, required: Iterable[str] | None = None) -> Schema:
@@ -142,17 +156,8 @@ SCHEMAS: dict[str, Schema] = {
             "renews_at": {"type": ["string", "null"], "description": "null: these credits do not renew."},
         }
     ),
-    "Models": _object(
-        {
-            "object": {"const": "list"},
-            "data": {
-                "type": "array",
-                "items": _object(
-                    {"id": _TEXT, "object": {"const": "model"}, "created": {"type": "integer"}, "owned_by": _TEXT}
-                ),
-            },
-        }
-    ),
+    "Model": _object({"id": _TEXT, "object": {"const": "model"}, "created": {"type": "integer"}, "owned_by": _TEXT}),
+    "Models": _object({"object": {"const": "list"}, "data": {"type": "array", "items": ref("Model")}}),
     "Health": _object({"status": {"const": "ok"}}),
     "Readiness": _object({"status": {"enum": ["ready", "not ready"]}, "redis": _TEXT, "backends": {"type": "object"}}),
 }
@@ -178,6 +183,13 @@ PARAMETERS: Schema = {
         "required": False,
         "schema": {"type": "string", "format": "uuid"},
         "description": "Who asks. It can be left out where the Bearer token is the install id.",
+    },
+    "modelId": {
+        "name": "id",
+        "in": "path",
+        "required": True,
+        "schema": {"type": "string", "minLength": 1},
+        "description": "A model's `id` in the list; its slashes may stand as they are.",
     },
     "idempotencyKey": {
         "name": "Idempotency-Key",
@@ -216,13 +228,23 @@ OPERATIONS: Mapping[Route, Operation] = {
         "Transcribe a recording, which is passed on as it arrives.", _TRANSCRIPTION, {"*/*": {}}
     ),
     ("GET", "/v1/models"): Operation(
-        "List the models of all backends. It costs nothing.", {"application/json": ref("Models")}, (502,)
+        "List the models of all backends. It costs nothing.",
+        {"application/json": ref("Models")},
+        (*_IDENTITY, 502),
+        parameters=("installId",),
+    ),
+    ("GET", "/v1/models/{id}"): Operation(
+        "Show one model of the list. It costs nothing.",
+        {"application/json": ref("Model")},
+        (*_IDENTITY, 404, 502),
+        parameters=("modelId", "installId"),
     ),
     ("GET", "/v1/credits"): Operation(
         "Tell the caller's own balance. It costs nothing.",
         {"application/json": ref("Credits")},
-        _IDENTITY,
-        identified=True,
+        _CREDITS,
+        parameters=("installId",),
+        credits_told=True,
     ),
     ("GET", "/healthz"): Operation("Tell that the process runs.", {"application/json": ref("Health")}),
     ("GET", "/readyz"): Operation(
