@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_core import PydanticCustomError
@@ -214,7 +214,6 @@ class Settings(BaseSettings):
 
 
 _NAMED_TABLES: dict[str, type[BaseModel]] = {"tiers": TierSettings, "models": ModelNames}
-_STRUCTURED = ("licence.public_keys", "relay.cors_origins")  # what the environment gives as JSON
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,8 +249,9 @@ def load_settings(file: Path | None = None, command_line: Values | None = None) 
 
 
 def _defaults(document: Values) -> Values:
-    """Give what holds where nothing is said: a file with [tiers] names all tiers, costs are filled up."""
-    return {"costs": {"default": 1}} | ({} if "tiers" in document else {"tiers": DEFAULT_TIERS})
+    """Give what holds where nothing is said: who gives [tiers] whole names them all, costs are filled up."""
+    named = "tiers" in document or any(name.upper() == f"{_PREFIX}TIERS" for name in os.environ)
+    return {"costs": {"default": 1}} | ({} if named else {"tiers": DEFAULT_TIERS})
 
 
 def _read_toml(path: Path, *, must_exist: bool) -> Values:
@@ -270,21 +270,23 @@ def _read_toml(path: Path, *, must_exist: bool) -> Values:
 
 def _check_environment() -> None:
     """Refuse a misspelt section, which pydantic-settings would pass over; it checks the keys of known sections."""
-    sections = list(Settings.model_fields)
-    for name in os.environ:
-        if not name.startswith(_PREFIX) or name.startswith(_NOT_SETTINGS):
+    sections, tables = list(Settings.model_fields), _given_as_json()
+    for name, value in os.environ.items():
+        if not name.upper().startswith(_PREFIX) or name.startswith(_NOT_SETTINGS):
             continue
-        section, separator, _ = name.removeprefix(_PREFIX).lower().partition("__")
-        if section not in sections or not separator:
-            known = [f"{_PREFIX}{key.upper().replace('.', '__')}" for key in _known_names()]
-            raise SettingsError(f"the environment's {name} is no setting{_nearest(name, known)}")
+        section, separator, _ = name.lower().removeprefix(_PREFIX.lower()).partition("__")
+        if section in sections and (separator or section in tables or value.lstrip().startswith("{")):
+            continue
+        known = [_PREFIX + key.upper().replace(".", "__") for key in _known_names()]
+        raise SettingsError(f"the environment's {name} is no setting{_nearest(name, known)}")
 
 
 def _no_json() -> str:
     """Give the variable that pydantic-settings could not read; its own error names the section only."""
+    structured = (*_given_as_json(), *_known_sections())
     for name in sorted(os.environ):
-        field = name.upper().removeprefix(_PREFIX).lower().replace("__", ".")
-        if name.upper().startswith(_PREFIX) and field in (*_STRUCTURED, *_known_sections()):
+        field = name.lower().removeprefix(_PREFIX.lower()).replace("__", ".")
+        if name.upper().startswith(_PREFIX) and field in structured:
             try:
                 json.loads(os.environ[name])
             except ValueError:
@@ -325,6 +327,18 @@ def _explain(error: ValidationError, path: Path) -> str:
 def _nearest(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else f": known are {', '.join(sorted(known))}"
+
+
+def _given_as_json(model: type[BaseModel] = Settings, prefix: str = "") -> list[str]:
+    """List the lists, and the tables of whatever names: a variable holds one as JSON."""
+    names: list[str] = []
+    for name, info in model.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            names += _given_as_json(kind, f"{prefix}{name}.")
+        elif get_origin(kind) in (list, dict):
+            names.append(prefix + name)
+    return names
 
 
 def _known_sections(model: type[BaseModel] = Settings, prefix: str = "") -> list[str]:

@@ -226,6 +226,64 @@ def test_value_when_the_environment_wants_json_and_gets_none_then_refused(
     assert name in message or message.startswith("setting tiers.pro: ")
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LIMITER_TIERS",
+        "LIMITER_MODELS",
+        "LIMITER_COSTS",
+        "LIMITER_RELAY__TRUSTED_PROXIES",
+        "LIMITER_BACKENDS__HARDWARE",
+    ],
+)
+def test_value_when_the_environment_wants_json_and_gets_text_then_the_variable_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, SECRET)
+    assert refused() == f"the environment's {name} is no JSON, as a list or a table must be there"
+
+
+def test_table_when_the_environment_gives_it_whole_then_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIMITER_MODELS", '{"a/b": {"gemini": "g", "hardware": "h"}, "c": {"hardware": "d"}}')
+    monkeypatch.setenv("LIMITER_COSTS", '{"/v1/embeddings": 2}')
+    monkeypatch.setenv("LIMITER_RELAY", '{"port": 7}')
+    monkeypatch.setenv("LIMITER_BACKENDS", '{"hardware": {"url": "http://gpu:8000/v1"}}')
+    settings = load('[models.c]\ngemini = "kept"\n[relay]\nport = 5\nhost = "::1"\n')
+    assert {name: (to.gemini, to.hardware) for name, to in settings.models.items()} == {
+        "a/b": ("g", "h"),
+        "c": ("kept", "d"),
+    }
+    assert settings.costs == {"default": 1, "/v1/embeddings": 2}
+    assert (settings.relay.port, settings.relay.host) == (7, "::1")
+    assert settings.backends.hardware.url == "http://gpu:8000/v1"
+    rows = shown()
+    assert (rows["models.a/b.gemini"].value, rows["models.a/b.gemini"].origin) == ("g", "LIMITER_MODELS")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "near"),
+    [
+        ("LIMITER_MODELS", '{"recap": {"gemeni": "x"}}', "models.recap.gemini"),
+        ("LIMITER_TIERS", '{"core": {"lifetyme": 1}}', "tiers.core.lifetime"),
+        ("LIMITER_RELAY", '{"prot": 1}', "relay.port"),
+    ],
+)
+def test_table_when_the_environments_json_has_an_unknown_key_then_the_nearest_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, near: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert f" is no setting; did you mean {near}?" in refused()
+
+
+def test_variable_when_its_name_is_in_small_letters_then_it_is_read_and_checked_alike(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("limiter_relay__port", "9")
+    assert load().relay.port == 9
+    monkeypatch.setenv("limiter_realy__port", "9")
+    assert "limiter_realy__port is no setting" in refused()
+
+
 def test_keys_when_the_environment_gives_a_list_then_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIMITER_LICENCE__PUBLIC_KEYS", '["ed25519:a", "ed25519:b"]')
     assert load().licence.public_keys == ["ed25519:a", "ed25519:b"]
@@ -286,6 +344,15 @@ def test_tiers_when_the_environment_sets_a_limit_of_the_files_then_the_rest_stay
     limits = load("[tiers.core]\nlifetime = 5\ngemini_cap = 2\n").limits()
     assert set(limits) == {"core"}
     assert (limits["core"].quota, limits["core"].gemini_cap) == (7, 2)
+
+
+def test_tiers_when_the_environment_names_them_whole_then_they_are_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIMITER_TIERS", '{"core": {"lifetime": 5}, "gold": {"monthly": 7}}')
+    monkeypatch.setenv("LIMITER_TIERS__GOLD__GEMINI_CAP", "3")
+    limits = load().limits()
+    assert set(limits) == {"core", "gold"}
+    assert (limits["core"].quota, limits["core"].gemini_cap) == (5, None)
+    assert (limits["gold"].quota, limits["gold"].gemini_cap) == (7, 3)
 
 
 # Secrets
