@@ -38,7 +38,7 @@ lock: $(READY)
 # What has no package for pip: a second server to test against, and the Lua linter. As root they are installed;
 # for anybody else the tests that need them say that they are skipped, and why.
 system:
-	@tools/system-packages redis-server redis-tools lua-check
+	@tools/system-packages redis-server redis-tools lua-check nginx-light docker-compose
 
 $(READY): pyproject.toml requirements.lock
 	tools/make-venv $(PYTHON) $(VENV)
