@@ -57,6 +57,7 @@ def _origin(value: str) -> str:
     return value
 
 
+OnRedisDown = Literal["deny", "hardware"]
 Origin = Annotated[str, AfterValidator(_origin)]
 Whole = Annotated[int, BeforeValidator(_no_flag)]
 Seconds = Annotated[float, BeforeValidator(_no_flag)]
@@ -67,12 +68,13 @@ class _Section(BaseModel):
 
 
 class RedisSettings(_Section):
-    """[redis]."""
+    """[redis]. on_redis_down: refuse requests while Redis is away, or serve them from hardware, unmetered."""
 
     url: str = Field(default="embedded:./data", repr=False)
     prefix: str = "credits"
     timeout_ms: Whole = Field(default=1000, ge=10, le=60_000)
     allow_eviction: bool = False
+    on_redis_down: OnRedisDown = "deny"
 
 
 class RelaySettings(_Section):
@@ -241,6 +243,7 @@ def load_settings(file: Path | None = None, command_line: Values | None = None) 
         settings.limits()
         _check_costs(settings)
         _check_hold(settings)
+        _check_on_redis_down(settings)
     except ValidationError as error:
         raise SettingsError(_explain(error, path)) from None
     except NoJsonError:
@@ -308,6 +311,16 @@ def _check_hold(settings: Settings) -> None:
         raise SettingsError(
             f"relay.hold_s is {settings.relay.hold_s}, want more than {longest_s:g}: what relay.upload_s, "
             "backends.gemini.timeout_s and backends.hardware.timeout_s are together"
+        )
+
+
+def _check_on_redis_down(settings: Settings) -> None:
+    """Refuse to count on hardware that is not there; without any backend, the echo is both."""
+    backends = settings.backends
+    if settings.redis.on_redis_down == "hardware" and not backends.hardware.url and backends.gemini.api_key:
+        raise SettingsError(
+            "redis.on_redis_down is hardware, but backends.hardware.url is not set: set it, or let requests be refused "
+            "while Redis is away (deny)"
         )
 
 

@@ -11,7 +11,8 @@ from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Decision, connect
 from limiter.errors import BrokenRow, LimiterUnavailable
-from limiter.relay.redis_mode import OnRedisDown, RedisAway, RedisMode
+from limiter.relay.redis_mode import RedisAway, RedisMode
+from limiter.settings import OnRedisDown
 from tests.relaying import ONE_SERVER, eventually, new_install, tiers
 from tests.servers import Server
 

@@ -423,6 +423,29 @@ def test_hold_when_it_could_lapse_while_a_backend_works_then_it_is_refused(
         load_settings()
 
 
+# While Redis is away
+
+GEMINI_ONLY = '[backends.gemini]\napi_key = "k"\n'
+
+
+def test_on_redis_down_when_hardware_is_to_serve_and_is_not_set_then_it_is_refused() -> None:
+    with pytest.raises(
+        SettingsError, match=r"redis\.on_redis_down is hardware, but backends\.hardware\.url is not set"
+    ):
+        load(f'[redis]\non_redis_down = "hardware"\n{GEMINI_ONLY}')
+
+
+@pytest.mark.parametrize("backends", ["", GEMINI_ONLY + '[backends.hardware]\nurl = "http://localhost:1/v1"\n'])
+def test_on_redis_down_when_hardware_is_set_or_the_echo_answers_then_it_is_taken(backends: str) -> None:
+    assert load(f'[redis]\non_redis_down = "hardware"\n{backends}').redis.on_redis_down == "hardware"
+
+
+def test_on_redis_down_when_nothing_is_said_then_requests_are_refused_and_another_word_is_an_error() -> None:
+    assert load().redis.on_redis_down == "deny"
+    with pytest.raises(SettingsError, match=r"redis\.on_redis_down: input should be 'deny' or 'hardware'"):
+        load('[redis]\non_redis_down = "gemini"\n')
+
+
 # Origins
 
 

@@ -13,7 +13,7 @@ from limiter.model import Backend
 from limiter.relay.admission import Admission, trusted_networks
 from limiter.relay.backends import BackendClient
 from limiter.relay.cors import allow_origins
-from limiter.relay.error_answers import Handler, add_request_id, answer_errors
+from limiter.relay.error_answers import Handler, answer_errors, name_answer
 from limiter.relay.health import REPORTS, Report, show_health, show_readiness
 from limiter.relay.idempotency import Idempotency
 from limiter.relay.metered import RELAY, Relay, serve_metered, serve_upload, show_credits
@@ -45,7 +45,7 @@ def create_app(
     """
     app = web.Application(client_max_size=settings.relay.body_limit_mb * _MIB, middlewares=[answer_errors])
     metrics = Metrics(tiers=limiter.tiers, routes=[path for _, path, _ in _ROUTES])
-    mode = RedisMode(limiter, timed=metrics.decision_took)
+    mode = RedisMode(limiter, on_redis_down=settings.redis.on_redis_down, timed=metrics.decision_took)
     app[RELAY] = relay = _relay(limiter, backends, settings, mode, metrics)
     app[MODELS] = Models(backends)
     app[REPORTS] = {"redis_mode": mode.report, **(reports or {})}
@@ -53,7 +53,7 @@ def create_app(
         expect = expect_later if handler is serve_upload else None
         # The id of a model may hold slashes.
         app.router.add_route(method, path.replace("}", ":.+}"), handler, expect_handler=expect)
-    app.on_response_prepare.append(add_request_id)
+    app.on_response_prepare.append(name_answer)
     allow_origins(app, settings.relay.cors_origins)
     observe(app, metrics, short_names(settings.logs.key.get_secret_value()))
     metrics.watch_redis(lambda: mode.state == "ok")

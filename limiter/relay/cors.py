@@ -12,8 +12,8 @@ _NAMES = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+(?:\s*,\s*[A-Za-z0-9!#$%&'*+.^_
 _LONGEST_NAMES = 2048
 _MAX_AGE_S = "600"
 _EXPOSED = (
-    "Idempotency-Replayed, RateLimit, RateLimit-Policy, Retry-After, X-Credits-Backend, X-Licence, X-Request-Id, "
-    "x-should-retry"
+    "Idempotency-Replayed, RateLimit, RateLimit-Policy, Retry-After, X-Credits-Backend, X-Credits-Unmetered, "
+    "X-Licence, X-Request-Id, x-should-retry"
 )
 
 

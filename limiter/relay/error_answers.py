@@ -9,6 +9,7 @@ from aiohttp import HttpVersion10, hdrs, web
 from limiter.errors import LimiterError
 from limiter.relay.answers import REQUEST_ID, Problem, ProblemRaised, fail, problem_of, problem_response
 from limiter.relay.cors import preflight
+from limiter.relay.redis_mode import RedisAway
 
 _LOG = logging.getLogger("limiter.relay")
 _WORTH_READING = 64 << 10  # bytes of what a refused client still sends
@@ -32,7 +33,7 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
         return _answer(request, raised.problem, raised.headers)
     except (LimiterError, web.HTTPException) as error:
         problem = problem_of(error)
-        if problem.status >= _SERVER_ERROR:
+        if problem.status >= _SERVER_ERROR and not isinstance(error, RedisAway):  # which was logged when it went
             _LOG.error("%s: %s", request[REQUEST_ID], error)
         headers = {"Allow": error.headers["Allow"]} if isinstance(error, web.HTTPMethodNotAllowed) else None
         return _answer(request, problem, headers)
@@ -62,7 +63,8 @@ def _refuse_upgrade(request: web.Request) -> web.Response:
     return response
 
 
-async def add_request_id(request: web.Request, response: web.StreamResponse) -> None:
-    """Name the request in its answer, whatever that is."""
+async def name_answer(request: web.Request, response: web.StreamResponse) -> None:
+    """Name the request in its answer, whatever that is, and not the program that aiohttp would name."""
+    response.headers.popall(hdrs.SERVER, None)
     if REQUEST_ID in request:
         response.headers["X-Request-Id"] = request[REQUEST_ID]

@@ -20,18 +20,24 @@ async def show_health(_request: web.Request) -> web.Response:
 
 
 async def show_readiness(request: web.Request) -> web.Response:
-    """Tell whether requests can be served: runs the balance script, as a decision would."""
+    """Tell whether requests can be served for credits: runs the balance script, as a decision would.
+
+    With `?unmetered=1` it is enough that they can be served at all, as hardware does while Redis is away.
+    """
     relay = request.app[RELAY]
     document: dict[str, object] = {
         "backends": {name: client.label for name, client in relay.backends.items()},
         "breakers": {name: client.breaker.state for name, client in relay.backends.items()},
     }
-    document |= {name: dict(report()) for name, report in request.app[REPORTS].items()}
+    status, told = 200, {"status": "ready", "redis": "ok"}
     try:
         await relay.mode.call(lambda: relay.limiter.balance(_PROBE, tier=CORE))
     except LimiterError as error:
-        return _json(503, {"status": "not ready", "redis": str(error)} | document)
-    return _json(200, {"status": "ready", "redis": "ok"} | document)
+        unmetered = relay.mode.serves_unmetered and relay.backends["hardware"].breaker.state != "open"
+        status = 200 if unmetered and request.query.get("unmetered") == "1" else 503
+        told = {"status": "unmetered" if unmetered else "not ready", "redis": str(error)}
+    reports = {name: dict(report()) for name, report in request.app[REPORTS].items()}
+    return _json(status, told | document | reports)
 
 
 def _json(status: int, document: Mapping[str, object]) -> web.Response:

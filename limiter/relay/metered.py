@@ -1,12 +1,13 @@
 """The order of a metered request: identify, read, reserve, forward, then commit or release. Nothing else does.
 
 Commit: a complete 2xx body, or the first body byte of a 2xx stream. Release: the backend refused, failed or timed out
-before that, or the client left before that. After the first byte of a stream the debit stands.
+before that, or the client left before that. After the first byte of a stream the debit stands. While Redis is away a
+request is refused, or served from hardware without any of it.
 """
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
@@ -19,14 +20,14 @@ from limiter.errors import LimiterUnavailable
 from limiter.licence import Licences
 from limiter.model import Backend, Decision
 from limiter.relay.admission import Admission
-from limiter.relay.answers import ProblemRaised, ratelimit_headers, refuse
+from limiter.relay.answers import REQUEST_ID, ProblemRaised, ratelimit_headers, refuse
 from limiter.relay.asking import Asked, read_json
 from limiter.relay.backends import BackendClient, BackendFailed, Upstream
 from limiter.relay.facts import Facts, facts_of
-from limiter.relay.idempotency import Idempotency
+from limiter.relay.idempotency import Idempotency, idempotency_key
 from limiter.relay.identity import Identity, identify
-from limiter.relay.metrics import UNAVAILABLE
-from limiter.relay.passing import Served, pass_answer
+from limiter.relay.metrics import UNAVAILABLE, UNMETERED
+from limiter.relay.passing import Metered, Unmetered, pass_answer
 from limiter.relay.recording import Recording
 from limiter.relay.redis_mode import RedisAway, RedisMode
 from limiter.relay.settlement import Settlements
@@ -71,12 +72,12 @@ RELAY = web.AppKey("relay", Relay)
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """One request for credits: whose it is, and the record of how it is served."""
+    """One request for credits: whose it is, and what it asks for."""
 
     relay: Relay
     request: web.Request
     identity: Identity
-    recording: Recording
+    asked: Asked
 
 
 async def serve_metered(request: web.Request) -> web.StreamResponse:
@@ -85,16 +86,7 @@ async def serve_metered(request: web.Request) -> web.StreamResponse:
     identity = relay.identify(request)
     asked = await read_json(request, within_s=relay.uploads.total_s)
     facts_of(request).model = asked.model
-
-    async def serve(recording: Recording) -> web.StreamResponse:
-        call = _Call(relay, request, identity, recording)
-        return await _serve(call, asked, await _reserve(call))
-
-    async def admit() -> web.StreamResponse:
-        await relay.admission.seat(identity.install_id, identity.licence)
-        return await relay.idempotency.once(request, identity.install_id, asked.body, serve)
-
-    return await _unless_away(relay, request, admit)
+    return await _answer(_Call(relay, request, identity, asked), asked.body)
 
 
 async def serve_upload(request: web.Request) -> web.StreamResponse:
@@ -107,33 +99,40 @@ async def serve_upload(request: web.Request) -> web.StreamResponse:
         facts.model = model
 
     upload = Upload(request, relay.uploads, note)
-
-    async def admit() -> web.StreamResponse:
-        await relay.admission.seat(identity.install_id, identity.licence)
-        return await relay.idempotency.once(request, identity.install_id, None, serve)
-
-    async def serve(recording: Recording) -> web.StreamResponse:
-        call = _Call(relay, request, identity, recording)
-        return await _serve(call, upload, await _reserve(call))
-
     try:
-        return await _unless_away(relay, request, admit)
+        return await _answer(_Call(relay, request, identity, upload), None)
     finally:
         upload.close()
 
 
-async def _unless_away(
-    relay: Relay, request: web.Request, admit: Callable[[], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
+async def _answer(call: _Call, body: bytes | None) -> web.StreamResponse:
+    """Serve for credits, or while Redis is away unmetered, where the operator wants that. body: None for an upload."""
+    mode = call.relay.mode
     try:
-        return await relay.mode.call(admit)
-    except LimiterUnavailable:
-        facts_of(request).status = UNAVAILABLE
-        raise
+        if not mode.serves_unmetered:
+            try:
+                return await mode.call(lambda: _serve_once(call, body))
+            except LimiterUnavailable:  # nothing was forwarded, and what may be held is being given back
+                if not mode.serves_unmetered:
+                    facts_of(call.request).status = UNAVAILABLE
+                    raise
+        return await _serve_unmetered(call)
+    except BackendFailed as failure:
+        raise ProblemRaised(failure.problem, call.identity.headers()) from failure
 
 
-async def _reserve(call: _Call) -> Decision:
-    relay, identity, hold_id = call.relay, call.identity, call.recording.hold_id
+async def _serve_once(call: _Call, body: bytes | None) -> web.StreamResponse:
+    relay, identity = call.relay, call.identity
+    await relay.admission.seat(identity.install_id, identity.licence)
+
+    async def serve(recording: Recording) -> web.StreamResponse:
+        return await _serve(call, recording, await _reserve(call, recording.hold_id))
+
+    return await relay.idempotency.once(call.request, identity.install_id, body, serve)
+
+
+async def _reserve(call: _Call, hold_id: str) -> Decision:
+    relay, identity = call.relay, call.identity
     facts = facts_of(call.request)
     cost = facts.cost = relay.cost(call.request)
 
@@ -164,20 +163,30 @@ async def _reserve(call: _Call) -> Decision:
     return decision
 
 
-async def _serve(call: _Call, asked: Asked, decision: Decision) -> web.StreamResponse:
+async def _serve(call: _Call, recording: Recording, decision: Decision) -> web.StreamResponse:
     """Forward a request that was allowed, pass its answer on, and settle its hold."""
     relay, request, identity = call.relay, call.request, call.identity
     hold = relay.settlements.open(identity.install_id, decision.hold_id)
     try:
         async with AsyncExitStack() as stack:
-            upstream = await _forward(relay, asked, decision, stack, facts_of(request))
-            headers = _answer_headers(upstream, identity, decision)
-            served = Served(hold, relay.cost(request), decision.balance, call.recording)
+            upstream = await _forward(relay, call.asked, decision, stack, facts_of(request))
+            headers = _answer_headers(upstream, identity, ratelimit_headers(decision.balance))
+            served = Metered(hold, relay.cost(request), decision.balance, recording)
             return await pass_answer(request, upstream, headers, served)
-    except BackendFailed as failure:
-        raise ProblemRaised(failure.problem, identity.headers()) from failure
     finally:
         hold.release()
+
+
+async def _serve_unmetered(call: _Call) -> web.StreamResponse:
+    """Serve from hardware, and from nothing else, what can be asked of no Redis: no credits, no seat, no key."""
+    relay, request, identity = call.relay, call.request, call.identity
+    idempotency_key(request)  # one that is none is refused as ever
+    facts = facts_of(request)
+    facts.status, facts.cost, facts.backend = UNMETERED, None, "hardware"
+    async with AsyncExitStack() as stack:
+        upstream = await _send(relay.backends["hardware"], call.asked, stack)
+        headers = _answer_headers(upstream, identity, {"X-Credits-Unmetered": "true"})
+        return await pass_answer(request, upstream, headers, Unmetered(Recording(request[REQUEST_ID])))
 
 
 async def _forward(relay: Relay, asked: Asked, decision: Decision, stack: AsyncExitStack, facts: Facts) -> Upstream:
@@ -199,9 +208,9 @@ async def _send(client: BackendClient, asked: Asked, stack: AsyncExitStack) -> U
     return await stack.enter_async_context(client.send(asked.path, asked.headers, asked.body_for(client)))
 
 
-def _answer_headers(upstream: Upstream, identity: Identity, decision: Decision) -> CIMultiDict[str]:
+def _answer_headers(upstream: Upstream, identity: Identity, metering: Mapping[str, str]) -> CIMultiDict[str]:
     headers = CIMultiDict(upstream.headers)
-    headers.update(ratelimit_headers(decision.balance))
+    headers.update(metering)
     headers.update(identity.headers())
     headers["X-Credits-Backend"] = upstream.backend
     return headers

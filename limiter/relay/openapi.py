@@ -72,7 +72,7 @@ def _described(method: str, path: str, operation: Operation) -> Schema:
     headers += ["X-Licence"] if "installId" in operation.parameters else []
     headers += ["RateLimit-Policy", "RateLimit"] if operation.credits_told else []
     if operation.metered:
-        headers.append("X-Credits-Backend")
+        headers += ["X-Credits-Backend", "X-Credits-Unmetered"]
     responses: Schema = {"200": _response("Served.", operation.answers, headers)}
     for status in sorted(operation.errors):
         responses[str(status)] = _error(status, operation)

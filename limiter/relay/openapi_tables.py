@@ -159,13 +159,19 @@ SCHEMAS: dict[str, Schema] = {
     "Model": _object({"id": _TEXT, "object": {"const": "model"}, "created": {"type": "integer"}, "owned_by": _TEXT}),
     "Models": _object({"object": {"const": "list"}, "data": {"type": "array", "items": ref("Model")}}),
     "Health": _object({"status": {"const": "ok"}}),
-    "Readiness": _object({"status": {"enum": ["ready", "not ready"]}, "redis": _TEXT, "backends": {"type": "object"}}),
+    "Readiness": _object(
+        {"status": {"enum": ["ready", "unmetered", "not ready"]}, "redis": _TEXT, "backends": {"type": "object"}}
+    ),
 }
 HEADERS: Schema = {
     "X-Request-Id": {"required": True, "schema": _TEXT, "description": "Names the request, and its hold."},
     "X-Credits-Backend": {
         "schema": {"enum": ["gemini", "hardware"]},
         "description": "The backend that answered.",
+    },
+    "X-Credits-Unmetered": {
+        "schema": {"const": "true"},
+        "description": "Only when credits cannot be checked and the operator lets hardware serve all the same.",
     },
     "X-Licence": {"schema": {"const": "expired"}, "description": "Only when a licence has expired: served as core."},
     "RateLimit-Policy": {
@@ -190,6 +196,13 @@ PARAMETERS: Schema = {
         "required": True,
         "schema": {"type": "string", "minLength": 1},
         "description": "A model's `id` in the list; its slashes may stand as they are.",
+    },
+    "unmetered": {
+        "name": "unmetered",
+        "in": "query",
+        "required": False,
+        "schema": _TEXT,
+        "description": "`1`: 200 also while hardware serves unmetered, as Redis is away.",
     },
     "idempotencyKey": {
         "name": "Idempotency-Key",
@@ -248,7 +261,10 @@ OPERATIONS: Mapping[Route, Operation] = {
     ),
     ("GET", "/healthz"): Operation("Tell that the process runs.", {"application/json": ref("Health")}),
     ("GET", "/readyz"): Operation(
-        "Tell whether requests can be served.", {"application/json": ref("Readiness")}, not_ready=True
+        "Tell whether requests can be served for credits.",
+        {"application/json": ref("Readiness")},
+        parameters=("unmetered",),
+        not_ready=True,
     ),
     ("GET", "/metrics"): Operation("Show the metrics, in Prometheus' text format.", {"text/plain": _TEXT}),
     ("GET", "/openapi.json"): Operation("Show this description.", {"application/json": {"type": "object"}}),

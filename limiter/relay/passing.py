@@ -1,9 +1,10 @@
 """A backend's answer on its way to the client, as a stream or whole; what was held for it is committed here."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Protocol
 
 import orjson
 from aiohttp import hdrs, web
@@ -19,9 +20,18 @@ CREDITS_EVENT = "X-Credits-Event"
 _WHOLE_BODY = 1 << 20  # an answer up to this size is read whole, so that a broken one can still become an error
 
 
+class Served(Protocol):
+    """One request that is being served, and its record."""
+
+    @property
+    def recording(self) -> Recording: ...  # noqa: D102  the class says it
+    def commit(self, upstream: Upstream) -> None: ...  # noqa: D102
+    def told(self, upstream: Upstream) -> Mapping[str, object]: ...  # noqa: D102  what is charged and what remains, for X-Credits-Event
+
+
 @dataclass(frozen=True, slots=True)
-class Served:
-    """One request that is being served: its hold, what it costs, what was left when it was reserved, and its record."""
+class Metered:
+    """A request that its hold pays for. balance: what was left when it was reserved."""
 
     hold: OpenHold
     cost: int
@@ -32,6 +42,30 @@ class Served:
         """Debit the request: no repeat of it is to be debited again."""
         self.hold.commit(upstream.backend)
         self.recording.debited()
+
+    def told(self, upstream: Upstream) -> Mapping[str, object]:
+        """Tell the cost, and the credits that no live hold covers; None for what has no limit."""
+        left, gemini_left = spendable(self.balance)
+        return {
+            "charged": self.cost,
+            "backend": upstream.backend,
+            "remaining": left,
+            "gemini_remaining": gemini_left,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Unmetered:
+    """A request that nobody pays for, while Redis is away."""
+
+    recording: Recording
+
+    def commit(self, upstream: Upstream) -> None:
+        """Debit nothing."""
+
+    def told(self, upstream: Upstream) -> Mapping[str, object]:
+        """Tell that; what remains is not known."""
+        return {"charged": 0, "backend": upstream.backend, "unmetered": True}
 
 
 async def pass_answer(
@@ -71,9 +105,7 @@ async def _pass_stream(
 
 def _comment(upstream: Upstream, served: Served) -> bytes:
     """Give the comment line that tells what was charged; by the specification of SSE, clients pass over it."""
-    left, gemini_left = spendable(served.balance)
-    told = {"charged": served.cost, "backend": upstream.backend, "remaining": left, "gemini_remaining": gemini_left}
-    return b": credits " + orjson.dumps(told) + b"\n\n"
+    return b": credits " + orjson.dumps(served.told(upstream)) + b"\n\n"
 
 
 async def _pass_body(

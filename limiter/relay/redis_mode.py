@@ -14,9 +14,9 @@ from typing import Literal, Self, TypeVar
 from limiter.credit_limiter import CreditLimiter
 from limiter.errors import BrokenRow, LimiterError, LimiterUnavailable, ScriptContractError
 from limiter.model import CORE, Decision
+from limiter.settings import OnRedisDown
 
 T = TypeVar("T")
-OnRedisDown = Literal["deny", "hardware"]
 RedisState = Literal["ok", "away"]
 _LOG = logging.getLogger("limiter.relay")
 _PROBED = "probe"  # an install id that no client can have: it is no UUID
