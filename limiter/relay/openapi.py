@@ -12,6 +12,7 @@ from limiter.relay.openapi_tables import (
     ALSO_BACKENDS,
     CODES,
     HEADERS,
+    IDENTITIES,
     MEANING,
     OPERATIONS,
     PARAMETERS,
@@ -69,7 +70,7 @@ def _rendered(served: tuple[Route, ...]) -> bytes:
 
 def _described(method: str, path: str, operation: Operation) -> Schema:
     headers = ["X-Request-Id"]
-    headers += ["X-Licence"] if "installId" in operation.parameters else []
+    headers += ["X-Licence"] if operation.identified else []
     headers += ["RateLimit-Policy", "RateLimit"] if operation.credits_told else []
     if operation.metered:
         headers += ["X-Credits-Backend", "X-Credits-Unmetered"]
@@ -87,8 +88,8 @@ def _described(method: str, path: str, operation: Operation) -> Schema:
         "summary": operation.summary,
         "responses": responses,
     }
-    if "installId" in operation.parameters:
-        described["security"] = [{}, *({name: []} for name in SECURITY)]
+    if operation.identified:
+        described["security"] = IDENTITIES
     if operation.parameters:
         described["parameters"] = [{"$ref": f"#/components/parameters/{name}"} for name in operation.parameters]
     if operation.body is not None:

@@ -70,7 +70,7 @@ _METERED = (*_CREDITS, 402, 403, 408, 409, 413, 415, 422, 429, 502, 504)
 class Operation:
     """One route. body: content by type. answers: content of the 200. errors: statuses with the error object.
 
-    parameters: names in `PARAMETERS`, of which the install id's stands for the licence, too.
+    parameters: names in `PARAMETERS`. identified: whether it wants to know who asks.
     """
 
     summary: str
@@ -78,6 +78,7 @@ class Operation:
     errors: tuple[int, ...] = ()
     body: Content | None = None
     parameters: tuple[str, ...] = ()
+    identified: bool = False
     credits_told: bool = False
     metered: bool = False
     not_ready: bool = False
@@ -96,7 +97,8 @@ def _metered(summary: str, body: Content, answers: Content | None = None) -> Ope
         {**of_backend, **(answers or {})},
         _METERED,
         body=body,
-        parameters=("installId", "idempotencyKey", "creditsEvent"),
+        parameters=("idempotencyKey", "creditsEvent"),
+        identified=True,
         credits_told=True,
         metered=True,
     )
@@ -119,13 +121,13 @@ _COUNT: Schema = {"type": "integer", "minimum": 0}
 _COUNT_OR_NONE: Schema = {"type": ["integer", "null"], "minimum": 0}
 _MODEL: Schema = {"type": "string", "description": "A model that `/v1/models` lists."}
 _STREAM = "true: the answer comes as server-sent events."
-_FIELD_NAMES: Schema = {"pattern": "^[A-Za-z0-9_.-]+(\\[\\])?$"}
+_FIELD_NAME = r"^[^\x00-\x1f\x7f]*$"  # a form can carry no others
 _TRANSCRIPTION: Content = {
     "multipart/form-data": _object(
         {"model": _MODEL, "file": {"type": "string", "contentMediaType": "application/octet-stream"}},
         required=["model", "file"],
     )
-    | {"propertyNames": _FIELD_NAMES}
+    | {"propertyNames": {"pattern": _FIELD_NAME}}
 }
 SCHEMAS: dict[str, Schema] = {
     "Error": _object(
@@ -183,13 +185,6 @@ HEADERS: Schema = {
     "x-should-retry": {"schema": {"const": "false"}, "description": "Tells SDKs that another try is no use."},
 }
 PARAMETERS: Schema = {
-    "installId": {
-        "name": "X-Install-Id",
-        "in": "header",
-        "required": False,
-        "schema": {"type": "string", "format": "uuid"},
-        "description": "Who asks. It can be left out where the Bearer token is the install id.",
-    },
     "modelId": {
         "name": "id",
         "in": "path",
@@ -226,8 +221,20 @@ PARAMETERS: Schema = {
     },
 }
 SECURITY: Schema = {
-    "licence": {"type": "http", "scheme": "bearer", "description": "A licence (JWT), or the install id for none."}
+    "installId": {"type": "apiKey", "in": "header", "name": "X-Install-Id", "description": "Who asks: a UUID."},
+    "licence": {
+        "type": "http",
+        "scheme": "bearer",
+        "bearerFormat": "JWT",
+        "description": "For another tier than core.",
+    },
+    "installIdAsToken": {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "The install id, where there is no licence.",
+    },
 }
+IDENTITIES: list[Schema] = [{"installId": []}, {"installId": [], "licence": []}, {"installIdAsToken": []}]
 OPERATIONS: Mapping[Route, Operation] = {
     ("POST", "/v1/chat/completions"): _metered(
         "Chat, on whichever backend the credits allow.", _asked(messages="The conversation.", stream=_STREAM)
@@ -244,19 +251,20 @@ OPERATIONS: Mapping[Route, Operation] = {
         "List the models of all backends. It costs nothing.",
         {"application/json": ref("Models")},
         (*_IDENTITY, 502),
-        parameters=("installId",),
+        identified=True,
     ),
     ("GET", "/v1/models/{id}"): Operation(
         "Show one model of the list. It costs nothing.",
         {"application/json": ref("Model")},
         (*_IDENTITY, 404, 502),
-        parameters=("modelId", "installId"),
+        parameters=("modelId",),
+        identified=True,
     ),
     ("GET", "/v1/credits"): Operation(
         "Tell the caller's own balance. It costs nothing.",
         {"application/json": ref("Credits")},
         _CREDITS,
-        parameters=("installId",),
+        identified=True,
         credits_told=True,
     ),
     ("GET", "/healthz"): Operation("Tell that the process runs.", {"application/json": ref("Health")}),
