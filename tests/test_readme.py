@@ -2,10 +2,15 @@
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from limiter.model import Reason, Status
+from limiter.relay.backends import Outcome
+from limiter.relay.breaker import State as BreakerState
+from limiter.relay.metrics import FAILED, GAVE_UP, Answered, Metrics, SettlementKind
 from limiter.settings import DEFAULT_TIERS, load_settings
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -53,6 +58,34 @@ def test_status_table_has_only_statuses_of_decisions_and_settlements() -> None:
 def test_answers_table_names_every_reason() -> None:
     told = [words(row[2])[0] for row in table("answer") if len(row) > 2 and words(row[2])]
     assert told[: len(Reason)] == [reason.value for reason in Reason]
+
+
+def test_metrics_table_names_every_metric_with_its_labels() -> None:
+    told = {words(row[0])[0]: set(words(row[1])) for row in table("metric")}
+    assert told == {**exposed(), "limiter_process_*": set()}
+
+
+def exposed() -> dict[str, set[str]]:
+    """All metrics but those of the process, each used once, as a scrape shows them."""
+    metrics = Metrics(tiers=["core"], routes=["/"])
+    metrics.answered(Answered("GET", "/", 200, 0.1, 0.1))
+    metrics.decided("ALLOWED", None, "core")
+    metrics.settled("commit", "COMMITTED", backend="gemini", credits_=1)
+    metrics.backend_called("gemini", "served")
+    metrics.watch_breaker("gemini", lambda: "open")
+    labels: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(metrics.render().decode()):
+        if not family.name.startswith("limiter_process_"):
+            name = f"{family.name}_total" if family.type == "counter" else family.name
+            labels[name] = {label for sample in family.samples for label in sample.labels} - {"le"}
+    return labels
+
+
+def test_metrics_table_names_every_outcome_of_a_call_and_every_kind_of_settlement() -> None:
+    told = {words(row[0])[0]: set(words(row[2])) for row in table("metric")}
+    assert told["limiter_backend_calls_total"] == set(get_args(Outcome))
+    assert told["limiter_settlements_total"] == {*get_args(SettlementKind), FAILED, GAVE_UP}
+    assert told["limiter_breaker_state"] == set(get_args(BreakerState))
 
 
 def test_readme_shows_the_two_commands() -> None:

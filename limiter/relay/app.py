@@ -17,7 +17,7 @@ from limiter.relay.error_answers import Handler, answer_errors, name_answer
 from limiter.relay.health import REPORTS, Report, show_health, show_readiness
 from limiter.relay.idempotency import Idempotency
 from limiter.relay.metered import RELAY, Relay, serve_metered, serve_upload, show_credits
-from limiter.relay.metrics import BreakerState, Metrics, show_metrics
+from limiter.relay.metrics import Metrics, show_metrics
 from limiter.relay.models import MODELS, Models, show_model, show_models
 from limiter.relay.observing import observe
 from limiter.relay.openapi import show_openapi
@@ -59,7 +59,8 @@ def create_app(
     metrics.watch_redis(lambda: mode.state == "ok")
     metrics.watch_settlements(relay.settlements.under_way)
     for name, client in backends.items():
-        metrics.watch_breaker(name, partial(_breaker_state, client))
+        client.watch(partial(metrics.backend_called, name))
+        metrics.watch_breaker(name, partial(getattr, client.breaker, "state"))
 
     async def watch_redis(_app: web.Application) -> AsyncIterator[None]:
         async with mode:
@@ -126,10 +127,6 @@ def _server_log() -> logging.Logger:
     if not log.filters:
         log.addFilter(shorten_malformed)
     return log
-
-
-def _breaker_state(client: BackendClient) -> BreakerState:
-    return client.breaker.state
 
 
 def routes() -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
+from typing import Literal
 
 import aiohttp
 from aiohttp import hdrs
@@ -21,6 +22,7 @@ from limiter.model import Backend as BackendName
 from limiter.relay.answers import Problem, ProblemRaised, retry_seconds
 from limiter.relay.breaker import Breaker, CircuitOpen
 
+Outcome = Literal["served", "refused", "failed", "timeout", "cancelled", "breaker_open"]
 _CONNECTIONS = 1000
 _REQUEST_HEADERS = (hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.CONTENT_TYPE, "OpenAI-Beta")
 _TRACE_HEADERS = ("traceparent", "tracestate")  # for the operator's own server; a third party has no use for them
@@ -45,13 +47,17 @@ class BackendFailed(Exception):  # noqa: N818  reads as what happened
     """A backend gave nothing that the client should see.
 
     passing: another backend may be tried. alive: it answered, if not well, so that nothing speaks against the next try.
+    outcome: what the call is counted as.
     """
 
-    def __init__(self, problem: Problem, *, passing: bool = True, alive: bool = False) -> None:
+    def __init__(
+        self, problem: Problem, *, passing: bool = True, alive: bool = False, outcome: Outcome = "failed"
+    ) -> None:
         super().__init__(problem.detail)
         self.problem = problem
         self.passing = passing
         self.alive = alive
+        self.outcome = outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +70,13 @@ class Streamed:
     chunks: AsyncIterator[bytes]
     length: int | None
     fault: Callable[[], ProblemRaised | None]
+
+
+@dataclass(slots=True)
+class _Course:
+    """How a call goes: `cancelled`, as by a client that leaves, until it comes to another end."""
+
+    outcome: Outcome = "cancelled"
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +163,7 @@ class BackendClient:
         self._api_key = api_key
         self._first_s, self._idle_s, self._total_s = timeout_s, idle_s or timeout_s, total_s
         self._passed = _REQUEST_HEADERS + (_TRACE_HEADERS if name == "hardware" else ())
+        self._called: Callable[[Outcome], None] | None = None
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=_CONNECTIONS),
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -157,6 +171,10 @@ class BackendClient:
             skip_auto_headers=(hdrs.USER_AGENT, hdrs.ACCEPT_ENCODING),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_s),
         )
+
+    def watch(self, called: Callable[[Outcome], None]) -> None:
+        """Have a function told how each call ended, one that the breaker kept back included."""
+        self._called = called
 
     def model(self, name: str) -> str:
         """Give what this backend calls a model."""
@@ -171,14 +189,29 @@ class BackendClient:
         Leaving the block before the end of the answer closes the connection, which stops the backend's work.
         Raises BackendFailed, at once when the breaker is open; ProblemRaised when a streamed body broke off.
         """
+        course = _Course()
+        try:
+            async with self._sent(course, method, path, headers, body) as upstream:
+                yield upstream
+        except BackendFailed as failure:
+            course.outcome = failure.outcome
+            raise
+        finally:
+            if self._called is not None:
+                self._called(course.outcome)
+
+    @asynccontextmanager
+    async def _sent(
+        self, course: _Course, method: str, path: str, headers: Mapping[str, str], body: bytes | Streamed
+    ) -> AsyncIterator[Upstream]:
         try:
             attempt = self.breaker.enter()
         except CircuitOpen as circuit:
             problem = self._problem(502, "backend_unavailable", "has failed lately and rests", circuit.retry_after_s)
-            raise BackendFailed(problem) from None
+            raise BackendFailed(problem, outcome="breaker_open") from None
         try:
             try:
-                response, first, rest = await self._begin(method, path, headers, body)
+                response, first, rest = await self._begin(course, method, path, headers, body)
             except BackendFailed as failure:
                 attempt.succeed() if failure.alive else attempt.fail()
                 raise
@@ -204,7 +237,7 @@ class BackendClient:
         await self._session.close()
 
     async def _begin(
-        self, method: str, path: str, headers: Mapping[str, str], body: bytes | Streamed
+        self, course: _Course, method: str, path: str, headers: Mapping[str, str], body: bytes | Streamed
     ) -> tuple[aiohttp.ClientResponse, bytes, AsyncIterator[bytes]]:
         outgoing = {name: headers[name] for name in self._passed if _may_pass(headers.get(name, "\0"))}
         outgoing.setdefault(hdrs.ACCEPT_ENCODING, "identity")
@@ -227,7 +260,7 @@ class BackendClient:
                         allow_redirects=False,
                     )
                     self._refuse(response)
-                    rest = self._chunks(response, began_s + self._total_s)
+                    rest = self._chunks(response, began_s + self._total_s, course)
                     first = await self._first(response)
         except BaseException:
             if response is not None:
@@ -263,13 +296,18 @@ class BackendClient:
 
         return paced()
 
-    async def _chunks(self, response: aiohttp.ClientResponse, ends_s: float) -> AsyncIterator[bytes]:
+    async def _chunks(self, response: aiohttp.ClientResponse, ends_s: float, course: _Course) -> AsyncIterator[bytes]:
         loop = asyncio.get_running_loop()
         while True:
-            with self._failures():
-                async with asyncio.timeout_at(min(loop.time() + self._idle_s, ends_s)):
-                    chunk = await response.content.readany()
+            try:
+                with self._failures():
+                    async with asyncio.timeout_at(min(loop.time() + self._idle_s, ends_s)):
+                        chunk = await response.content.readany()
+            except BackendFailed as failure:  # a stream's client is told of it, and the call ends as if it were well
+                course.outcome = failure.outcome
+                raise
             if not chunk:
+                course.outcome = "served" if response.status in _SUCCESS else "refused"
                 return
             yield chunk
 
@@ -314,7 +352,7 @@ class BackendClient:
 
     def _failed(self, error: Exception) -> BackendFailed:
         if isinstance(error, TimeoutError):
-            return BackendFailed(self._problem(504, "backend_timeout", "did not answer in time"))
+            return BackendFailed(self._problem(504, "backend_timeout", "did not answer in time"), outcome="timeout")
         return BackendFailed(self._problem(502, "backend_unavailable", "cannot be reached, or broke off"))
 
     def _problem(self, status: int, code: str, what: str, retry_after_s: int = 1) -> Problem:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
-from typing import Literal
+from typing import Literal, get_args
 
 from aiohttp import web
 from prometheus_client import (
@@ -25,11 +25,12 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from limiter import __version__
 from limiter.model import Backend, Reason, Status
+from limiter.relay.backends import Outcome
+from limiter.relay.breaker import State as BreakerState
 from limiter.timestamps import ms_from_iso
 
-BackendOutcome = Literal["served", "refused", "failed", "timeout", "cancelled", "breaker_open"]
-BreakerState = Literal["closed", "open", "half_open"]
-SettlementKind = Literal["commit", "release"]
+SettlementKind = Literal["commit", "release", "undo"]  # the last: release of what an unanswered reserve may hold
+FAILED, GAVE_UP = "FAILED", "GAVE_UP"  # a settlement that cannot be made, or not before its hold lapses
 UNMETERED = "UNMETERED"  # served from hardware while Redis is away
 UNAVAILABLE = "UNAVAILABLE"  # not decided: Redis is away
 METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"})  # any other is a client's own word
@@ -37,9 +38,9 @@ CLIENT_LEFT = 499  # nginx' word for a request whose client did not wait for the
 _OTHER = "other"
 _DECISIONS = frozenset({*Status, UNMETERED, UNAVAILABLE})
 _REASONS = frozenset({*Reason, ""})
-_OUTCOMES = frozenset({*Status, "FAILED", "GAVE_UP"})
+_OUTCOMES = frozenset({*Status, FAILED, GAVE_UP})
 _STATUSES = frozenset({*(int(status) for status in HTTPStatus), CLIENT_LEFT})
-_BREAKER_STATES: tuple[BreakerState, ...] = ("closed", "open", "half_open")
+_BREAKER_STATES: tuple[BreakerState, ...] = get_args(BreakerState)
 _DECISION_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 3)
 _FIRST_BYTE_BUCKETS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOTAL_BUCKETS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -156,8 +157,8 @@ class Metrics:
         if backend is not None:
             self._debited.labels(backend).inc(credits_)
 
-    def backend_called(self, backend: Backend, outcome: BackendOutcome) -> None:
-        """Count a call to a backend; `refused` is a 4xx that the client gets to see."""
+    def backend_called(self, backend: Backend, outcome: Outcome) -> None:
+        """Count a call to a backend; `refused` is an answer against the request, that the client gets to see."""
         self._calls.labels(backend, outcome).inc()
 
     def watch_settlements(self, under_way: Callable[[], int]) -> None:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from limiter.credit_limiter import CreditLimiter
 from limiter.errors import LimiterError, LimiterUnavailable
 from limiter.model import Backend, Decision, Settlement, Status
-from limiter.relay.metrics import Metrics, SettlementKind
+from limiter.relay.metrics import FAILED, GAVE_UP, Metrics, SettlementKind
 from limiter.relay.redis_mode import RedisMode
 
 _LOG = logging.getLogger("limiter.relay")
@@ -31,9 +31,11 @@ class Settlements:
         """Take charge of a hold that was just placed."""
         return OpenHold(self._limiter, self, install_id, hold_id)
 
-    def start(self, what: str, settle: Callable[[], Awaitable[object]]) -> "asyncio.Task[None]":
-        """Settle in the background, repeated while Redis is away until the hold lapses."""
-        task = asyncio.get_running_loop().create_task(self._until_settled(what, settle), name=what)
+    def start(
+        self, what: str, settle: Callable[[], Awaitable[object]], *, kind: SettlementKind | None = None
+    ) -> "asyncio.Task[None]":
+        """Settle in the background, repeated while Redis is away until the hold lapses. kind: what to count it as."""
+        task = asyncio.get_running_loop().create_task(self._until_settled(what, settle, kind), name=what)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
@@ -41,26 +43,20 @@ class Settlements:
     def undo(self, install_id: str, hold_id: str, reserving: "asyncio.Future[Decision]") -> None:
         """Give back what a reserve may hold whose answer nobody has; with too many such, the hold lapses by itself."""
 
-        async def release() -> None:
+        async def release() -> Status:
             await asyncio.wait({reserving})
-            await self._limiter.release(install_id, hold_id)  # of nothing, it is nothing
+            return await self._limiter.release(install_id, hold_id)  # of nothing, it is nothing
 
         if self._undos == _MOST_UNDOS:
             _LOG.warning("hold %s, if there is one, is left to lapse: too many like it are being released", hold_id)
+            self._metrics.settled("undo", GAVE_UP)
             return
         self._undos += 1
-        self.start(f"release of what may be hold {hold_id}", release).add_done_callback(self._undone)
+        self.start(f"release of what may be hold {hold_id}", release, kind="undo").add_done_callback(self._undone)
 
     def under_way(self) -> int:
         """Tell how many settlements are under way."""
         return len(self._tasks)
-
-    def settled(self, kind: SettlementKind, done: Settlement | Status) -> None:
-        """Count a settlement that is over."""
-        if isinstance(done, Settlement):
-            self._metrics.settled(kind, done.status, backend=done.backend, credits_=done.cost)
-        else:
-            self._metrics.settled(kind, done)
 
     def _undone(self, _task: "asyncio.Task[None]") -> None:
         self._undos -= 1
@@ -70,25 +66,42 @@ class Settlements:
         if self._tasks:
             _, left = await asyncio.wait(self._tasks, timeout=max(within_s, _LEAST_DRAIN_S))
             for task in left:
-                _LOG.error("gave up at shutdown: %s", task.get_name())
                 task.cancel()
             await asyncio.gather(*left, return_exceptions=True)
 
-    async def _until_settled(self, what: str, settle: Callable[[], Awaitable[object]]) -> None:
+    async def _until_settled(
+        self, what: str, settle: Callable[[], Awaitable[object]], kind: SettlementKind | None
+    ) -> None:
+        done: object = FAILED
+        try:
+            done = await self._repeat_until_settled(settle)
+        except LimiterUnavailable as error:
+            _LOG.error("%s was not settled before its hold lapsed: %s", what, error)
+            done = GAVE_UP
+        except LimiterError:
+            _LOG.exception("%s cannot be settled", what)
+        except asyncio.CancelledError:
+            _LOG.error("gave up at shutdown: %s", what)
+            done = GAVE_UP
+        finally:
+            if kind is not None:
+                self._count(kind, done)
+
+    def _count(self, kind: SettlementKind, done: object) -> None:
+        if isinstance(done, Settlement):
+            self._metrics.settled(kind, done.status, backend=done.backend, credits_=done.cost)
+        else:
+            self._metrics.settled(kind, str(done))
+
+    async def _repeat_until_settled(self, settle: Callable[[], Awaitable[object]]) -> object:
         lapses = time.monotonic() + self._limiter.hold_ms / 1000
         pause_s = _FIRST_PAUSE_S
         while True:
             try:
-                await settle()
-            except LimiterUnavailable as error:
+                return await settle()
+            except LimiterUnavailable:
                 if time.monotonic() > lapses:
-                    _LOG.error("%s was not settled before its hold lapsed: %s", what, error)
-                    return
-            except LimiterError:
-                _LOG.exception("%s cannot be settled", what)
-                return
-            else:
-                return
+                    raise
             if self._mode.state == "ok":
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
@@ -117,9 +130,6 @@ class OpenHold:
     def _settle(
         self, what: SettlementKind, operation: Callable[[CreditLimiter], Awaitable[Settlement | Status]]
     ) -> None:
-        async def settle() -> None:
-            self._owner.settled(what, await operation(self._limiter))
-
         if not self._settled:
             self._settled = True
-            self._owner.start(f"{what} of hold {self._hold_id}", settle)
+            self._owner.start(f"{what} of hold {self._hold_id}", lambda: operation(self._limiter), kind=what)
