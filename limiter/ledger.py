@@ -5,39 +5,54 @@ duplicates are told. What it gives up, it gives up with line, column and cause, 
 """
 
 import os
-import re
 import stat
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, NoReturn, Self
-
-import ijson  # type: ignore[import-untyped]  # it has no type hints (3.6)
+from typing import BinaryIO, Self
 
 from limiter.errors import InvalidInstallId, LedgerFileError
 from limiter.keys import normalise_install_id
-from limiter.ledger_row import kind_of, row_from_member, undated_fields
+from limiter.ledger_row import REGULAR_ROW, row_from_groups, row_from_member, undated_fields
+from limiter.ledger_text import LedgerText
 from limiter.ledger_writer import Written, write_ledger
 from limiter.model import Row
 from limiter.seen import SeenTexts
 
-__all__ = ["LedgerFile", "Written", "row_from_member", "undated_fields", "write_ledger"]
+__all__ = ["Entry", "LedgerFile", "Written", "row_from_member", "undated_fields", "write_ledger"]
 
-_CHUNK_BYTES = 64 * 1024
-_MAX_ITEM_BYTES = 1024 * 1024  # of one row, or of one text elsewhere; what a ledger holds is far below
-_MAX_DEPTH = 64
 _MAX_NAMES = 64  # of the file itself: rows, meta, and whatever else somebody keeps there
-_BOM = b"\xef\xbb\xbf"
-_WIDE = (b"\xff\xfe", b"\xfe\xff")
-# Half of a surrogate pair, escaped. yajl makes a question mark of the first half (ijson 3.6) and refuses the second.
-_HALF = re.compile(rb"(?<!\\)(?:\\\\)*\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
-_ESCAPE_BYTES = 12
-_CONTINUATION = bytes(range(0x80, 0xC0))
-_STARTS: dict[str, Callable[[], Any]] = {"start_map": dict, "start_array": list}
-_ENDS = ("end_map", "end_array")
-# What ijson raises for a file that is no JSON; SystemError and ArithmeticError for numbers beyond every range (3.6).
-_NOT_JSON = (ijson.JSONError, ValueError, ArithmeticError, SystemError)
-_Event = tuple[str, Any]
+_MAX_OTHER_BYTES = 8 * 1024 * 1024  # of each of those
+_KINDS = {"{": "an object", "[": "a list", '"': "a text", "t": "true", "f": "false", "n": "null"}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One member of `rows`.
+
+    groups: what `ledger_row.REGULAR_ROW` found in it; None for any other form. value: the others as the file has them.
+    """
+
+    install_id: str
+    groups: tuple[str, ...] | None
+    value: object
+
+    @property
+    def member(self) -> object:
+        """The member as the file has it: numbers are int or Decimal."""
+        return self.value if self.groups is None else row_from_groups(self.groups).as_dict()
+
+    @property
+    def undated(self) -> frozenset[str]:
+        """The fields of its row that the file says nothing of; see `ledger_row.undated_fields`."""
+        return undated_fields(self.value) if self.groups is None else frozenset()
+
+    def row(self, *, now_ms: int) -> Row:
+        """Give its row. now_ms: where a row without a period begins. Raises LedgerFileError."""
+        if self.groups is None:
+            return row_from_member(self.install_id, self.value, now_ms=now_ms)
+        return row_from_groups(self.groups)
 
 
 class LedgerFile:
@@ -52,15 +67,23 @@ class LedgerFile:
         try:
             # Without O_NONBLOCK the open of a pipe would wait for its writer.
             self._stream: BinaryIO = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", 0)
-            status = os.fstat(self._stream.fileno())
+            self.stat = os.fstat(self._stream.fileno())
         except OSError as error:
             raise LedgerFileError(f"{path} cannot be read: {error.strerror}") from error
-        if not stat.S_ISREG(status.st_mode):
+        if not stat.S_ISREG(self.stat.st_mode):
             self._stream.close()
             raise LedgerFileError(f"{path} cannot be read: it is no regular file")
-        self.size_bytes = status.st_size
-        self.read_bytes = 0  # of the running reading, in chunks
-        self._chunk_at = self._event = self._item_at = 0
+        self._text = LedgerText(path, self._stream)
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of the file."""
+        return self.stat.st_size
+
+    @property
+    def read_bytes(self) -> int:
+        """How much of it the running reading has seen."""
+        return self._text.read_bytes
 
     def __enter__(self) -> Self:
         return self
@@ -75,204 +98,66 @@ class LedgerFile:
 
         Raises LedgerFileError, with line, column and cause, where the file is broken as a whole.
         """
-        for install_id, member in self.members():
+        for entry in self.entries():
             try:
-                yield install_id, row_from_member(install_id, member, now_ms=now_ms)
+                yield entry.install_id, entry.row(now_ms=now_ms)
             except LedgerFileError as error:
-                yield install_id, error
+                yield entry.install_id, error
 
     def members(self) -> Iterator[tuple[str, object]]:
-        """Read every member of `rows` as it is: numbers are int or Decimal. Raises as `rows`."""
-        events = self._events()
-        opening, value = next(events)
-        if opening != "start_map":
-            self._fail(f"it is {_kind_of_event(opening, value)}, want an object with a member rows")
+        """Read every member of `rows` as it is. Raises as `rows`."""
+        for entry in self.entries():
+            yield entry.install_id, entry.member
+
+    def entries(self) -> Iterator[Entry]:
+        """Read every member of `rows`, from the start of the file; one reading at a time. Raises as `rows`."""
+        text = self._text = LedgerText(self.path, self._stream)
         names: set[str] = set()
-        for event, name in events:
-            if event == "end_map":
-                break
-            self._check_name(name, names)
+        self._expect_object(text, "it is {}, want an object with a member rows")
+        for name in text.names():
+            if name in names:
+                text.fail(f"the member {name[:80]!r} is there twice")
+            if len(names) == _MAX_NAMES:
+                text.fail(f"it has more than {_MAX_NAMES} members beside rows")
             names.add(name)
-            opening, value = next(events)
             if name == "rows":
-                if opening != "start_map":
-                    self._fail(f"rows is {_kind_of_event(opening, value)}, want an object")
-                yield from self._rows(events)
-            elif name == "meta":
-                self.meta = self._value(events, opening, value)
-            else:
-                self._skip(events, opening)
-        # Nothing follows, but the parser has yet to see that the file ends here.
-        next(events, None)
+                self._expect_object(text, "rows is {}, want an object")
+                yield from self._rows(text)
+                continue
+            value = text.value(f"the member {name[:80]!r}", most_bytes=_MAX_OTHER_BYTES)
+            if name == "meta":
+                self.meta = value
+        if text.mark():
+            text.fail("it is not JSON: something follows its end")
         if "rows" not in names:
-            self._fail("it has no member rows")
+            text.fail("it has no member rows")
 
-    def _check_name(self, name: str, names: Collection[str]) -> None:
-        if name in names:
-            self._fail(f"the member {name[:80]!r} is there twice")
-        if len(names) == _MAX_NAMES:
-            self._fail(f"it has more than {_MAX_NAMES} members beside rows")
+    def _expect_object(self, text: LedgerText, want: str) -> None:
+        mark = text.mark()
+        if not mark:
+            text.expect("{", "an object")
+        if mark != "{":
+            text.fail(want.format(_KINDS.get(mark, "a number" if mark.isdigit() or mark == "-" else "no JSON")))
 
-    def _rows(self, events: Iterator[_Event]) -> Iterator[tuple[str, object]]:
+    def _rows(self, text: LedgerText) -> Iterator[Entry]:
         seen = SeenTexts()
-        for event, install_id in events:
-            if event == "end_map":
-                return
+        match = REGULAR_ROW.match
+        text.expect("{", "an object")
+        after = "," if text.mark() != "}" else text.expect("}", "}")
+        while after == ",":
+            # Nearly all rows are of one form, which needs no parser; each takes its comma along.
+            while found := match(text.window, text.at):
+                self._check_new(text, seen, found[1], found[1])
+                text.at = found.end()
+                yield Entry(found[1], found.groups(), None)
+            install_id = text.name()
             try:
-                stored_id = normalise_install_id(install_id)
+                self._check_new(text, seen, install_id, normalise_install_id(install_id))
             except InvalidInstallId:
-                stored_id = install_id
-            if not seen.add(stored_id):
-                self._fail(f"the install id {install_id[:80]!r} is there twice")
-            yield install_id, self._value(events, *next(events))
-            self._item_at = self._chunk_at
+                self._check_new(text, seen, install_id, install_id)
+            yield Entry(install_id, None, text.value(f"row {install_id[:80]!r}"))
+            after = text.expect(",}", "a comma or }")
 
-    def _value(self, events: Iterator[_Event], opening: str, scalar: object) -> object:
-        """Build the value that begins with this event."""
-        if opening not in _STARTS:
-            return scalar
-        root = current = _STARTS[opening]()
-        outer: list[Any] = []
-        name = ""
-        for event, given in events:
-            if event == "map_key":
-                name = given
-                if name in current:
-                    self._fail(f"the member {name[:80]!r} is there twice")
-                continue
-            if event in _ENDS:
-                if not outer:
-                    break
-                current = outer.pop()
-                continue
-            opens = _STARTS.get(event)
-            value = given if opens is None else opens()
-            if type(current) is list:
-                current.append(value)
-            else:
-                current[name] = value
-            if opens is not None:
-                outer.append(current)
-                current = value
-                self._check_depth(outer)
-        return root
-
-    def _check_depth(self, outer: list[Any]) -> None:
-        if len(outer) == _MAX_DEPTH:
-            self._fail(f"it is nested more than {_MAX_DEPTH} deep")
-
-    def _skip(self, events: Iterator[_Event], opening: str) -> None:
-        depth = int(opening in _STARTS)
-        while depth:
-            event, _ = next(events)
-            self._item_at = self._chunk_at
-            depth += (event in _STARTS) - (event in _ENDS)
-
-    def _events(self) -> Iterator[_Event]:
-        """Parse the file. The parser stands in this object, so that an error can say where."""
-        found = ijson.sendable_list()
-        parser = ijson.basic_parse_coro(found)
-        self.read_bytes = self._item_at = 0
-        for start, chunk in self._chunks():
-            self._chunk_at, self._event = start, -1
-            self.read_bytes = start + len(chunk)
-            if start - self._item_at > _MAX_ITEM_BYTES:
-                self._fail(f"one row, or one text, is longer than {_MAX_ITEM_BYTES} bytes", at=self._item_at)
-            half = _HALF.search(chunk) if b"\\u" in chunk else None
-            if half is not None:
-                self._fail("an escape is half of a surrogate pair", at=start + half.end())
-            try:
-                parser.send(chunk)
-            except _NOT_JSON as error:
-                self._fail(_cause(error), at=self._refused_at(start))
-            for self._event, event in enumerate(found):
-                yield event
-            del found[:]
-        try:
-            parser.close()
-        except _NOT_JSON as error:
-            self._fail(_cause(error) if self.read_bytes else "it is empty", at=self.read_bytes)
-        yield from found  # a number alone is told only now: it might have gone on
-
-    def _chunks(self) -> Iterator[tuple[int, bytes]]:
-        """Read the file in pieces that break no escape sequence, each with its offset."""
-        start = 0
-        self._seek(0)
-        while chunk := self._read(_CHUNK_BYTES):
-            while b"\\" in chunk[-_ESCAPE_BYTES:] and len(chunk) < 2 * _CHUNK_BYTES and (more := self._read(64)):
-                chunk += more
-            size = len(chunk)
-            if start == 0:
-                if chunk.startswith(_WIDE) or b"\0" in chunk[:4]:
-                    self._fail("it is UTF-16 or UTF-32, want UTF-8", at=0)
-                chunk = chunk.removeprefix(_BOM)  # some editors put it there; it changes nothing
-            if chunk:
-                yield start + (size - len(chunk)), chunk
-            start += size
-            self._seek(start)  # an error looked elsewhere, or the caller reads twice at once
-
-    def _read(self, size: int) -> bytes:
-        try:
-            return self._stream.read(size)
-        except OSError as error:
-            raise LedgerFileError(f"{self.path} cannot be read: {error.strerror}") from error
-
-    def _seek(self, offset: int) -> None:
-        self._stream.seek(offset)
-
-    def _fail(self, cause: str, *, at: int | None = None) -> NoReturn:
-        """Raise with line and column of an offset, or of the event that was read last."""
-        line, column = self._place(self._refused_at(self._chunk_at, self._event) if at is None else at)
-        raise LedgerFileError(f"{self.path} line {line}, column {column}: {cause}")
-
-    def _refused_at(self, chunk_at: int, event: int | None = None) -> int:
-        """Parse again, the chunk at this offset byte by byte: where its event ends, or else where the parser stops."""
-        found = ijson.sendable_list()
-        parser = ijson.basic_parse_coro(found)
-        offset = 0
-        try:
-            for start, chunk in self._chunks():
-                offset = start
-                if start < chunk_at:
-                    parser.send(chunk)
-                    del found[:]
-                    continue
-                for index in range(len(chunk)):
-                    offset = start + index
-                    parser.send(chunk[index : index + 1])
-                    if event is not None and len(found) > event:
-                        return offset
-                break
-        except _NOT_JSON:
-            pass
-        return offset
-
-    def _place(self, offset: int) -> tuple[int, int]:
-        """Give line and column of an offset, both from 1, the column in characters."""
-        line, column = 1, 1
-        self._seek(0)
-        rest = offset
-        while rest and (chunk := self._read(min(rest, _CHUNK_BYTES))):
-            rest -= len(chunk)
-            head, newline, tail = chunk.rpartition(b"\n")
-            if newline:
-                line, column = line + head.count(b"\n") + 1, 1
-            column += len(tail.translate(None, _CONTINUATION))
-        return line, column
-
-
-def _kind_of_event(event: str, value: object) -> str:
-    return kind_of(_STARTS[event]() if event in _STARTS else value)
-
-
-def _cause(error: BaseException) -> str:
-    """Say in our words why the parser stopped."""
-    told = error.args[0] if error.args else ""
-    text = told.decode(errors="replace") if isinstance(told, bytes) else str(told)
-    if "premature EOF" in text:
-        return "the file ends in the middle: it is truncated"
-    if isinstance(error, UnicodeDecodeError) or "UTF8" in text:
-        return "it is not UTF-8"
-    if isinstance(error, ArithmeticError | SystemError):
-        return "a number is beyond every range"
-    return f"it is not JSON: {text.splitlines()[0] if text else type(error).__name__}"
+    def _check_new(self, text: LedgerText, seen: SeenTexts, install_id: str, stored_id: str) -> None:
+        if not seen.add(stored_id):
+            text.fail(f"the install id {install_id[:80]!r} is there twice; a UUID is the same in upper and lower case")

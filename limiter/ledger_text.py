@@ -1,0 +1,179 @@
+"""The text of a ledger's file, read as JSON piece by piece. It knows JSON, and nothing of rows.
+
+Memory is that of a window on the file, which grows with the value that is read, up to a bound.
+"""
+
+import codecs
+import json
+from collections.abc import Iterable, Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import BinaryIO, NoReturn
+
+from limiter.errors import LedgerFileError
+
+_CHUNK_BYTES = 256 * 1024
+_MAX_ITEM_BYTES = 1024 * 1024  # of a row, or a name
+_MAX_DEPTH = 64
+_WIDE = (b"\xff\xfe", b"\xfe\xff")
+_SPACE = " \t\n\r"
+_WORDS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")  # the last three are none, which is told later
+_LONGEST_WORD = max(map(len, _WORDS))
+_TRUNCATED = "the file ends in the middle: it is truncated"
+
+
+class LedgerText:
+    """A window on the text, and where in it the reading stands. Each method goes on from there.
+
+    What cannot be read raises LedgerFileError, with line and column, both from 1, the column in characters.
+    """
+
+    def __init__(self, path: Path, stream: BinaryIO) -> None:
+        self.window = ""
+        self.at = 0
+        self.read_bytes = 0
+        self._path, self._stream = path, stream
+        self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode  # some editors put the mark there
+        self._line = self._column = 1  # of the window's first character
+        self._stream.seek(0)
+
+    def more(self) -> bool:
+        """Let go what is read, and read on; False at the end of the file."""
+        self._line, self._column = self._place(self.at)
+        self.window, self.at = self.window[self.at :], 0
+        try:
+            raw = self._stream.read(max(_CHUNK_BYTES, len(self.window)))  # twice as much: a long value stays cheap
+        except OSError as error:
+            raise LedgerFileError(f"{self._path} cannot be read: {error.strerror}") from error
+        if not self.read_bytes and (raw.startswith(_WIDE) or b"\0" in raw[:4]):
+            self.fail("it is UTF-16 or UTF-32, want UTF-8: save it as that")
+        self.read_bytes += len(raw)
+        try:
+            self.window += self._decode(raw, not raw)
+        except UnicodeDecodeError as error:
+            self.window += error.object[: error.start].decode("utf-8-sig")
+            self.fail("it is not UTF-8", at=len(self.window))
+        return bool(raw)
+
+    def mark(self) -> str:
+        """Pass over white space, and give the character that stands there; "" at the end of the file."""
+        while True:
+            window, at = self.window, self.at
+            while at < len(window) and window[at] in _SPACE:
+                at += 1
+            self.at = at
+            if at < len(window):
+                return window[at]
+            if not self.more():
+                return ""
+
+    def expect(self, marks: str, what: str) -> str:
+        """Pass over white space and one of these characters, and give it."""
+        mark = self.mark()
+        if not mark:
+            self.fail("it is empty" if self._place(self.at) == (1, 1) else _TRUNCATED)
+        if mark not in marks:
+            self.fail(f"it is not JSON: want {what}")
+        self.at += 1
+        return mark
+
+    def name(self) -> str:
+        """Read the name of a member, and the colon after it."""
+        if self.mark() != '"':
+            self.expect("", "a name in quotes")
+        name = self.value("a name")
+        self.expect(":", "a colon")
+        return str(name)
+
+    def names(self) -> Iterator[str]:
+        """Read an object, name by name: the caller reads the value before it asks for the next one."""
+        self.expect("{", "an object")
+        if self.mark() == "}":
+            self.at += 1
+            return
+        while True:
+            yield self.name()
+            if self.expect(",}", "a comma or }") == "}":
+                return
+
+    def value(self, of: str, *, most_bytes: int = _MAX_ITEM_BYTES) -> object:
+        """Read a value whole: an integer of any size is an int, another number a Decimal. of: whose it is, for errors.
+
+        No name may be twice in an object: which of the two values counts is for whoever wrote it to say.
+        """
+        self.mark()
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self.window, self.at)
+            except json.JSONDecodeError as error:
+                if len(self.window) - self.at > most_bytes:
+                    self.fail(f"{of} is longer than {most_bytes:,} bytes")
+                offset = error.pos - self.at
+                may_go_on = error.pos > len(self.window) - _LONGEST_WORD or error.msg.startswith("Unterminated")
+                if may_go_on and self.more():
+                    continue
+                self._fail_broken(error, self.at + offset)
+            except _Refused as error:
+                self.fail(f"{of}: {error}")
+            except (ValueError, ArithmeticError):
+                self.fail(f"{of} has a number beyond every range")
+            except RecursionError:
+                self.fail(f"{of} is nested more than {_MAX_DEPTH} deep")
+            if end == len(self.window) and self.more():  # a number may go on
+                continue
+            self._check(of, value, self.window[self.at : end])
+            self.at = end
+            return value
+
+    def fail(self, cause: str, *, at: int | None = None) -> NoReturn:
+        """Raise LedgerFileError with the place where the reading stands, or another one in the window."""
+        line, column = self._place(self.at if at is None else at)
+        raise LedgerFileError(f"{self._path} line {line}, column {column}: {cause}")
+
+    def _fail_broken(self, error: json.JSONDecodeError, at: int) -> NoReturn:
+        rest = self.window[at:]
+        is_cut = error.msg.startswith("Unterminated") or ("escape" in error.msg and '"' not in rest)
+        if is_cut or any(word.startswith(rest) for word in _WORDS):
+            self.fail(_TRUNCATED, at=len(self.window))
+        self.fail(f"it is not JSON: {error.msg}", at=at)
+
+    def _place(self, at: int) -> tuple[int, int]:
+        lines = self.window.count("\n", 0, at)
+        if lines:
+            return self._line + lines, at - self.window.rindex("\n", 0, at)
+        return self._line, self._column + at
+
+    def _check(self, of: str, value: object, text: str) -> None:
+        """Refuse what JSON can say and nobody else can take."""
+        if text.count("[") + text.count("{") > _MAX_DEPTH and _is_deeper(value, _MAX_DEPTH):
+            self.fail(f"{of} is nested more than {_MAX_DEPTH} deep")
+        if "\\u" in text:
+            try:
+                json.dumps(value, ensure_ascii=False, default=str).encode()
+            except UnicodeEncodeError:
+                self.fail(f"{of} has an escape that is half of a surrogate pair")
+
+
+class _Refused(Exception):  # noqa: N818  it does not leave this module
+    """JSON that we do not take, by its text."""
+
+
+def _members(pairs: Iterable[tuple[str, object]]) -> dict[str, object]:
+    members: dict[str, object] = {}
+    for name, value in pairs:
+        if name in members:
+            raise _Refused(f"the member {name[:80]!r} is there twice")
+        members[name] = value
+    return members
+
+
+def _no_constant(word: str) -> NoReturn:
+    raise _Refused(f"{word} is no JSON number")
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return inner is not None and (levels == 0 or any(_is_deeper(each, levels - 1) for each in inner))
+
+
+_DECODER = json.JSONDecoder(parse_float=Decimal, parse_constant=_no_constant, object_pairs_hook=_members)
