@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, RedisError
@@ -13,6 +14,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from limiter import embedded
 from limiter.errors import LimiterError, LimiterUnavailable, SettingsError
+from limiter.wire import ServerWire, Wire
 
 _LOG = logging.getLogger("limiter")
 _LATER = {"redis+sentinel": "Sentinel", "redis+cluster": "Cluster"}
@@ -22,11 +24,12 @@ _OLDEST_MAJOR = 7  # scripts with a shebang line
 
 async def connect(
     url: str, *, timeout_ms: int = 1000, max_connections: int = 64, allow_eviction: bool = False
-) -> "Redis":
+) -> "Client":
     """Open a checked client; close it with `aclose()`.
 
     url: `embedded:FOLDER`, `redis://`, `rediss://` or `unix://`. timeout_ms bounds connecting, and each reply.
-    max_connections: above it, calls wait for a free one. allow_eviction: accept a server that may evict rows.
+    max_connections: above it, calls other than decisions, which
+    share one connection, wait for a free one. allow_eviction: accept a server that may evict rows.
     Raises SettingsError for a URL or a server that cannot be used, LimiterUnavailable when there is no answer.
     """
     scheme = url.partition(":")[0]
@@ -37,9 +40,9 @@ async def connect(
     folder = embedded.folder_of(url)
     if folder is not None:
         seat = await asyncio.to_thread(embedded.start_or_join, folder)
-        redis: Redis = _EmbeddedRedis(seat, _pool(f"unix://{seat.socket}", timeout_ms, max_connections))
+        redis: Client = _EmbeddedClient(seat, _pool(f"unix://{seat.socket}", timeout_ms, max_connections))
     elif scheme in _SINGLE:
-        redis = Redis.from_pool(_pool(url, timeout_ms, max_connections))  # owns it: aclose() closes its connections
+        redis = Client(_pool(url, timeout_ms, max_connections))
     else:
         raise SettingsError(f"{redacted(url)!r} is no Redis URL: give redis://, rediss://, unix:// or embedded:FOLDER")
     try:
@@ -58,11 +61,36 @@ def redacted(url: str) -> str:
     return scheme + separator + user + at + re.sub(r"(password=)[^&]*", r"\1***", place)
 
 
-class _EmbeddedRedis(Redis):
+class Client(Redis):
+    """A redis-py client, and beside its pool the wire that carries the scripts."""
+
+    def __init__(self, pool: BlockingConnectionPool) -> None:
+        super().__init__(connection_pool=pool)
+        self.auto_close_connection_pool = True
+        self._server = ServerWire(self._dial)
+        self.wire: Wire = self._server
+
+    async def open(self) -> None:
+        """Connect the wire now. Raises RedisError, OSError."""
+        await self._server.open()
+
+    async def _dial(self) -> AbstractConnection:
+        """Connect and greet the server as the pool's connections do: address, TLS, user, database."""
+        connection: AbstractConnection = self.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # redis-py 8.1
+        await connection.connect()  # type: ignore[no-untyped-call]
+        return connection
+
+    async def aclose(self, close_connection_pool: bool | None = None) -> None:
+        """Close the wire and the pool."""
+        await self.wire.aclose()
+        await super().aclose(close_connection_pool)
+
+
+class _EmbeddedClient(Client):
     """A client of the embedded server, which stops with its last client."""
 
     def __init__(self, seat: embedded.Seat, pool: BlockingConnectionPool) -> None:
-        super().__init__(connection_pool=pool)
+        super().__init__(pool)
         self._seat = seat
         self._reviving: asyncio.Task[None] | None = None
 
@@ -71,9 +99,19 @@ class _EmbeddedRedis(Redis):
         try:
             return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]  # redis-py 8.1
         except RedisConnectionError:
-            if self._reviving is None or self._reviving.done():
-                self._reviving = asyncio.create_task(self._revive())
+            self._start_reviving()
             raise
+
+    async def _dial(self) -> AbstractConnection:
+        try:
+            return await super()._dial()
+        except RedisConnectionError:
+            self._start_reviving()
+            raise
+
+    def _start_reviving(self) -> None:
+        if self._reviving is None or self._reviving.done():
+            self._reviving = asyncio.create_task(self._revive())
 
     async def _revive(self) -> None:
         try:
@@ -85,7 +123,6 @@ class _EmbeddedRedis(Redis):
         if self._reviving is not None:
             await self._reviving
         await super().aclose(close_connection_pool)
-        await self.connection_pool.aclose()
         await asyncio.to_thread(embedded.stop_if_last, self._seat)
 
 
@@ -110,10 +147,11 @@ def _pool(url: str, timeout_ms: int, max_connections: int) -> BlockingConnection
         ) from None
 
 
-async def _check(redis: "Redis", url: str, *, allow_eviction: bool) -> None:
+async def _check(redis: Client, url: str, *, allow_eviction: bool) -> None:
     """Refuse a server on which rows are not safe; warn where they could be safer."""
     try:
         info = await redis.info()
+        await redis.open()
     except AuthenticationError as error:
         raise SettingsError(f"Redis at {redacted(url)} refuses this user or password: {error}") from error
     except (RedisError, OSError) as error:

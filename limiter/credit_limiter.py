@@ -19,6 +19,7 @@ from limiter.keys import Keys, normalise_install_id
 from limiter.model import MAX_COST, Backend, Balance, Decision, Row, Settlement, Status, Tiers
 from limiter.scripts import PutMode, Scripts
 from limiter.store import read_row
+from limiter.wire import Wire
 
 T = TypeVar("T")
 _HOLD_ID = re.compile(r"[A-Za-z0-9._-]{1,48}", re.ASCII)
@@ -51,7 +52,8 @@ class CreditLimiter:
         self.hold_ms = hold_ms
         self.clock = clock
         self._deadline_s = deadline_ms / 1000
-        self._scripts = Scripts(redis, timeout_ms=min(timeout_ms, deadline_ms))
+        self.wire = _wire_of(redis)
+        self._scripts = Scripts(self.wire, timeout_ms=min(timeout_ms, deadline_ms))
 
     async def reserve(
         self,
@@ -261,6 +263,13 @@ async def _noting(reason: BaseException, release: Awaitable[Status | None]) -> N
         await release
     except LimiterError as unsettled:
         reason.add_note(f"The hold was not released and will lapse by itself: {unsettled}")
+
+
+def _wire_of(redis: "Redis") -> Wire:
+    wire: Wire | None = getattr(redis, "wire", None)
+    if wire is None:
+        raise TypeError(f"{redis!r} has no wire for scripts: give CreditLimiter what `limiter.connect` returned")
+    return wire
 
 
 def _checked_hold_id(hold_id: str) -> str:

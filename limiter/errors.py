@@ -18,6 +18,13 @@ class LimiterUnavailable(LimiterError):  # noqa: N818  the field's word for it; 
         self.hold_id = hold_id  # of a reserve, also when it was made there
 
 
+class Overloaded(LimiterUnavailable):
+    """More calls wait for Redis than this process keeps. Nothing was sent; Redis may well be there. Try again later."""
+
+    def __init__(self, most_waiting: int) -> None:
+        super().__init__(f"{most_waiting} calls wait for Redis already", executed=False)
+
+
 class UnknownTier(LimiterError):  # noqa: N818  named in the public interface
     """The tier is not among the configured ones. Nothing was planned or debited."""
 

@@ -3,10 +3,9 @@
 A method here makes one attempt. It never repeats: who may repeat what is decided in `CreditLimiter`.
 """
 
-import asyncio
+from functools import cache
 from typing import Any, Literal, cast
 
-from redis.asyncio import Redis
 from redis.exceptions import (
     BusyLoadingError,
     ClusterDownError,
@@ -23,11 +22,11 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from limiter.errors import BrokenRow, LimiterUnavailable, ScriptContractError
-from limiter.lua_source import compose
+from limiter.lua_source import Script, compose
 from limiter.model import Backend, Balance, Decision, Reason, Row, Settlement, Status, Tier
+from limiter.wire import Argument, Wire, command, packed
 
 PutMode = Literal["create", "replace", "merge"]
-Argument = str | int
 _STATUS = {status.value.encode(): status for status in Status}
 _REASON = {reason.value.encode(): reason for reason in Reason}
 _NOT_EXECUTED = (
@@ -49,10 +48,10 @@ def optional(value: int | None) -> Argument:
 class Scripts:
     """The scripts on one Redis. Keys come from `Keys`; times are epoch milliseconds, None for the server's own."""
 
-    __slots__ = ("_redis", "_timeout_s")
+    __slots__ = ("_timeout_s", "_wire")
 
-    def __init__(self, redis: "Redis", *, timeout_ms: int) -> None:
-        self._redis = redis
+    def __init__(self, wire: Wire, *, timeout_ms: int) -> None:
+        self._wire = wire
         self._timeout_s = timeout_ms / 1000
 
     async def reserve(
@@ -151,19 +150,28 @@ class Scripts:
 
         Raises LimiterUnavailable, BrokenRow, ScriptContractError.
         """
-        script = compose(name)
+        return await self._run(compose(name), row_key, len(arguments), packed(*arguments))
+
+    async def _run(self, script: Script, row_key: str, count: int, arguments: bytes) -> Any:
+        key = row_key.encode()
+        evalsha = b"*%d%b$%d\r\n%b\r\n%b" % (4 + count, _evalsha(script), len(key), key, arguments)
         try:
-            async with asyncio.timeout(self._timeout_s):
-                try:
-                    return await self._redis.evalsha(script.sha, 1, row_key, *arguments)
-                except NoScriptError:
-                    await self._redis.script_load(script.text)
-                    return await self._redis.evalsha(script.sha, 1, row_key, *arguments)
-        except (RedisError, OSError, TimeoutError) as error:
+            try:
+                return await self._wire.send(row_key, evalsha, self._timeout_s)
+            except NoScriptError:
+                await self._wire.send(row_key, command("SCRIPT", "LOAD", script.text), self._timeout_s)
+                return await self._wire.send(row_key, evalsha, self._timeout_s)
+        except RedisError as error:
             raise mapped(error, row_key) from error
 
 
-def put_row_arguments(row: Row, mode: PutMode) -> tuple[Argument, ...]:
+@cache
+def _evalsha(script: Script) -> bytes:
+    """Give the words of its call that are always the same."""
+    return b"\r\n" + packed("EVALSHA", script.sha, 1)
+
+
+def put_row_arguments(row: Row, mode: PutMode) -> tuple[str | int, ...]:
     """Give put_row.lua's arguments, for the one call above and for pipelines of them."""
     return (
         mode,

@@ -16,7 +16,7 @@ MODULES = {
 # Whoever is not listed serves: relay, admin, cli, persister and what belongs to them. They import what they like of
 # these, and none of these imports one of them.
 LAYERS = (
-    ("cancelling", "errors", "timestamps", "lua_source", "seen"),
+    ("cancelling", "errors", "timestamps", "lua_source", "seen", "wire"),
     ("keys", "model"),
     ("scripts",),
     ("store",),
@@ -51,7 +51,7 @@ def test_layer_when_it_imports_then_only_from_the_layers_below_it_or_its_own(
 
 @pytest.mark.parametrize("module", DOOR)
 def test_door_when_it_imports_then_it_knows_no_rows(module: str) -> None:
-    assert set(imports_of(module)) <= {"errors", "embedded"} - {module}
+    assert set(imports_of(module)) <= {"errors", "embedded", "wire"} - {module}
 
 
 def test_settings_when_they_import_then_they_start_nothing() -> None:

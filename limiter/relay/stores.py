@@ -91,7 +91,7 @@ class Stores:
     def __init__(self, limiter: CreditLimiter, *, timeout_ms: int = 1000, call: Call = _at_once) -> None:
         self._limiter = limiter
         self._call = call
-        self._scripts = Scripts(limiter.redis, timeout_ms=timeout_ms)
+        self._scripts = Scripts(limiter.wire, timeout_ms=timeout_ms)
         self.keys = limiter.keys
 
     @property
@@ -114,10 +114,9 @@ class Stores:
         self, claim_key: str, owner: str, fingerprint: str, *, keep_ms: int, answer: bytes = b"", busy_ms: int = 0
     ) -> ClaimStatus:
         """Run keep.lua: KEPT, or LOST when another attempt has the claim. After one without `busy_ms` it is final."""
-        packed = cast("str", answer)  # redis-py sends bytes as they are; `call` names the two other kinds only
         reply = await self._repeated(
             lambda: self._scripts.call(
-                "keep", claim_key, owner, fingerprint, busy_ms, packed, keep_ms, optional(self._now_ms())
+                "keep", claim_key, owner, fingerprint, busy_ms, answer, keep_ms, optional(self._now_ms())
             )
         )
         return ClaimStatus(reply[0].decode())

@@ -1,0 +1,270 @@
+"""Carries packed commands to a server: many calls on one connection.
+
+The calls of one turn of the event loop leave as one write, and answers are matched to them in order. It knows neither
+scripts nor keys nor credits, and sends nothing twice. No command that blocks may go over it: all others would wait.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, Protocol, cast
+
+import hiredis
+from redis.asyncio.connection import AbstractConnection
+from redis.connection import DefaultParser
+
+from limiter.errors import LimiterUnavailable, Overloaded
+
+Argument = str | int | bytes
+Answer = asyncio.Future[Any]
+Dial = Callable[[], Awaitable[AbstractConnection]]
+_LOG = logging.getLogger("limiter")
+_TICK_S = 0.01  # how late a call may hear that its time is over
+_FIRST_PAUSE_S = 0.01
+_LONGEST_PAUSE_S = 0.25
+_MOST_WAITING = 8192
+_NO_REPLY = object()
+_LATE = "Redis did not answer in time: the outcome is unknown"
+_UNREACHED = "Redis was not reached in time"
+
+# The future of the answer, the command, when it was given to us (loop time), how many seconds it may take.
+_Call = tuple[Answer, bytes, float, float]
+
+
+class Wire(Protocol):
+    """Carries each command to a server that has its key, once."""
+
+    def send(self, key: str, command: bytes, timeout_s: float) -> Awaitable[Any]:
+        """Send a packed command about this key; the answer ends in time, whatever happens.
+
+        Raises what the server answered, as redis-py's errors; LimiterUnavailable, with `executed` False when nothing
+        was sent; Overloaded. A cancelled call that was sent is executed all the same.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Close the connections. Calls that still wait get LimiterUnavailable."""
+        ...
+
+
+def packed(*words: Argument) -> bytes:
+    """Give words as the elements of a command, without the command's own head. See `command`."""
+    parts = []
+    for word in words:
+        raw = word if type(word) is bytes else str(word).encode()
+        parts.append(b"$%d\r\n%b\r\n" % (len(raw), raw))
+    return b"".join(parts)
+
+
+def command(*words: Argument) -> bytes:
+    """Give a whole command."""
+    return b"*%d\r\n%b" % (len(words), packed(*words))
+
+
+class ServerWire:
+    """The wire to one server. Make it inside the event loop that uses it.
+
+    dial: gives a redis-py connection that is connected and greeted; it is called anew for the first call after the
+    last one broke. most_waiting: above so many unanswered calls, further ones are Overloaded.
+    """
+
+    def __init__(self, dial: Dial, *, most_waiting: int = _MOST_WAITING) -> None:
+        self._dial = dial
+        self._most_waiting = most_waiting
+        self._loop = asyncio.get_running_loop()
+        self._link: _Link | None = None
+        self._unsent: list[_Call] = []
+        self._flush_due = False
+        self._dialling: asyncio.Task[None] | None = None
+        self._pause_s = 0.0
+        self._tick: asyncio.TimerHandle | None = None
+        self._ticked = 0.0
+        self._closed = False
+
+    async def open(self) -> None:
+        """Connect now, not at the first call. Raises what `dial` raises."""
+        self._link = _Link(await self._dial(), self._loop, on_ready=self._flush, on_lost=self._lost)
+
+    def send(self, key: str, command: bytes, timeout_s: float, *, asking: bool = False) -> Answer:  # noqa: ARG002
+        """Send a packed command, whatever its key. See `Wire`.
+
+        asking: with ASKING just before it, for a cluster's slot that is being moved to this server.
+        """
+        link = self._link
+        if len(self._unsent) + (len(link.waiting) if link else 0) >= self._most_waiting:
+            raise Overloaded(self._most_waiting)
+        if self._closed:
+            raise LimiterUnavailable("the connection was closed", executed=False)
+        loop = self._loop
+        now = loop.time()
+        answer = loop.create_future()
+        if asking:
+            asked = loop.create_future()
+            asked.add_done_callback(_ignore)
+            self._unsent.append((asked, _ASKING, now, timeout_s))
+        self._unsent.append((answer, command, now, timeout_s))
+        if not self._flush_due:
+            self._flush_due = True
+            loop.call_soon(self._flush)
+            if self._tick is None:
+                self._tick = loop.call_later(_TICK_S, self._check)
+        return answer
+
+    async def aclose(self) -> None:
+        """Close the connection. Calls that still wait get LimiterUnavailable."""
+        self._closed = True
+        if self._tick is not None:
+            self._tick.cancel()
+        if self._dialling is not None:
+            self._dialling.cancel()
+            await asyncio.wait({self._dialling})  # it may connect all the same, see `cancelling.CancelWatch`
+        _fail(self._unsent, "the connection was closed", executed=False)
+        if self._link is not None:
+            await self._link.close()
+
+    def _flush(self) -> None:
+        """Send what was called for in this turn; without a connection, get one first."""
+        self._flush_due = False
+        link = self._link
+        if link is None:
+            if self._unsent and self._dialling is None:
+                self._dialling = self._loop.create_task(self._connect(), name="connection to Redis")
+        elif self._unsent and not link.paused:
+            calls, self._unsent = self._unsent, []
+            link.write(calls)
+
+    def _lost(self, link: "_Link", reason: str) -> None:
+        """Tell those whose commands were sent that nobody knows what became of them; the others are sent anew."""
+        if link is self._link:
+            self._link = None
+            _fail(link.waiting, f"the connection to Redis broke: {reason}: the outcome is unknown", executed=None)
+            if self._unsent:
+                self._flush()
+
+    async def _connect(self) -> None:
+        try:
+            await asyncio.sleep(self._pause_s)
+            await self.open()
+        except Exception as error:  # noqa: BLE001  whatever it is, nobody may wait for ever
+            self._pause_s = min(max(2 * self._pause_s, _FIRST_PAUSE_S), _LONGEST_PAUSE_S)
+            unsent, self._unsent = self._unsent, []
+            _fail(unsent, f"Redis is not reachable: {error}", executed=False)
+        else:
+            self._pause_s = 0.0
+        finally:
+            self._dialling = None
+        self._flush()
+
+    def _check(self) -> None:
+        """End the calls whose time is over. All of them are looked at, as their times differ."""
+        # Over by the last tick, that is: when the loop itself stood still, what has come meanwhile is read first.
+        now, self._ticked = self._ticked, self._loop.time()
+        late = [call for call in self._unsent if now - call[2] >= call[3]]
+        if late:
+            self._unsent = [call for call in self._unsent if now - call[2] < call[3]]
+            _fail(late, _UNREACHED, executed=False)
+        link = self._link
+        if link is not None:
+            _fail([call for call in link.waiting if now - call[2] >= call[3]], _LATE, executed=None)
+            if link.is_silent(now):
+                link.drop("it did not answer")
+        busy = self._unsent or (self._link and self._link.waiting)
+        self._tick = self._loop.call_later(_TICK_S, self._check) if busy else None
+
+
+class _Link(asyncio.Protocol):
+    """One connection, taken over from redis-py once that has greeted the server, and the calls sent on it."""
+
+    def __init__(
+        self,
+        connection: AbstractConnection,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        on_ready: Callable[[], None],
+        on_lost: Callable[["_Link", str], None],
+    ) -> None:
+        self.waiting: deque[_Call] = deque()  # cancelled ones, too: their answers still come
+        self.paused = False
+        self._loop = loop
+        self._heard = 0.0
+        self._on_ready, self._on_lost = on_ready, on_lost
+        self._gone = loop.create_future()
+        self._reader = hiredis.Reader(replyError=DefaultParser.parse_error, notEnoughData=_NO_REPLY)
+        # redis-py 8.1 has no public way to hand over a connection.
+        writer = cast("asyncio.StreamWriter", connection._writer)  # noqa: SLF001
+        connection._reader = connection._writer = None  # noqa: SLF001
+        self._writer = writer  # kept, as a collected one closes its transport
+        self._transport = cast("asyncio.Transport", writer.transport)
+        if self._transport.is_closing():
+            raise ConnectionResetError("the server closed the connection")
+        self._transport.set_protocol(self)
+
+    def write(self, calls: list[_Call]) -> None:
+        """Send the commands of those calls that were not cancelled meanwhile."""
+        calls = [call for call in calls if not call[0].done()]
+        self.waiting.extend(calls)
+        self._transport.write(b"".join([call[1] for call in calls]))
+
+    def is_silent(self, now: float) -> bool:
+        """Tell whether the oldest call is late, and nothing at all came since it was sent.
+
+        Then the server stands still or the network lost it. Whatever was sent may still be executed.
+        """
+        return bool(self.waiting) and now - (sent := self.waiting[0])[2] >= sent[3] and self._heard <= sent[2]
+
+    def drop(self, reason: str) -> None:
+        """Give the connection up."""
+        self._on_lost(self, reason)
+        self._transport.abort()
+
+    async def close(self) -> None:
+        """Close the connection, and wait until it is."""
+        self.drop("it was closed")
+        await self._gone
+
+    def data_received(self, data: bytes) -> None:
+        """Match the replies."""
+        self._heard = self._loop.time()
+        reader, waiting = self._reader, self.waiting
+        try:
+            reader.feed(data)
+            while (reply := reader.gets()) is not _NO_REPLY:
+                answer = waiting.popleft()[0]
+                if answer.done():
+                    continue
+                if isinstance(reply, Exception):
+                    answer.set_exception(reply)
+                else:
+                    answer.set_result(reply)
+        except (hiredis.HiredisError, IndexError) as error:
+            _LOG.error("what came from Redis is no answer to what was sent: %s", error)
+            self.drop("it sent something else than answers")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Hear that the connection is over."""
+        self._on_lost(self, str(exc or "the server closed it"))
+        if not self._gone.done():
+            self._gone.set_result(None)
+
+    def pause_writing(self) -> None:
+        """Hold calls back: the server reads slower than they come."""
+        self.paused = True
+
+    def resume_writing(self) -> None:
+        """Send what was held back."""
+        self.paused = False
+        self._on_ready()
+
+
+_ASKING = command("ASKING")
+
+
+def _ignore(answer: Answer) -> None:
+    answer.cancelled() or answer.exception()
+
+
+def _fail(calls: Iterable[_Call], message: str, *, executed: bool | None) -> None:
+    for call in calls:
+        if not call[0].done():
+            call[0].set_exception(LimiterUnavailable(message, executed=executed))
