@@ -82,6 +82,7 @@ class RelaySettings(_Section):
 
     host: str = "127.0.0.1"
     port: Whole = Field(default=8080, ge=0, le=65_535)
+    workers: Whole = Field(default=1, ge=0, le=256)
     body_limit_mb: Whole = Field(default=32, ge=1, le=4096)
     upload_limit_mb: Whole = Field(default=128, ge=1, le=65_536)
     upload_s: Seconds = Field(default=300, gt=0, le=3600)

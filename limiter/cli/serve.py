@@ -1,10 +1,13 @@
-"""`limiter serve`: one relay."""
+"""`limiter serve`: one relay, or several workers on one port."""
 
 import shlex
+import socket
 import uuid
+from dataclasses import asdict
 from typing import Annotated
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import orjson
 import typer
 
 from limiter.cli.terminal import OUT, ConfigOption, RedisOption, log_as, program, run, settings_of
@@ -12,6 +15,8 @@ from limiter.connection import redacted
 from limiter.embedded import folder_of, socket_path
 from limiter.keys import Keys
 from limiter.relay import serving
+from limiter.relay.siblings import Place
+from limiter.relay.workers import supervise
 from limiter.settings import RedisSettings, Settings
 
 
@@ -19,19 +24,33 @@ def serve(
     redis: RedisOption = None,
     host: Annotated[str | None, typer.Option(help="The address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="The port; 0 takes a free one.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes on the port; 0: one for each core.")] = None,
     config: ConfigOption = None,
+    worker: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Serve the relay until Ctrl-C or SIGTERM.
 
     Example: limiter serve --redis redis://localhost:6379/0 --port 8081
     """
-    settings = settings_of(config, redis=redis, relay={"host": host, "port": port})
+    settings = settings_of(config, redis=redis, relay={"host": host, "port": port, "workers": workers})
     log_as(settings)
+    if worker is not None:
+        run(_work(settings, Place.from_text(worker)))
+        return
     same = [] if config is None else ["--config", str(config)]
     if redis is not None or (config is None and settings.redis.url != RedisSettings().url):
         same += ["--redis", redacted(settings.redis.url)]
-    run(serving.serve(settings, lambda relay: _announce(settings, relay, shlex.join(same))))
+    serve_it = serving.serve if settings.relay.workers == 1 else supervise
+    run(serve_it(settings, lambda relay: _announce(settings, relay, shlex.join(same))))
     OUT.print("limiter: stopped; every row is kept")
+
+
+async def _work(settings: Settings, place: Place) -> None:
+    """Serve as one worker: what it has to say goes to its supervisor, and one of them has the persister."""
+    if place.number:
+        settings = settings.model_copy(update={"persister": settings.persister.model_copy(update={"file": ""})})
+    with socket.socket(fileno=place.line) as line:
+        await serving.serve(settings, lambda relay: line.sendall(orjson.dumps(asdict(relay)) + b"\n"), place)
 
 
 def _announce(settings: Settings, relay: serving.Serving, same: str) -> None:

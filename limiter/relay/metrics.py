@@ -4,7 +4,7 @@ Every label has a bounded set of values: what a client or a backend makes up is 
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -192,9 +192,15 @@ class Metrics:
         return generate_latest(self._registry)
 
 
+Page = Callable[[], Awaitable[bytes]]
 METRICS = web.AppKey("metrics", Metrics)
+METRICS_PAGE: web.AppKey[Callable[[], Awaitable[bytes]]] = web.AppKey(
+    "metrics_page"
+)  # of all workers, if there are any
 
 
 async def show_metrics(request: web.Request) -> web.Response:
     """Show the metrics. In one format whatever is asked for: the library fails on an odd `Accept` (0.26)."""
-    return web.Response(body=request.app[METRICS].render(), headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
+    page = request.app.get(METRICS_PAGE)
+    body = request.app[METRICS].render() if page is None else await page()
+    return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})

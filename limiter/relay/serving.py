@@ -4,9 +4,11 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from aiohttp import web
@@ -19,7 +21,8 @@ from limiter.relay.app import create_app, runner_of
 from limiter.relay.backends import BackendClient
 from limiter.relay.breaker import Breaker
 from limiter.relay.echo import echo_server
-from limiter.relay.metrics import METRICS
+from limiter.relay.metrics import METRICS, METRICS_PAGE, Page
+from limiter.relay.siblings import Place, render_all, telling
 from limiter.settings import BackendSettings, Settings
 
 _LOG = logging.getLogger("limiter.relay")
@@ -34,10 +37,11 @@ class Serving:
     backends: Mapping[str, str]
 
 
-async def serve(settings: Settings, started: Callable[[Serving], None]) -> None:
+async def serve(settings: Settings, started: Callable[[Serving], None], place: Place | None = None) -> None:
     """Serve until SIGTERM or SIGINT, then finish what runs, settle, and dump the rows once more.
 
-    Raises SettingsError, LimiterUnavailable when it cannot start.
+    place: of a worker, which ends with its supervisor, too. Raises SettingsError, LimiterUnavailable when it cannot
+    start.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -52,7 +56,13 @@ async def serve(settings: Settings, started: Callable[[Serving], None]) -> None:
         reports = {} if persister is None else {"persister": persister.report}
         app = create_app(limiter, backends, settings, reports)
         dumping = await stack.enter_async_context(AsyncExitStack())  # it dumps once more after the last request
-        url = await _listen(app, settings, stack)
+        if place is not None:
+            render = app[METRICS].render
+            page: Page = partial(render_all, place, render)
+            app[METRICS_PAGE] = page
+            await stack.enter_async_context(telling(place, render))
+            stack.enter_context(_end_with_supervisor(place, stop))
+        url = await _listen(app, settings, place, stack)
         if persister is not None:
             await dumping.enter_async_context(persister)
             app[METRICS].watch_dumps(lambda: persister.last_good_at)
@@ -105,13 +115,26 @@ def _client(name: Backend, backend: BackendSettings, models: Mapping[str, str]) 
     )
 
 
-async def _listen(app: web.Application, settings: Settings, stack: AsyncExitStack) -> str:
+@contextmanager
+def _end_with_supervisor(place: Place, stop: asyncio.Event) -> Iterator[None]:
+    loop = asyncio.get_running_loop()
+    loop.add_reader(place.line, stop.set)  # nothing is ever said on it: what can be read is its end
+    try:
+        yield
+    finally:
+        loop.remove_reader(place.line)
+
+
+async def _listen(app: web.Application, settings: Settings, place: Place | None, stack: AsyncExitStack) -> str:
     relay = settings.relay
     runner = runner_of(app, shutdown_s=relay.drain_s)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     try:
-        await web.TCPSite(runner, relay.host, relay.port).start()
+        if place is None:
+            await web.TCPSite(runner, relay.host, relay.port).start()
+        else:
+            await web.SockSite(runner, socket.socket(fileno=place.listener)).start()
     except OSError as error:
         cause = os.strerror(error.errno) if error.errno else error.strerror
         raise SettingsError(

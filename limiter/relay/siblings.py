@@ -1,0 +1,108 @@
+"""What the workers on one port know of each other: their places, and their metrics, shown as one page by any of them.
+
+Each keeps its own counters and labels them `worker`, so that one that was started again is a counter that was reset,
+which Prometheus understands, and not a sum that fell.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import aiohttp
+import orjson
+from aiohttp import web
+from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+
+_ANSWER_S = 1.0  # a worker that does not answer in that time is left out
+Render = Callable[[], bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What one worker gets from its supervisor. `listener` and `line` are file descriptors.
+
+    line: the worker says on it what it serves, once; its end tells the worker that the supervisor is gone.
+    folder: where the workers ask each other for their metrics.
+    """
+
+    number: int
+    workers: int
+    listener: int
+    line: int
+    folder: str
+
+    @classmethod
+    def from_text(cls, text: str) -> "Place":
+        """Read what `as_text` wrote."""
+        return cls(**orjson.loads(text))
+
+    def as_text(self) -> str:
+        """Write it for a command line."""
+        return orjson.dumps(asdict(self)).decode()
+
+    def socket_of(self, number: int) -> str:
+        """Give the path at which a worker tells its metrics."""
+        return str(Path(self.folder) / f"{number}.sock")
+
+
+@asynccontextmanager
+async def telling(place: Place, render: Render) -> AsyncIterator[None]:
+    """Tell the others this worker's metrics until the block ends."""
+
+    async def tell(_request: web.Request) -> web.Response:
+        return web.Response(body=render())
+
+    app = web.Application()
+    app.router.add_get("/", tell)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0)
+    await runner.setup()
+    try:
+        await web.UnixSite(runner, place.socket_of(place.number)).start()
+        yield
+    finally:
+        await runner.cleanup()
+
+
+async def render_all(place: Place, render: Render) -> bytes:
+    """Write the metrics of all workers, in Prometheus' text format 0.0.4."""
+    texts = await asyncio.gather(
+        *(_ask(place.socket_of(number)) for number in range(place.workers) if number != place.number)
+    )
+    numbers = [number for number in range(place.workers) if number != place.number]
+    told = {place.number: render().decode()} | dict(zip(numbers, texts, strict=True))
+    registry = CollectorRegistry()
+    registry.register(_Together({number: told[number] for number in sorted(told)}))
+    return generate_latest(registry)
+
+
+async def _ask(path: str) -> str:
+    try:
+        async with (
+            aiohttp.ClientSession(
+                connector=aiohttp.UnixConnector(path), timeout=aiohttp.ClientTimeout(_ANSWER_S)
+            ) as session,
+            session.get("http://worker/") as answer,
+        ):
+            return await answer.text()
+    except (aiohttp.ClientError, TimeoutError, OSError):
+        return ""
+
+
+class _Together(Collector):
+    """The metrics of several processes, each sample with one label more."""
+
+    def __init__(self, texts: dict[int, str]) -> None:
+        self._texts = texts
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        for number, text in self._texts.items():
+            for family in text_string_to_metric_families(text):
+                same = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                for sample in family.samples:
+                    same.add_sample(sample.name, {"worker": str(number), **sample.labels}, sample.value)
+        yield from families.values()

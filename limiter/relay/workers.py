@@ -1,0 +1,182 @@
+"""`limiter serve --workers N`: one relay process a core on one port, and the supervisor that keeps them running.
+
+The supervisor owns the port and passes signals on; it serves nothing and opens no Redis. Each worker has a listening
+socket of its own, among which the kernel spreads the connections; the supervisor keeps them open as well, so that what
+waits in the queue of a worker that died is served by the one after it.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import orjson
+
+from limiter.errors import LimiterError, SettingsError
+from limiter.relay.serving import Serving
+from limiter.relay.siblings import Place
+from limiter.settings import Settings
+
+_LOG = logging.getLogger("limiter.relay")
+_BACKLOG = 1024
+_FIRST_PAUSE_S = 0.2
+_LONGEST_PAUSE_S = 15.0
+_LONG_LIFE_S = 30.0  # who lived so long did not die of its start
+_LOG_KEY = "LIMITER_LOGS__KEY"
+
+
+async def supervise(settings: Settings, started: Callable[[Serving], None]) -> None:
+    """Run `relay.workers` workers until SIGTERM or SIGINT; one that dies is started again, later each time.
+
+    Raises SettingsError when it cannot listen, LimiterError when the first worker cannot start: that one has said why.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="limiter-"))
+        listeners = _listen(settings, stack)
+        environment = dict(os.environ)
+        if not settings.logs.key.get_secret_value():
+            environment[_LOG_KEY] = secrets.token_hex()  # so that all of them shorten an install id alike
+        workers = [
+            _Worker(Place(number, len(listeners), listener.fileno(), -1, folder), environment)
+            for number, listener in enumerate(listeners)
+        ]
+        keeping: list[asyncio.Task[None]] = []
+        try:
+            # The first by itself: if the settings are wrong, one says so, and it starts the embedded server for all.
+            first = await workers[0].start(stop)
+            others = await asyncio.gather(*(worker.start(stop) for worker in workers[1:]))
+            if first is None or None in others:
+                return
+            started(first)
+            keeping = [asyncio.create_task(worker.keep(stop)) for worker in workers]
+            await stop.wait()
+        finally:
+            for listener in listeners:
+                listener.close()  # or else clients would queue where nobody takes them out
+            await asyncio.gather(*(worker.end() for worker in workers), *keeping)
+
+
+class _Worker:
+    """One place among the workers, whoever has it."""
+
+    def __init__(self, place: Place, environment: Mapping[str, str]) -> None:
+        self._place, self._environment = place, environment
+        self._process: asyncio.subprocess.Process | None = None
+        self._line: socket.socket | None = None
+        self._began_s = 0.0
+        self._pause_s = _FIRST_PAUSE_S
+
+    async def start(self, stop: asyncio.Event) -> Serving | None:
+        """Start the process, and give what it says; None when it was told to stop before. Raises LimiterError."""
+        self._began_s = time.monotonic()
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        with theirs:
+            place = replace(self._place, line=theirs.fileno())
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *sys.orig_argv[1:],
+                "--worker",
+                place.as_text(),
+                pass_fds=(place.listener, place.line),
+                stdin=subprocess.DEVNULL,
+                env=self._environment,
+            )
+        if self._line is not None:
+            self._line.close()
+        self._line = ours
+        said = asyncio.create_task(_said(ours))
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait({said, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not said.done():
+            said.cancel()
+            return None
+        if not (text := said.result()):
+            code = await self._ended()
+            if stop.is_set():
+                return None
+            raise LimiterError(f"worker {self._place.number} did not start (exit code {code})")
+        return Serving(**orjson.loads(text))
+
+    async def keep(self, stop: asyncio.Event) -> None:
+        """Start it again whenever it has died, until told to stop."""
+        while not stop.is_set():
+            code = await self._ended()
+            if stop.is_set():
+                return
+            if time.monotonic() - self._began_s > _LONG_LIFE_S:
+                self._pause_s = _FIRST_PAUSE_S
+            _LOG.error(
+                "worker %d ended with code %d: another starts in %.1f s", self._place.number, code, self._pause_s
+            )
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._pause_s):
+                    await stop.wait()
+                    return
+            self._pause_s = min(self._pause_s * 2, _LONGEST_PAUSE_S)
+            with contextlib.suppress(LimiterError):  # it has said why, and the next round waits longer
+                await self.start(stop)
+
+    async def end(self) -> None:
+        """Let it finish what it serves, and wait for that."""
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.terminate()
+            await self._ended()
+        if self._line is not None:
+            self._line.close()
+
+    async def _ended(self) -> int:
+        return 0 if self._process is None else await self._process.wait()
+
+
+async def _said(line: socket.socket) -> bytes:
+    """Read one line from a worker; empty when it ended without a word."""
+    loop = asyncio.get_running_loop()
+    text = b""
+    while not text.endswith(b"\n"):
+        part = await loop.sock_recv(line, 65_536)
+        if not part:
+            return b""
+        text += part
+    return text
+
+
+def _listen(settings: Settings, stack: contextlib.ExitStack) -> list[socket.socket]:
+    """Open one listening socket for each worker, all on one port."""
+    relay = settings.relay
+    count = relay.workers or os.cpu_count() or 1
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            relay.host, relay.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        # By itself: sockets that share a port by SO_REUSEPORT would share it with another supervisor's, too.
+        with socket.create_server(address[:2], family=family) as probe:
+            address = (address[0], probe.getsockname()[1], *address[2:])
+        listeners = []
+        for _ in range(count):
+            listener = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            listener.bind(address)
+            listener.listen(_BACKLOG)
+            listeners.append(listener)
+    except OSError as error:
+        raise SettingsError(
+            f"cannot listen on {relay.host}:{relay.port}: {error.strerror}; give another --host or --port"
+        ) from None
+    return listeners
