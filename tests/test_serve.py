@@ -87,8 +87,12 @@ def test_printed_redis_cli_line_shows_the_row(relays: list[Relay], tmp_path: Pat
     line = relay.wait_for(r"^ +(redis-cli .*)$")[1]
     install_id = line.rpartition(":")[2]
     assert chat(relay, install_id)[0] == 200
-    shown = subprocess.run(shlex.split(line), capture_output=True, text=True, timeout=20, check=True, cwd=tmp_path)
-    assert "lifetime_gemini_consumed\n1\n" in shown.stdout
+
+    def shows_the_debit() -> bool:  # the answer does not wait for the commit
+        shown = subprocess.run(shlex.split(line), capture_output=True, text=True, timeout=20, check=True, cwd=tmp_path)
+        return "lifetime_gemini_consumed\n1\n" in shown.stdout
+
+    wait_until(shows_the_debit, what="the debited row")
 
 
 def test_repeated_requests_end_in_a_402_after_the_quota(relays: list[Relay], tmp_path: Path) -> None:
