@@ -4,12 +4,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: run test lint types check-lua format lock clean system
+.PHONY: run test lint types check-lua format lock clean system peers
 
 run: $(READY)
 	@exec $(BIN)/limiter serve
 
-test: system $(READY) lint types check-lua
+test: system $(READY) peers lint types check-lua
 	$(BIN)/pytest
 
 lint: $(READY)
@@ -39,6 +39,11 @@ lock: $(READY)
 # for anybody else the tests that need them say that they are skipped, and why.
 system:
 	@tools/system-packages redis-server redis-tools lua-check nginx-light docker-compose
+	@command -v npm >/dev/null || tools/system-packages nodejs npm
+
+# Clients and servers of others that the relay is tested with, each in a folder of its own.
+peers: system
+	@tools/test-peers $(PYTHON)
 
 $(READY): pyproject.toml requirements.lock
 	tools/make-venv $(PYTHON) $(VENV)
@@ -47,4 +52,4 @@ $(READY): pyproject.toml requirements.lock
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .cache tests/sdk/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis

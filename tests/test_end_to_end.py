@@ -3,8 +3,6 @@
 import asyncio
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,8 @@ from openai import AsyncOpenAI
 from redis.asyncio import Redis
 
 from limiter import connect
-from tests.processes import Relay, environment, limiter
+from tests.peers import backend_process
+from tests.processes import Relay, limiter
 from tests.servers import Server
 
 OLD = "b879d5d7-bb73-4526-a28e-55a8af93660b"  # an old row, with `month`
@@ -49,19 +48,8 @@ MESSAGES: Any = [{"role": "user", "content": "Good morning to you"}]
 @pytest.fixture
 def hardware() -> Iterator[str]:
     """An OpenAI-compatible server in a process of its own; gives its base URL."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.backend", "--port", "0"],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parent.parent,
-        env=environment(),
-    )
-    assert process.stdout
-    with process.stdout:
-        port = process.stdout.readline().strip().rpartition(" ")[2]
-        yield f"http://127.0.0.1:{port}/v1"
-        process.terminate()
-        process.wait(20)
+    with backend_process() as url:
+        yield url
 
 
 @pytest.fixture
