@@ -6,6 +6,7 @@ Everything here blocks: call it from a thread where an event loop must not wait 
 import asyncio
 import contextlib
 import errno
+import fcntl
 import itertools
 import os
 import shutil
@@ -20,7 +21,9 @@ from limiter.cancelling import to_the_end
 
 T = TypeVar("T")
 P = ParamSpec("P")
-_DEAD_S = 3600.0  # a temp file that nobody wrote to for so long has lost its writer
+_DEAD_S = 3600.0  # without locks: a temp file that nobody wrote to for so long has lost its writer
+_FRESH_S = 60.0  # a temp file is made, and only then locked
+_LOCK_PAUSE_S = 0.02
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
 _COPY_BYTES = 1 << 20
 
@@ -38,7 +41,10 @@ class AtomicFile:
         _sweep(self.path)
         descriptor, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.", suffix=".tmp")
         self._temp: Path | None = Path(name)
+        self._is_synced = False
         self._stream = os.fdopen(descriptor, "wb", buffering=0)
+        with contextlib.suppress(OSError):  # there are file systems without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # says to `_sweep` that its writer lives
 
     def __enter__(self) -> Self:
         return self
@@ -50,9 +56,16 @@ class AtomicFile:
 
     def write(self, data: bytes) -> None:
         """Append the data, all of it."""
+        self._is_synced = False
         rest = memoryview(data)
         while rest:
             rest = rest[self._stream.write(rest) :]
+
+    def sync(self) -> None:
+        """Bring what was written to disk."""
+        if not self._is_synced:
+            os.fsync(self._stream.fileno())
+        self._is_synced = True
 
     def publish(self, *, keep_as: Path | None = None) -> os.stat_result:
         """Bring it to disk, then under its name; with keep_as, the file that it replaces stays under that one.
@@ -61,13 +74,13 @@ class AtomicFile:
         """
         if self._temp is None:
             raise ValueError("this file is published or discarded already")
-        os.fsync(self._stream.fileno())
+        self.sync()
         result = os.fstat(self._stream.fileno())
-        self._stream.close()
         if keep_as is not None:
             _keep(self.path, keep_as)
         self._temp.replace(self.path)
         self._temp = None
+        self._stream.close()
         _sync_folder(self.path.parent)  # or a power loss takes the rename back
         return result
 
@@ -80,9 +93,45 @@ class AtomicFile:
             self._temp = None
 
 
-def free_name(path: Path, word: str, stamp: str) -> Path:
-    """Give a name beside `path` that is not taken, like `credits.json.before-20260511T230257.123Z`."""
-    name = f"{path.name}.{word}-{stamp.replace('-', '').replace(':', '')}"
+class FolderLock:
+    """A lock beside a file, that a killed process loses: `with FolderLock(path) as lock: lock.acquire()`.
+
+    Its file, `.<name>.lock`, stays: who removed it could take it away from under another.
+    """
+
+    def __init__(self, path: Path) -> None:
+        resolved = path.resolve()
+        self.path = resolved.with_name(f".{resolved.name}.lock")
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def acquire(self, *, within_s: float) -> None:
+        """Wait for it. Raises BlockingIOError when another has it for so long, and any other OSError."""
+        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        deadline = time.monotonic() + within_s
+        while True:
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_LOCK_PAUSE_S)
+            else:
+                return
+
+
+def free_name(path: Path, suffix: str) -> Path:
+    """Give a name beside `path` that is not taken, as `credits.json.<suffix>`."""
+    name = f"{path.name}.{suffix}"
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     return next(path.with_name(each) for each in names if not os.path.lexists(path.with_name(each)))
 
@@ -119,9 +168,25 @@ def _sync_folder(folder: Path) -> None:
 
 def _sweep(path: Path) -> None:
     """Remove temp files whose writers were killed, or a crash loop would fill the disk."""
-    oldest = time.time() - _DEAD_S
     for entry in path.parent.iterdir():
         if entry.name.startswith(f".{path.name}.") and entry.name.endswith(".tmp"):
             with contextlib.suppress(OSError):  # another writer may have done it
-                if entry.stat().st_mtime < oldest:
+                if _is_dead(entry):
                     entry.unlink()
+
+
+def _is_dead(temp: Path) -> bool:
+    idle_s = time.time() - temp.stat().st_mtime
+    if idle_s < _FRESH_S:
+        return False
+    descriptor = os.open(temp, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return idle_s > _DEAD_S
+    else:
+        return True
+    finally:
+        os.close(descriptor)

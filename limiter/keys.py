@@ -72,6 +72,10 @@ class Keys:
         """Give the key that counts the new installs of a network, or of all."""
         return f"{self._prefix}:mint:{network or 'all'}"
 
+    def lease(self) -> str:
+        """Give the key of the persisters' lease."""
+        return f"{self._prefix}:persister"
+
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:40]

@@ -1,4 +1,4 @@
-"""credits.json, read as a whole. The other parts of the format: `ledger_row` has the row, `ledger_writer` the writing.
+"""credits.json, read as a whole. The format's other parts: `ledger_row`, `ledger_writer` and `ledger_seal`.
 
 No Redis here. It streams: memory does not grow with the file, but for 12 to 24 bytes an install id, by which
 duplicates are told. What it gives up, it gives up with line, column and cause, and before anybody wrote anything.
@@ -16,11 +16,10 @@ from limiter.errors import InvalidInstallId, LedgerFileError
 from limiter.keys import normalise_install_id
 from limiter.ledger_row import REGULAR_ROW, row_from_groups, row_from_member, undated_fields
 from limiter.ledger_text import LedgerText
-from limiter.ledger_writer import Written, write_ledger
 from limiter.model import Row
 from limiter.seen import SeenTexts
 
-__all__ = ["Entry", "LedgerFile", "Written", "row_from_member", "undated_fields", "write_ledger"]
+__all__ = ["Entry", "LedgerFile", "row_from_member", "undated_fields"]
 
 _MAX_NAMES = 64  # of the file itself: rows, meta, and whatever else somebody keeps there
 _MAX_OTHER_BYTES = 8 * 1024 * 1024  # of each of those

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import NoReturn
 
 import orjson
@@ -25,9 +25,11 @@ _MONTH = re.compile(r"(\d{4})-(\d{2})", re.ASCII)
 _TIME = re.compile(
     r"(\d{4})(?:-(\d\d)(?:-(\d\d)(?:T(\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,9}))?)?(Z|[+-]\d\d:\d\d))?)?)?", re.ASCII
 )
-# The stored form on a day that every month has: valid as it stands. Nearly all times are, so nothing else is looked at.
+# The stored form, but for 29 February: valid as it stands. Nearly all times are, so nothing else is looked at.
 _COMMON = re.compile(
-    r"(?:19[7-9]\d|2\d{3})-(?:0[1-9]|1[0-2])-(?:0[1-9]|1\d|2[0-8])T(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d\.\d{3}Z", re.ASCII
+    r"(?:19[7-9]\d|2\d{3})-(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1\d|2[0-8])|(?:0[13-9]|1[0-2])-(?:29|30)|(?:0[13578]|1[02])-31)"
+    r"T(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d\.\d{3}Z",
+    re.ASCII,
 )
 _COUNT = r"(0|[1-9]\d{0,14})"
 # A member of `rows` as both ledgers write nearly all of them, with its comma: valid as it stands, and read in one look.
@@ -39,7 +41,22 @@ REGULAR_ROW = re.compile(
     rf'"last_active_at":"({_COMMON.pattern})"}},\n?',
     re.ASCII,
 )
+# A whole row of the commonest form, its stored values a line each: what `line_from_row` would check, in one look.
+_COMMON_TIME = _COMMON.pattern.encode()
+_COMMON_ROW = re.compile(
+    rb"[a-z0-9._-]{1,64}\n[A-Za-z0-9_-]{1,20}\n(?:(?:0|[1-9]\d{0,14})\n){2}%b\n(?:[1-9]|[12]\d|3[01])\n"
+    rb"(?:(?:0|[1-9]\d{0,14})\n){2}%b" % (_COMMON_TIME, _COMMON_TIME)
+)
+_STORED = itemgetter(*(name.encode() for name in ROW_MEMBERS[1:]))
 _FIRST_YEAR, _LAST_YEAR = 1970, 9998  # the calendar of the scripts counts from 1970, and renews within four digits
+_COMMON_LINE = (
+    b'"%b":{"install_id":"%b",'
+    + b",".join(
+        b'"%b":%b' % (name.encode(), b"%b" if name.endswith(("_consumed", "_day")) else b'"%b"')
+        for name in ROW_MEMBERS[1:]
+    )
+    + b"}"
+)
 _FIRST_ISO, _END_ISO = f"{_FIRST_YEAR}-", f"{_LAST_YEAR + 1}-"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
@@ -87,6 +104,22 @@ def line_from_row(row: Row) -> bytes:
         return _line(row)
     except (ValueError, InvalidInstallId) as cause:
         raise LedgerFileError(f"row {row.install_id[:80]!r}: {cause}") from None
+
+
+def line_from_fields(install_id: bytes, fields: Mapping[bytes, bytes]) -> bytes | None:
+    """Give the line of a row as Redis has it, if it needs no second look; None for any other, which may be as good.
+
+    It is what `line_from_row` gives, in a tenth of the time: nearly all rows are of this form. Holds are not looked at.
+    """
+    if b"extra" in fields:
+        return None
+    try:
+        values = _STORED(fields)
+    except KeyError:
+        return None
+    if not _COMMON_ROW.fullmatch(b"\n".join((install_id, *values))):
+        return None
+    return _COMMON_LINE % (install_id, install_id, *values)
 
 
 def merged_extra(stored: str, given: str) -> str:

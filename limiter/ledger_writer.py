@@ -1,114 +1,117 @@
-"""credits.json, written: the rows as they come, to a file that takes the name of the old one when it is whole.
+"""credits.json, written: lines as they come, to a file that takes the name of the old one when it is whole.
 
 No Redis here. The form, which JSON.parse reads as the old ledger's:
 
     {"rows": {
     "<install id>":{…},
     "<install id>":{…}
-    }, "meta": {"format":1,"time":"2026-05-11T23:02:57.123Z","rows":2,"checksum":"sha256:…"}}
+    }, "meta": {…}}
 
-The checksum is that of the lines between the first and the last: `sed '1d;$d' credits.json | sha256sum`.
+`ledger_row` gives the lines, `ledger_seal` the last of them.
 """
 
 import hashlib
 import os
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable
-from contextlib import aclosing
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
-
-import orjson
+from typing import Self, TypeVar
 
 from limiter.atomic_file import AtomicFile, in_thread
 from limiter.errors import LedgerFileError
-from limiter.ledger_row import json_bytes, line_from_row
-from limiter.model import Row
-from limiter.timestamps import iso_from_ms
+from limiter.ledger_row import json_bytes
+from limiter.ledger_seal import HEAD, Seal, SealedFile, checksum_end, meta_line
 
-FORMAT = 1
+A = TypeVar("A")
+T = TypeVar("T")
 _WRITE_BYTES = 256 * 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What `write_ledger` wrote. `stat` tells this file from any other that takes its name."""
+class LedgerWriter:
+    """A credits.json in the making: `add` the rows, `seal` it, `publish` it.
 
-    time: str
-    rows: int
-    size_bytes: int
-    checksum: str
-    kept: Path | None
-    stat: os.stat_result
-
-
-async def write_ledger(
-    path: Path,
-    rows: AsyncIterable[Row] | Iterable[Row],
-    *,
-    now_ms: int,
-    unfit: Callable[[Row, LedgerFileError], Awaitable[None]] | None = None,
-    before: Callable[[int], Awaitable[Path | None]] | None = None,
-) -> Written:
-    """Write the rows to a temp file beside `path`, bring it to disk, and rename it.
-
-    unfit: told of each row that an import would not take back, which is left out; without it such a row is an error.
-    before: called with the number of rows when all is written and nothing replaced. It may raise, to refuse, or give
-    the name under which the replaced file stays. Raises LedgerFileError; then, as on any other error or
-    cancellation, the file at `path` is as it was and the temp file gone.
+    A `with` block that ends without leaves no trace. Methods raise LedgerFileError; the file at `path` then is as it
+    was, and the temp file gone with the block.
     """
-    time, count = iso_from_ms(now_ms), 0
-    try:
-        with AtomicFile(path) as file:
-            lines = _Lines(file)
-            await in_thread(file.write, b'{"rows": {\n')
-            async with aclosing(_async(rows)) as given:
-                async for row in given:
-                    try:
-                        line = line_from_row(row)
-                    except LedgerFileError as error:
-                        if unfit is None:
-                            raise
-                        await unfit(row, error)
-                        continue
-                    await lines.add(b",\n" + line if count else line)
-                    count += 1
-            await lines.flush(b"\n" if count else b"")
-            checksum = f"sha256:{lines.digest.hexdigest()}"
-            meta = {"format": FORMAT, "time": time, "rows": count, "checksum": checksum}
-            await in_thread(file.write, b'}, "meta": %s}\n' % orjson.dumps(meta))
-            kept = None if before is None else await before(count)
-            status = await in_thread(file.publish, keep_as=kept)
-    except OSError as error:
-        raise LedgerFileError(f"{path} cannot be written: {error.strerror or error}; nothing was replaced") from error
-    return Written(time, count, status.st_size, checksum, kept, status)
 
-
-class _Lines:
-    """The lines of the rows on their way to the file: gathered, summed up, and written in a thread."""
-
-    def __init__(self, file: AtomicFile) -> None:
-        self.digest = hashlib.sha256()
-        self._file = file
-        self._waiting: list[bytes] = []
+    def __init__(self, path: Path) -> None:
+        self.rows = 0
+        self._path = path
+        self._digest = hashlib.sha256()
+        self._waiting: list[bytes] = [HEAD]
         self._waiting_bytes = 0
+        self._seal: Seal | None = None
+        try:
+            self._file = AtomicFile(path)
+        except OSError as error:
+            raise _unwritten(path, error) from error
 
-    async def add(self, line: bytes) -> None:
-        self._waiting.append(line)
-        self._waiting_bytes += len(line)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.discard()
+
+    async def add(self, lines: Sequence[bytes]) -> None:
+        """Append rows, each as `line_from_row` gives it."""
+        if not lines:
+            return
+        text = b",\n".join(lines)
+        self._waiting.append(b",\n" + text if self.rows else text)
+        self._waiting_bytes += len(text)
+        self.rows += len(lines)
         if self._waiting_bytes >= _WRITE_BYTES:
-            await self.flush()
+            await self._flush()
 
-    async def flush(self, end: bytes = b"") -> None:
-        data = b"".join(self._waiting) + end
+    async def rows_digest(self) -> bytes:
+        """End the rows, and give the digest by which two files have the same ones."""
+        if self.rows:
+            self._waiting.append(b"\n")
+        await self._flush()
+        return self._digest.digest()
+
+    async def seal(self, *, epoch: int, sequence: int, time: str, broken: int) -> Seal:
+        """Write the last line, after `rows_digest`, and bring all of it to disk."""
+        line = meta_line(epoch=epoch, sequence=sequence, time=time, rows=self.rows, broken=broken)
+        self._waiting.append(line)
+        await self._flush()
+        self._seal = Seal(epoch, sequence, time, self.rows, broken, f"sha256:{self._digest.hexdigest()}")
+        await self._run(self._end, checksum_end(self._seal.checksum))
+        return self._seal
+
+    async def publish(self, rows_digest: bytes, *, keep_as: Path | None) -> SealedFile:
+        """Bring it under its name; with keep_as, the file that it replaces stays under that one."""
+        status = await self._run(self._publish, keep_as)
+        return SealedFile(self._seal, is_intact=True, rows_digest=rows_digest, stat=status)
+
+    async def _flush(self) -> None:
+        data = b"".join(self._waiting)
         self._waiting.clear()
         self._waiting_bytes = 0
-        await in_thread(self._write, data)
+        await self._run(self._write, data)
 
     def _write(self, data: bytes) -> None:
-        self.digest.update(data)
+        self._digest.update(data)
         self._file.write(data)
+
+    def _end(self, data: bytes) -> None:
+        self._file.write(data)
+        self._file.sync()
+
+    def _publish(self, keep_as: Path | None) -> os.stat_result:
+        return self._file.publish(keep_as=keep_as)
+
+    async def _run(self, function: Callable[[A], T], argument: A) -> T:
+        try:
+            return await in_thread(function, argument)
+        except OSError as error:
+            raise _unwritten(self._path, error) from error
+
+
+def _unwritten(path: Path, error: OSError) -> LedgerFileError:
+    return LedgerFileError(f"{path} cannot be written: {error.strerror or error}; nothing was replaced")
 
 
 class ListFile:
@@ -150,12 +153,3 @@ class ListFile:
         except OSError as error:
             raise LedgerFileError(f"{self.path} cannot be written: {error.strerror or error}") from error
         return self.path
-
-
-async def _async(rows: AsyncIterable[Row] | Iterable[Row]) -> AsyncGenerator[Row, None]:
-    if isinstance(rows, AsyncIterable):
-        async for row in rows:
-            yield row
-    else:
-        for row in rows:
-            yield row

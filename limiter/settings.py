@@ -160,6 +160,8 @@ class PersisterSettings(_Section):
 
     file: str = "./data/credits.json"
     interval_s: Seconds = Field(default=60, ge=0.1, le=86_400)
+    keep: Whole = Field(default=5, ge=1, le=1000)
+    lease_s: Seconds = Field(default=30, ge=1, le=3600)
 
 
 class TierSettings(_Section):

@@ -6,7 +6,7 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import BrokenRow, CreditLimiter, Status
-from limiter.store import scan_rows
+from limiter.store import read_fields, row_or_error, scan_keys
 from tests.conftest import Clock, LimiterWith, fields_of
 
 KEY = "credits:install:a"
@@ -94,7 +94,9 @@ async def test_other_installs_when_one_row_is_broken_then_they_are_served_and_li
     await redis.hset(KEY, "lifetime_consumed", "many")
     await redis.set("credits:install:c", "no row")
     assert (await limiter.debit("b", tier="core", has_hardware=False)).allowed
-    found = [row async for row in scan_rows(redis, limiter.keys)]
+    names = [name async for some in scan_keys(redis, limiter.keys) for name in some]
+    answers = await read_fields(redis, limiter.keys, names)
+    found = [row_or_error(limiter.keys, name, fields) for name, fields in zip(names, answers, strict=True)]
     assert sorted(str(row) if isinstance(row, BrokenRow) else row.install_id for row in found) == [
         "b",
         f"{KEY} field lifetime_consumed is 'many', want an integer from 0 to 2^53 - 1",

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, LedgerFileError, LimiterUnavailable, Row, Status, connect
+from limiter.dumping import dump
 from limiter.importer import BATCH_ROWS, ImportReport, Progress, import_file
 from limiter.ledger import LedgerFile
 from limiter.model import ROW_MEMBERS
-from limiter.persister import dump
 from limiter.scripts import PutMode
 from limiter.timestamps import iso_from_ms
 from tests.conftest import TIERS, Clock

@@ -15,10 +15,13 @@ from typing import Any
 import pytest
 
 from limiter import LedgerFileError, Row
-from limiter.ledger import LedgerFile, row_from_member, undated_fields, write_ledger
+from limiter.ledger import LedgerFile, row_from_member, undated_fields
 from limiter.ledger_row import MAX_EXTRA_BYTES, line_from_row, merged_extra
+from limiter.ledger_seal import Seal, check_seal, read_seal
+from limiter.ledger_writer import LedgerWriter
 from limiter.seen import SeenTexts
 from limiter.timestamps import ms_from_iso
+from tests.ledgers import write_ledger
 
 NOW = "2026-05-11T23:02:57.123Z"
 NOW_MS = ms_from_iso(NOW)
@@ -382,7 +385,7 @@ def test_seen_ids_when_many_are_added_then_each_is_new_once() -> None:
 
 async def test_write_when_rows_are_given_then_the_file_is_the_described_one(tmp_path: Path) -> None:
     path = tmp_path / "credits.json"
-    written = await write_ledger(path, (row(name) for name in ("a", "b", "c")), now_ms=NOW_MS)
+    written = await write_ledger(path, (row(name) for name in ("a", "b", "c")), now_ms=NOW_MS, epoch=7, sequence=41)
     lines = path.read_bytes().splitlines(keepends=True)
     assert lines[0] == b'{"rows": {\n'
     assert lines[1] == (
@@ -390,9 +393,18 @@ async def test_write_when_rows_are_given_then_the_file_is_the_described_one(tmp_
         b'"last_renewal_at":"2026-05-04T21:24:54.719Z","anniversary_day":4,"monthly_consumed":0,'
         b'"monthly_gemini_consumed":0,"last_active_at":"2026-05-04T21:24:54.719Z"},\n'
     )
-    checksum = "sha256:" + hashlib.sha256(b"".join(lines[1:-1])).hexdigest()
-    assert json.loads(path.read_text())["meta"] == {"format": 1, "time": NOW, "rows": 3, "checksum": checksum}
-    assert (written.rows, written.checksum, written.size_bytes) == (3, checksum, path.stat().st_size)
+    checksum = "sha256:" + hashlib.sha256(path.read_bytes()[:-88]).hexdigest()
+    assert json.loads(path.read_text())["meta"] == {
+        "format": 1,
+        "epoch": 7,
+        "sequence": 41,
+        "time": NOW,
+        "rows": 3,
+        "broken": 0,
+        "checksum": checksum,
+    }
+    assert written.seal == read_seal(path) == Seal(7, 41, NOW, 3, 0, checksum)
+    assert check_seal(path) == written
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert files(tmp_path) == ["credits.json"]
 
@@ -482,7 +494,8 @@ FILL_THE_DISK = """
 import asyncio, resource, sys
 from pathlib import Path
 from limiter.errors import LedgerFileError
-from limiter.ledger import row_from_member, write_ledger
+from limiter.ledger import row_from_member
+from tests.ledgers import write_ledger
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 rows = (row_from_member(f"i-{number}", {}, now_ms=0) for number in range(100_000))
 try:
@@ -522,10 +535,15 @@ async def test_write_when_the_target_is_a_link_then_what_it_points_to_is_replace
     assert list(read(tmp_path / "real" / "credits.json")) == ["a"]
 
 
-async def test_write_when_a_killed_writer_left_its_temp_file_then_it_is_removed_once_it_is_old(tmp_path: Path) -> None:
-    old, fresh = tmp_path / ".credits.json.old.tmp", tmp_path / ".credits.json.new.tmp"
-    for path in (old, fresh):
+async def test_write_when_killed_writers_left_temp_files_then_they_are_removed_and_a_living_ones_stays(
+    tmp_path: Path,
+) -> None:
+    dead, fresh = tmp_path / ".credits.json.dead.tmp", tmp_path / ".credits.json.new.tmp"
+    for path in (dead, fresh):
         path.write_text("half")
-    os.utime(old, (0, 0))
-    await write_ledger(tmp_path / "credits.json", [row()], now_ms=NOW_MS)
-    assert files(tmp_path) == [".credits.json.new.tmp", "credits.json"]
+    with LedgerWriter(tmp_path / "credits.json"):
+        alive = next(tmp_path / name for name in files(tmp_path) if tmp_path / name not in (dead, fresh))
+        for path in (dead, alive):
+            os.utime(path, (0, 0))
+        await write_ledger(tmp_path / "credits.json", [row()], now_ms=NOW_MS)
+        assert files(tmp_path) == sorted([alive.name, ".credits.json.new.tmp", "credits.json"])

@@ -13,6 +13,7 @@ from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Row, Status, Tiers, connect
 from limiter.keys import Keys
+from limiter.lease import Lease, LeaseStatus
 from limiter.lua_source import compose, script_names
 from limiter.relay.stores import ClaimStatus, MintStatus, SeatStatus, Stores
 from tests.conftest import Clock
@@ -25,7 +26,7 @@ BINDING = re.compile(
     r"^local (?P<name>\w+) += (?:(?P<number>tonumber)\()?(?P<table>KEYS|ARGV)\[(?P<index>\d+)\]\)?"
     r"(?: == \"1\")? +-- (?P<comment>.+)$"
 )
-STATUS = r"\b(?:" + "|".join([*Status, *ClaimStatus, *SeatStatus, *MintStatus]) + r")\b"
+STATUS = r"\b(?:" + "|".join([*Status, *ClaimStatus, *SeatStatus, *MintStatus, *LeaseStatus]) + r")\b"
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,19 @@ CALLS: dict[str, tuple[Callable[[CreditLimiter], Awaitable[object]], dict[str, s
         lambda limiter: Stores(limiter).seat("b", "a", seats=3, expires_s=2_000_000_000),
         NOW | {"install_id": "a", "seats": "3", "lapses_ms": "2002592000000"},
     ),
+    "lease": (
+        lambda limiter: Lease(limiter, lease_s=0.71, owner="o").take(
+            least_epoch=711, checksum="sha256:x", good_at=ROW.last_active_at
+        ),
+        NOW
+        | {
+            "owner": "o",
+            "least_epoch": "711",
+            "lease_ms": "710",
+            "checksum": "sha256:x",
+            "good_at": "2026-05-10T09:30:00.000Z",
+        },
+    ),
     "mint": (
         lambda limiter: Stores(limiter).return_mint("203.0.113.9", limit=708, period_ms=709),
         NOW | {"limit": "708", "period_ms": "709", "returns": "1"},
@@ -113,6 +127,7 @@ CALLS: dict[str, tuple[Callable[[CreditLimiter], Awaitable[object]], dict[str, s
 KEYS = {
     **dict.fromkeys(("claim", "keep", "drop"), "credits:claim:a:k"),
     "seat": Keys().seats("b"),
+    "lease": "credits:persister",
     "mint": "credits:mint:203.0.113.9",
 }
 

@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 
 from limiter.cli.terminal import ERRORS, OUT, ConfigOption, JsonOption, RedisOption, print_json, run, settings_of
+from limiter.dumping import DumpReport
+from limiter.dumping import dump as dump_rows
 from limiter.opening import open_limiter
-from limiter.persister import DumpReport
-from limiter.persister import dump as dump_rows
 from limiter.settings import Settings
 
 
@@ -20,7 +20,8 @@ def dump(
 ) -> None:
     """Write every row to a credits.json. Live holds are not in it.
 
-    A FILE that has rows which Redis has not is kept beside it. A row that cannot be read is left out and goes to
+    A FILE that it replaces stays as FILE.<its time>, the latest persister.keep of them; one that limiter did not write,
+    or that has many more rows, as FILE.before-<time>. A row that cannot be read is left out and goes to
     FILE.broken.json, and the exit code is 1.
 
     Example: limiter dump backup.json --redis redis://localhost:6379/0
@@ -30,8 +31,10 @@ def dump(
         print_json(_document(report))
     else:
         OUT.print(f"{report.rows:,} rows, {report.size_bytes:,} bytes: {report.path}", markup=False, soft_wrap=True)
+        if report.unchanged:
+            OUT.print("It had these rows already: nothing was replaced")
         if report.kept is not None:
-            OUT.print(f"It replaced a file with other rows, kept as {report.kept}", markup=False, soft_wrap=True)
+            OUT.print(f"The file that it replaced is kept as {report.kept}", markup=False, soft_wrap=True)
     if not report.clean:
         for reason in report.first_broken:
             ERRORS.print(f"left out: {reason}", markup=False, soft_wrap=True)
@@ -41,7 +44,7 @@ def dump(
 
 async def _dump(settings: Settings, file: Path) -> DumpReport:
     async with open_limiter(settings) as limiter:
-        return await dump_rows(limiter, file)
+        return await dump_rows(limiter, file, keep=settings.persister.keep)
 
 
 def _document(report: DumpReport) -> dict[str, object]:
@@ -51,6 +54,7 @@ def _document(report: DumpReport) -> dict[str, object]:
         "rows": report.rows,
         "size_bytes": report.size_bytes,
         "checksum": report.checksum,
+        "unchanged": report.unchanged,
         "kept": None if report.kept is None else str(report.kept),
         "broken": report.broken,
         "first_broken": list(report.first_broken),

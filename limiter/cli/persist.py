@@ -2,20 +2,20 @@
 
 import asyncio
 import signal
-from pathlib import Path
 
 import typer
 
 from limiter.cli.terminal import ERRORS, OUT, ConfigOption, RedisOption, log_as, run, settings_of
 from limiter.errors import SettingsError
 from limiter.opening import open_limiter
-from limiter.persister import Persister
+from limiter.persister import persister_of
 from limiter.settings import Settings
 
 
 def persist(redis: RedisOption = None, config: ConfigOption = None) -> None:
     """Dump every row to persister.file, every interval, until Ctrl-C or SIGTERM; then once more.
 
+    Of several, in relays or by themselves, one writes, and the others stand by to take over when it is gone.
     A relay has this inside: run it by itself where relays have no disk, with their LIMITER_PERSISTER__FILE empty.
 
     Example: LIMITER_PERSISTER__FILE=/var/lib/limiter/credits.json limiter persist --redis redis://localhost:6379/0
@@ -33,7 +33,7 @@ def persist(redis: RedisOption = None, config: ConfigOption = None) -> None:
 async def _persist(settings: Settings) -> str | None:
     """Persist until told to stop; give the error of the last dump, if it failed."""
     async with open_limiter(settings) as limiter:
-        persister = Persister(limiter, Path(settings.persister.file), interval_s=settings.persister.interval_s)
+        persister = persister_of(limiter, settings.persister)
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, persister.stop)
         OUT.print(f"limiter: dumping to {settings.persister.file} every {settings.persister.interval_s:g} s")

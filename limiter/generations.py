@@ -1,0 +1,82 @@
+"""The files that a credits.json replaced, which stay beside it: `credits.json.20260511T230257.123Z`, by their time.
+
+Files of any other name are nobody's to remove; so are those kept as `credits.json.before-…`. It blocks, and knows no
+Redis.
+"""
+
+import contextlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from limiter.atomic_file import free_name
+from limiter.ledger_seal import Seal, check_seal, read_seal
+
+KEEP = 5  # with the file itself
+_SUFFIX = re.compile(r"\.\d{8}T\d{6}\.\d{3}Z(-\d+)?", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One of the files, or the one that has the name itself; seal: None where the last line cannot be read."""
+
+    path: Path
+    seal: Seal | None
+
+
+def generation_name(path: Path, seal: Seal) -> Path:
+    """Give a free name for a file that is about to be replaced."""
+    return free_name(path, _stamp(seal.time))
+
+
+def set_aside_name(path: Path, time: str) -> Path:
+    """Give a free name for a file that must not be lost: it may have what Redis has not."""
+    return free_name(path, f"before-{_stamp(time)}")
+
+
+def generations(path: Path) -> list[Generation]:
+    """List the file and those that it replaced, the latest first; those that cannot be read come last."""
+    path = path.resolve()
+    found = []
+    for entry in _beside(path):
+        if entry == path or _SUFFIX.fullmatch(entry.name.removeprefix(path.name)):
+            seal = None
+            with contextlib.suppress(OSError):
+                seal = read_seal(entry)
+            found.append(Generation(entry, seal))
+    return sorted(found, key=lambda each: (each.seal.age_key if each.seal else (-1, -1), each.path.name), reverse=True)
+
+
+def set_aside(path: Path) -> list[Path]:
+    """List the files that were kept because Redis had not all of their rows."""
+    path = path.resolve()
+    return [entry for entry in _beside(path) if entry.name.startswith(f"{path.name}.before-")]
+
+
+def prune(path: Path, keep: int) -> list[Path]:
+    """Remove all but the latest `keep`, and give what was removed.
+
+    The file itself is read again first: unless it is good, nothing goes. The latest that has every row stays in any
+    case. Raises OSError.
+    """
+    listed = [each for each in generations(path) if each.seal is not None]
+    spare = _spare(listed, keep)
+    if not spare or not check_seal(path).is_intact:
+        return []
+    for each in spare:
+        each.unlink(missing_ok=True)
+    return spare
+
+
+def _spare(listed: Sequence[Generation], keep: int) -> list[Path]:
+    whole = next((each for each in listed if each.seal is not None and each.seal.broken == 0), None)
+    return [each.path for each in listed[keep:] if each is not whole]
+
+
+def _beside(path: Path) -> list[Path]:
+    return sorted(entry for entry in path.parent.iterdir() if entry.name.startswith(path.name) and entry.is_file())
+
+
+def _stamp(time: str) -> str:
+    return time.replace("-", "").replace(":", "")

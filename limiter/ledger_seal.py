@@ -1,0 +1,117 @@
+"""The last line of a credits.json that limiter wrote: who wrote it when, how many rows, and a checksum of all of it.
+
+    }, "meta": {"format":1,"epoch":3,"sequence":41,"time":"…","rows":2,"broken":0,"checksum":"sha256:…"}}
+
+The checksum is that of every byte before its own member, so `head -c -88 credits.json | sha256sum` gives it, and what
+follows it can have one form only: no byte of the file can change unseen. It blocks, and knows neither rows nor Redis.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+FORMAT = 1
+HEAD = b'{"rows": {\n'
+CHECKSUM_BYTES = len(',"checksum":"sha256:"}}\n') + 64
+_END = re.compile(
+    rb'\}, "meta": \{"format":(\d{1,9}),"epoch":(\d{1,15}),"sequence":(\d{1,15}),"time":"([0-9TZ:.-]{24})"'
+    rb',"rows":(\d{1,15}),"broken":(\d{1,15}),"checksum":"(sha256:[0-9a-f]{64})"\}\}\n\Z'
+)
+_END_BYTES = 512  # more than the line can have
+_READ_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """What the last line says. epoch: of the writer's lease. sequence: which dump it is. broken: rows left out."""
+
+    epoch: int
+    sequence: int
+    time: str
+    rows: int
+    broken: int
+    checksum: str
+
+    @property
+    def age_key(self) -> tuple[int, int]:
+        """What puts files in order: a later dump has the larger one."""
+        return self.epoch, self.sequence
+
+
+@dataclass(frozen=True, slots=True)
+class SealedFile:
+    """A file as it was found or published.
+
+    seal: None when it has no such last line. is_intact: the checksum is that of the file; without a seal False.
+    rows_digest: of all before the last line, by which two files have the same rows; empty unless intact.
+    """
+
+    seal: Seal | None
+    is_intact: bool
+    rows_digest: bytes
+    stat: os.stat_result
+
+    def is_still(self, status: os.stat_result) -> bool:
+        """Tell whether a stat is that of this very file, unchanged."""
+        return (
+            os.path.samestat(status, self.stat)
+            and status.st_mtime_ns == self.stat.st_mtime_ns
+            and status.st_size == self.stat.st_size
+        )
+
+
+def meta_line(*, epoch: int, sequence: int, time: str, rows: int, broken: int) -> bytes:
+    """Give the last line up to where the checksum begins."""
+    return b'}, "meta": {"format":%d,"epoch":%d,"sequence":%d,"time":"%s","rows":%d,"broken":%d' % (
+        *(FORMAT, epoch, sequence, time.encode(), rows, broken),
+    )
+
+
+def checksum_end(checksum: str) -> bytes:
+    """Give the rest of it."""
+    return b',"checksum":"%s"}}\n' % checksum.encode()
+
+
+def read_seal(path: Path) -> Seal | None:
+    """Read the last line alone; None when it is not of this form. Raises OSError."""
+    with path.open("rb") as stream:
+        stream.seek(max(0, os.fstat(stream.fileno()).st_size - _END_BYTES))
+        found = _END.search(stream.read(_END_BYTES))
+    return None if found is None else _seal(found)
+
+
+def check_seal(path: Path, *, on_read: Callable[[int], None] | None = None) -> SealedFile:
+    """Read the whole file and compare the checksum; rows are not looked at. Raises OSError."""
+    with path.open("rb") as stream:
+        status = os.fstat(stream.fileno())
+        stream.seek(max(0, status.st_size - _END_BYTES))
+        end = stream.read(_END_BYTES)
+        found = _END.search(end)
+        if found is None:
+            return SealedFile(None, is_intact=False, rows_digest=b"", stat=status)
+        seal = _seal(found)
+        stream.seek(0)
+        digest, rest = hashlib.sha256(), status.st_size - (len(end) - found.start())
+        while rest and (chunk := stream.read(min(rest, _READ_BYTES))):
+            digest.update(chunk)
+            rest -= len(chunk)
+            if on_read is not None:
+                on_read(len(chunk))
+        rows_digest = digest.digest()
+        digest.update(found[0][:-CHECKSUM_BYTES])
+    is_intact = rest == 0 and int(found[1]) == FORMAT and seal.checksum == f"sha256:{digest.hexdigest()}"
+    return SealedFile(seal, is_intact=is_intact, rows_digest=rows_digest if is_intact else b"", stat=status)
+
+
+def begins_as_ours(path: Path) -> bool:
+    """Tell whether a file begins as those that limiter writes. Raises OSError."""
+    with path.open("rb") as stream:
+        return stream.read(len(HEAD)) == HEAD
+
+
+def _seal(found: "re.Match[bytes]") -> Seal:
+    epoch, sequence, rows, broken = (int(found[group]) for group in (2, 3, 5, 6))
+    return Seal(epoch, sequence, found[4].decode(), rows, broken, found[7].decode())
