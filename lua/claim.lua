@@ -10,12 +10,11 @@ local fingerprint = ARGV[2]            -- string, 1..64 bytes: what is asked for
 local claim_ms    = tonumber(ARGV[3])  -- int > 0, milliseconds until the claim lapses
 local supersedes  = ARGV[4] == "1"     -- 1 | 0: whether it takes the place of whatever is there
 local now_arg     = ARGV[5]            -- int, epoch milliseconds; "" for the server's time
---@include clock
 
 if owner == "" or fingerprint == "" or not (claim_ms and claim_ms > 0) then
   return redis.error_reply("BADARG claim wants an owner, a fingerprint, and a time above 0")
 end
-local now_ms = clock.now_ms(now_arg)
+--@include clock
 local f = redis.call("HMGET", claim_key, "owner", "fingerprint", "busy_until_ms", "answer")
 if f[1] and f[1] ~= owner and not supersedes then
   if f[2] ~= fingerprint then return { "REUSED", "" } end

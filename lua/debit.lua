@@ -7,36 +7,43 @@
 local row_key        = KEYS[1]            -- hash; its fields are listed in include/row.lua
 local tier_name      = ARGV[1]            -- string, 1..20 bytes
 local counter        = ARGV[2]            -- lifetime | monthly: what the tier's quota counts
-local quota          = tonumber(ARGV[3])  -- int >= 0, credits; "" for none
-local gemini_cap     = tonumber(ARGV[4])  -- int >= 0, credits; "" for none
+local quota          = ARGV[3] ~= "" and ARGV[3] + 0  -- int >= 0, credits; "" for none
+local gemini_cap     = ARGV[4] ~= "" and ARGV[4] + 0  -- int >= 0, credits; "" for none
 local has_hardware   = ARGV[5] == "1"     -- 1 | 0
-local cost           = tonumber(ARGV[6])  -- int > 0, credits
+local cost           = ARGV[6] + 0        -- int > 0, credits
 local lifetime_tiers = ARGV[7]            -- names joined by ",": the tiers whose quota is a lifetime's
 local may_create     = ARGV[8] == "1"     -- 1 | 0: whether an unknown install gets a row
 local now_arg        = ARGV[9]            -- int, epoch milliseconds; "" for the server's time
+if cost <= 0 or cost % 1 ~= 0 then return redis.error_reply("BADARG debit wants a whole cost above 0") end
+local hold_field, max_in_flight = "hold:", nil
 --@include clock
---@include calendar
+--@include iso
+--@include broken
 --@include row
---@include debit
+if not renews_ms then
+--@include calendar
+--@include renewal
+end
 --@include holds
+--@include counters
+--@include in_flight
 --@include plan
 
-if not (cost and cost > 0 and cost % 1 == 0) then return redis.error_reply("BADARG debit wants a whole cost above 0") end
-local now_ms = clock.now_ms(now_arg)
-local r, broken = row.read(row_key, "hold:", now_ms)
-if broken then return broken end
-local h, broken_hold = holds.read(row_key, r, now_ms)
-if broken_hold then return broken_hold end
-if r.created and not may_create then
-  return plan.reply("UNKNOWN_INSTALL", "", false, r, h, counter, quota, gemini_cap, now_ms)
+local status = backend ~= "" and "COMMITTED" or "DENIED"
+if created and not may_create then
+  status, backend, reason, changes = "UNKNOWN_INSTALL", "", "", nil
+elseif backend ~= "" then
+--@include debit
+  changes = changes or {}
+  local n = #changes
+  changes[n + 1], changes[n + 2] = consumed_field, consumed
+  changes[n + 3], changes[n + 4] = gemini_consumed_field, gemini_consumed
+  changes[n + 5], changes[n + 6], changes[n + 7], changes[n + 8] = "tier_snapshot", tier_name, "last_active_at", now_iso
+  if promoted then
+--@include calendar
+    local month, day, ms_of_day = civil(now_iso)
+    began, renews_ms = now_iso, renewal_ms(month + 1, day, ms_of_day)
+  end
 end
-
-local backend, reason = plan.decide(r, h, counter, quota, gemini_cap, nil, cost, has_hardware)
-local changes
-if backend then
-  changes = debit.apply(r, tier_name, counter, backend, cost, lifetime_tiers, now_ms)
-else
-  changes = row.changes(r, now_ms)
-end
-if changes[1] then redis.call("HSET", row_key, unpack(changes)) end
-return plan.reply(backend and "COMMITTED" or "DENIED", reason, backend, r, h, counter, quota, gemini_cap, now_ms)
+if changes then redis.call("HSET", row_key, unpack(changes)) end
+--@include answer

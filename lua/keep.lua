@@ -9,12 +9,11 @@ local busy_ms     = tonumber(ARGV[3])  -- int >= 0, milliseconds for which it ma
 local answer      = ARGV[4]            -- bytes, packed; "" for none
 local keep_ms     = tonumber(ARGV[5])  -- int > 0, milliseconds until the key is forgotten
 local now_arg     = ARGV[6]            -- int, epoch milliseconds; "" for the server's time
---@include clock
 
 if owner == "" or fingerprint == "" or not (busy_ms and busy_ms >= 0 and keep_ms and keep_ms > 0) then
   return redis.error_reply("BADARG keep wants an owner, a fingerprint, a time from 0 and a time above 0")
 end
-local now_ms = clock.now_ms(now_arg)
+--@include clock
 local f = redis.call("HMGET", claim_key, "owner", "busy_until_ms")
 if f[1] and f[1] ~= owner then return { "LOST" } end
 if f[2] == "0" then return { "KEPT" } end -- over before: a repeat, or a note that comes late

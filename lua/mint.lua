@@ -8,12 +8,12 @@ local limit     = tonumber(ARGV[1])  -- int > 0, new installs in a period
 local period_ms = tonumber(ARGV[2])  -- int > 0, milliseconds
 local returns   = ARGV[3] == "1"     -- 1 | 0: whether one that was counted is given back
 local now_arg   = ARGV[4]            -- int, epoch milliseconds; "" for the server's time
---@include clock
 
 if not (limit and limit > 0 and period_ms and period_ms > 0) then
   return redis.error_reply("BADARG mint wants a limit and a period above 0")
 end
-local now_us, period_us = clock.now_ms(now_arg) * 1000, period_ms * 1000
+--@include clock
+local now_us, period_us = now_ms * 1000, period_ms * 1000
 local each_us = math.floor(period_us / limit) -- down, or rounding would cost the last of a period
 local used_us = math.max(tonumber(redis.call("GET", mint_key)) or 0, now_us)
 local next_us = used_us + (returns and -each_us or each_us)

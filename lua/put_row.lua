@@ -14,13 +14,12 @@ local monthly_gemini_consumed  = tonumber(ARGV[8])   -- int >= 0, credits
 local last_active_at           = ARGV[9]             -- time, as 2026-05-11T23:02:57.123Z
 local extra                    = ARGV[10]            -- JSON object of the other members; "" for none
 --@include calendar
---@include row
 
 local verb, asks = string.match(mode, "^(%l+)(%??)$")
 local function is_count(n, least, most) return n and n >= least and n <= most and n % 1 == 0 end
 local most = 9007199254740991
 if not ((verb == "create" or verb == "replace" or verb == "merge") and tier_snapshot ~= "" and #tier_snapshot <= 20
-  and calendar.period(last_renewal_at, nil, 0) and calendar.period(last_active_at, nil, 0)
+  and civil(last_renewal_at) and civil(last_active_at)
   and is_count(anniversary_day, 1, 31) and is_count(lifetime_consumed, 0, most)
   and is_count(lifetime_gemini_consumed, 0, most) and is_count(monthly_consumed, 0, most)
   and is_count(monthly_gemini_consumed, 0, most)) then
@@ -37,16 +36,21 @@ if redis.call("EXISTS", row_key) == 0 then
 elseif verb == "merge" then
   -- The larger counters win. Those of a month compare only within one billing period: a later period wins whole. Of
   -- two days for one period the stored one wins: the other may be inferred from a clamped date.
-  local r, broken = row.read(row_key, "hold:", 0)
-  if broken then return broken end
-  new[2], new[3] = math.max(new[2], r.lifetime_consumed), math.max(new[3], r.lifetime_gemini_consumed)
-  if r.last_renewal_at == last_renewal_at then
-    new[5] = tonumber(old[5]) or new[5]
-    new[6], new[7] = math.max(new[6], r.monthly_consumed), math.max(new[7], r.monthly_gemini_consumed)
-  elseif r.last_renewal_at > last_renewal_at then
-    new[4], new[5], new[6], new[7] = r.last_renewal_at, r.anniversary_day, r.monthly_consumed, r.monthly_gemini_consumed
+  local hold_field, now_ms = "hold:", 0
+--@include broken
+--@include row
+  if not renews_ms then
+--@include iso
+--@include renewal
   end
-  if calendar.period(old[8] or "", 1, 0) and old[8] > last_active_at then new[1], new[8] = r.tier_snapshot, old[8] end
+  new[2], new[3] = math.max(new[2], lifetime), math.max(new[3], lifetime_gemini)
+  if began == last_renewal_at then
+    new[5] = tonumber(old[5]) or new[5]
+    new[6], new[7] = math.max(new[6], monthly), math.max(new[7], monthly_gemini)
+  elseif began > last_renewal_at then
+    new[4], new[5], new[6], new[7] = began, anniversary_day, tonumber(monthly), tonumber(monthly_gemini)
+  end
+  if civil(old[8] or "") and old[8] > last_active_at then new[1], new[8] = tier_snapshot, old[8] end
   if extra == "" then new[9] = old[9] or "" end
 end
 

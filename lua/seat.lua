@@ -7,12 +7,11 @@ local install_id = ARGV[1]            -- string, 1..64 bytes
 local seats      = tonumber(ARGV[2])  -- int > 0, installs that may use the licence
 local lapses_ms  = tonumber(ARGV[3])  -- int > 0, epoch milliseconds: when its seats are forgotten
 local now_arg    = ARGV[4]            -- int, epoch milliseconds; "" for the server's time
---@include clock
 
 if install_id == "" or not (seats and seats > 0 and lapses_ms and lapses_ms > 0) then
   return redis.error_reply("BADARG seat wants an install, and seats and a time above 0")
 end
-local now_ms = clock.now_ms(now_arg)
+--@include clock
 local taken = redis.call("HLEN", seats_key)
 local since = string.match(redis.call("HGET", seats_key, install_id) or "", "^(%d+) ")
 if not since then

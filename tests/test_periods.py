@@ -1,6 +1,7 @@
 """Billing periods: the anniversary day in months of every length, over any time asleep, to the millisecond."""
 
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from redis.asyncio import Redis
@@ -10,6 +11,8 @@ from limiter.lua_source import compose
 from limiter.timestamps import iso_from_ms, ms_from_iso
 from tests.conftest import Clock, fields_of
 from tests.reference import epoch_ms, iso, next_renewal
+
+LUA = Path(__file__).parent.parent / "lua"
 
 
 async def stored_on(limiter: CreditLimiter, clock: Clock, began: str, day: int, now: str) -> tuple[str, int, int]:
@@ -77,13 +80,14 @@ async def test_anniversary_day_when_missing_then_it_is_inferred_once_and_survive
 
 
 async def test_calendar_when_asked_for_every_day_of_two_centuries_then_it_agrees_with_pythons(redis: Redis) -> None:
-    """Through the script's own calendar, over leap years, century years and 2000, on several anniversary days."""
-    calendar = compose("balance").text.split("local calendar = {}", 1)[1].split("\nlocal row = {}", 1)[0]
+    """Through the scripts' own calendar, over leap years, century years and 2000, on several anniversary days."""
+    pasted = "".join((LUA / "include" / f"{name}.lua").read_text() for name in ("iso", "calendar"))
     probe = (
-        "#!lua\nlocal calendar = {}" + calendar + "\nlocal answer = {}\n"
+        "#!lua\n" + pasted + "local answer = {}\n"
         "for i, ms in ipairs(ARGV) do\n"
-        "  local began, day = calendar.iso(tonumber(ms)), 28 + i % 4\n"
-        "  answer[i] = began .. ' ' .. calendar.iso((calendar.period(began, day, tonumber(ms))))\n"
+        "  local began, day = iso(tonumber(ms)), 28 + i % 4\n"
+        "  local month, of_month, ms_of_day = civil(began)\n"
+        "  answer[i] = began .. ' ' .. iso(renewal_ms(month + 1, day, ms_of_day)) .. ' ' .. of_month\n"
         "end\n"
         "return answer"
     )
@@ -93,7 +97,29 @@ async def test_calendar_when_asked_for_every_day_of_two_centuries_then_it_agrees
         batch = days[first : first + 5000]
         answers = await redis.eval(probe, 0, *(str(epoch_ms(day)) for day in batch))
         for number, (day, answer) in enumerate(zip(batch, answers, strict=True), start=1):
-            assert answer.decode() == f"{iso(day)} {iso(next_renewal(day, 28 + number % 4))}"
+            assert answer.decode() == f"{iso(day)} {iso(next_renewal(day, 28 + number % 4))} {day.day}"
+
+
+async def test_renewal_when_told_for_every_day_of_a_century_then_it_agrees_with_pythons(
+    redis: Redis, limiter: CreditLimiter
+) -> None:
+    """Through the short way that include/row.lua has for the days that every month has, and the long one for others."""
+    moments = [
+        datetime(1999, 12, 27, 23, 59, 58, 999000, tzinfo=UTC) + timedelta(days=n) for n in range(102 * 365 + 30)
+    ]
+    script = compose("balance")
+    await redis.script_load(script.text)
+    for first in range(0, len(moments), 2000):
+        pipeline = redis.pipeline(transaction=False)
+        for number, began in enumerate(moments[first : first + 2000]):
+            fields = ["last_renewal_at", iso(began), "anniversary_day", str(1 + number % 31)]
+            for counter in ("lifetime", "monthly"):
+                fields += [f"{counter}_consumed", "0", f"{counter}_gemini_consumed", "0"]
+            pipeline.hset(limiter.keys.install("a"), items=fields)
+            pipeline.evalsha(script.sha, 1, limiter.keys.install("a"), "monthly", "9", "", str(epoch_ms(began)))
+        answers = (await pipeline.execute())[1::2]
+        for number, (began, answer) in enumerate(zip(moments[first : first + 2000], answers, strict=True)):
+            assert answer[6:8] == [epoch_ms(next_renewal(began, 1 + number % 31)), iso(began).encode()]
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,15 @@ LUA = Path(__file__).parent.parent / "lua"
 NAMES = sorted(path.stem for path in LUA.glob("*.lua"))
 INCLUDES = sorted(path.stem for path in (LUA / "include").glob("*.lua"))
 BINDING = re.compile(
-    r"^local (?P<name>\w+) += (?:(?P<number>tonumber)\()?(?P<table>KEYS|ARGV)\[(?P<index>\d+)\]\)?"
-    r"(?: == \"1\")? +-- (?P<comment>.+)$"
+    r"^local (?P<name>\w+) += (?:ARGV\[(?P<optional>\d+)\] ~= \"\" and )?(?P<call>tonumber\()?"
+    r"(?P<table>KEYS|ARGV)\[(?P<index>\d+)\](?(call)\))(?P<sum> \+ 0)?(?: == \"1\")? +-- (?P<comment>.+)$"
+)
+LUA_WORDS = frozenset(
+    re.findall(
+        r"\w+",
+        "and do else elseif end false for function if in local nil not or return then true while "
+        "ipairs math redis string table tonumber unpack",
+    )
 )
 STATUS = r"\b(?:" + "|".join([*Status, *ClaimStatus, *SeatStatus, *MintStatus, *LeaseStatus]) + r")\b"
 
@@ -35,6 +42,7 @@ class Binding:
     table: str
     index: int
     is_number: bool
+    is_of_one_argument: bool
     comment: str
 
 
@@ -42,7 +50,12 @@ def bindings(name: str) -> Iterator[Binding]:
     for line in (LUA / f"{name}.lua").read_text().splitlines():
         if found := BINDING.match(line):
             yield Binding(
-                found["name"], found["table"], int(found["index"]), found["number"] is not None, found["comment"]
+                found["name"],
+                found["table"],
+                int(found["index"]),
+                bool(found["call"] or found["sum"]),
+                found["optional"] in {None, found["index"]},
+                found["comment"],
             )
 
 
@@ -59,7 +72,7 @@ CALLS: dict[str, tuple[Callable[[CreditLimiter], Awaitable[object]], dict[str, s
             "hold_id": "h-1",
             "max_in_flight": "703",
             "has_hardware": "1",
-            "cost": "704",
+            "cost_arg": "704",
             "hold_ms": "705000",
             "may_create": "0",
         },
@@ -163,12 +176,13 @@ def test_calls_when_listed_then_every_script_is_among_them() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_binding_when_its_comment_says_int_then_it_is_converted_and_no_other_is(name: str) -> None:
     for binding in bindings(name):
-        is_clock = binding.name == "now_arg"  # empty means the server's time: include/clock.lua converts it
-        assert binding.is_number == (binding.comment.startswith("int ") and not is_clock), binding
+        assert binding.is_of_one_argument, binding
+        is_text = binding.name.endswith("_arg")  # as it came: the script needs the text too, or tells "" from a number
+        assert binding.is_number == (binding.comment.startswith("int ") and not is_text), binding
         if binding.is_number:
             assert re.match(r"int (>=? 0|1\.\.31)(, \w|; |$)", binding.comment), f"{binding} has no bound"
         if CALLS[name][1].get(binding.name, "").isdigit() and '"1"' not in binding.comment:
-            assert binding.is_number or is_clock or binding.comment.startswith("1 | 0"), binding
+            assert binding.is_number or is_text or binding.comment.startswith("1 | 0"), binding
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -195,27 +209,34 @@ def test_script_when_opened_then_its_head_tells_what_it_does_and_what_it_answers
 
 
 @pytest.mark.parametrize("name", INCLUDES)
-def test_include_when_opened_then_it_is_a_noun_that_gives_one_table_and_includes_nothing(name: str) -> None:
-    text = _include(name)
-    assert re.search(rf"^local {name} = {{}}$", text, re.MULTILINE)
+def test_include_when_given_what_it_takes_then_it_needs_nothing_else_and_gives_what_it_says(name: str) -> None:
+    """It is pasted, not called: its head is its signature."""
+    takes, gives = map(set, signature(name))
+    text, code = _include(name), code_of(_include(name))
     assert "--@include" not in text
-    assert re.findall(r"^function (\w+)\.", text, re.MULTILINE) == [name] * len(
-        re.findall(r"^function ", text, re.MULTILINE)
-    )
+    words = set(re.findall(r"(?<![.\w])[a-z_]\w*", code)) - LUA_WORDS
+    assert words - locals_of(text) <= takes | gives, "it uses names of the script and does not say so"
+    assert takes | gives <= words, "it names what it does not use"
+    assigned = {
+        word.strip() for names in re.findall(r"^ *([a-z][\w, ]*) = ", code, re.MULTILINE) for word in names.split(",")
+    }
+    assert {word for word in assigned if " " not in word} - locals_of(text) <= gives, "it changes what it does not give"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_includes_when_named_then_they_exist_and_are_used(name: str) -> None:
-    text = (LUA / f"{name}.lua").read_text()
-    included = re.findall(r"^--@include (\w+)$", text, re.MULTILINE)
-    assert set(included) <= set(INCLUDES)
-    composed = compose(name).text
-    assert "--@include" not in composed
-    for include in included:
-        assert f"{include}." in composed.replace(f"function {include}.", ""), f"nothing uses {include}"
+def test_includes_when_pasted_then_what_each_takes_is_there_above_it(name: str) -> None:
+    known: set[str] = set()
+    for line in (LUA / f"{name}.lua").read_text().splitlines():
+        if included := re.fullmatch(r"--@include (\w+)", line):
+            assert included[1] in INCLUDES
+            takes, gives = signature(included[1])
+            assert set(takes) <= known, f"{included[1]} lacks {set(takes) - known}"
+            known |= set(gives)
+        known |= locals_of(line)
+    assert "--@include" not in compose(name).text
 
 
-@pytest.mark.parametrize("name", ["calendar", "plan"])
+@pytest.mark.parametrize("name", ["calendar", "counters", "in_flight", "iso", "plan"])
 def test_include_when_it_is_to_be_pure_then_it_calls_no_redis(name: str) -> None:
     assert "redis." not in _include(name)
 
@@ -224,6 +245,30 @@ def test_include_when_it_is_to_be_pure_then_it_calls_no_redis(name: str) -> None
 async def test_script_when_loaded_then_the_server_takes_it_and_knows_it_by_our_sha(redis: Redis, name: str) -> None:
     script = compose(name)
     assert await redis.script_load(script.text) == script.sha
+
+
+def signature(include: str) -> Iterator[list[str]]:
+    """Give the names that an include's head says it takes and gives."""
+    head = re.match(r"(?:--.*\n)+", _include(include))
+    assert head, f"{include} has no head"
+    said = re.search(r"Takes: (.+?) Gives: (.+)", re.sub(r"\n-- *", " ", head[0]).strip(), re.DOTALL)
+    assert said, f"the head of {include} does not say what it takes and gives"
+    for text in said.groups():
+        names = re.sub(r"\([^)]*\)", "", text).strip()
+        yield [] if names == "nothing" else re.split(r"\s*,\s*", names)
+
+
+def code_of(text: str) -> str:
+    """Give Lua without its comments and texts."""
+    return re.sub(r"\"[^\"\n]*\"|--[^\n]*", '""', text)
+
+
+def locals_of(text: str) -> set[str]:
+    """Give the names that Lua declares: variables, functions, parameters."""
+    code = code_of(text)
+    lists = re.findall(r"\blocal (?!function)([\w, ]+)", code) + re.findall(r"\bfor ([\w, ]+?) (?:=|in\b)", code)
+    lists += [word for found in re.findall(r"\bfunction (\w+)\(([\w, ]*)\)", code) for word in found]
+    return {word.strip() for words in lists for word in words.split(",")}
 
 
 def _include(name: str) -> str:

@@ -1,9 +1,11 @@
--- The time that a script goes by.
-local clock = {}
-
--- An argument's epoch milliseconds, or the server's own when it is empty, so that no relay's clock matters.
-function clock.now_ms(argument)
-  if argument ~= "" then return tonumber(argument) end
+-- The time that a script goes by: the argument's, or the server's own when it is empty, so that no relay's clock matters.
+-- Takes: now_arg
+-- Gives: now_ms
+local now_ms
+if now_arg == "" then
   local time = redis.call("TIME")
-  return time[1] * 1000 + math.floor(time[2] / 1000)
+  local us = time[2] + 0
+  now_ms = time[1] * 1000 + (us - us % 1000) / 1000
+else
+  now_ms = tonumber(now_arg)
 end

@@ -1,22 +1,19 @@
--- The debit of a row.
-local debit = {}
-
--- Counts cost credits, and gives the fields and values to store. The first monthly debit of a row whose last tier
--- was a lifetime tier promotes it: the billing period is anchored to now, unless the running one was used already,
--- or a credit spent under core would buy a fresh month.
-function debit.apply(r, tier_name, counter, backend, cost, lifetime_tiers, now_ms)
-  local now_iso = calendar.iso(now_ms)
-  if counter == "monthly" and r.monthly_consumed == 0 and r.monthly_gemini_consumed == 0
-    and string.find("," .. lifetime_tiers .. ",", "," .. r.tier_snapshot .. ",", 1, true) then
-    r.last_renewal_at, r.anniversary_day, r.moved = now_iso, tonumber(string.sub(now_iso, 9, 10)), true
-    r.renews_ms = calendar.period(now_iso, r.anniversary_day, now_ms)
-  end
-  local consumed, gemini_consumed = counter .. "_consumed", counter .. "_gemini_consumed"
-  r[consumed] = math.min(r[consumed] + cost, 9007199254740991)
-  if backend == "gemini" then r[gemini_consumed] = math.min(r[gemini_consumed] + cost, 9007199254740991) end
-  local changes = row.changes(r, now_ms)
+-- The debit of a row. The first monthly debit of a row whose last tier was a lifetime tier promotes it: the billing
+-- period is anchored to now, unless the running one was used already, or a credit spent under core would buy a fresh month.
+-- Takes: counter, consumed, gemini_consumed, cost, backend, lifetime_tiers, tier_snapshot, changes, now_ms, iso
+-- Gives: consumed, gemini_consumed, changes, now_iso (all after the debit), promoted
+local now_iso = iso(now_ms)
+local promoted = counter == "monthly" and consumed == 0 and gemini_consumed == 0
+  and string.find("," .. lifetime_tiers .. ",", "," .. tier_snapshot .. ",", 1, true)
+if promoted then
+  changes = changes or {}
   local n = #changes
-  changes[n + 1], changes[n + 2], changes[n + 3], changes[n + 4] = consumed, r[consumed], gemini_consumed, r[gemini_consumed]
-  changes[n + 5], changes[n + 6], changes[n + 7], changes[n + 8] = "tier_snapshot", tier_name, "last_active_at", now_iso
-  return changes
+  changes[n + 1], changes[n + 2] = "last_renewal_at", now_iso
+  changes[n + 3], changes[n + 4] = "anniversary_day", tonumber(string.sub(now_iso, 9, 10))
+end
+consumed = consumed + cost
+if consumed > 9007199254740991 then consumed = 9007199254740991 end
+if backend == "gemini" then
+  gemini_consumed = gemini_consumed + cost
+  if gemini_consumed > 9007199254740991 then gemini_consumed = 9007199254740991 end
 end
