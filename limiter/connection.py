@@ -2,88 +2,64 @@
 
 import asyncio
 import logging
-import re
+from collections.abc import Mapping
 from typing import Any
 
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import BlockingConnectionPool, SSLConnection
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, RedisError
+from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from limiter import embedded
-from limiter.errors import LimiterError, LimiterUnavailable, SettingsError
-from limiter.wire import ServerWire, Wire
+from limiter.client import Client
+from limiter.cluster import ClusterClient, primaries_of
+from limiter.errors import ACL_HINT, LimiterError, LimiterUnavailable, SettingsError
+from limiter.redis_url import no_url, read_url, redacted
+from limiter.sentinel import PrimaryConnection, SentinelClient, Sentinels, TlsPrimaryConnection
+from limiter.slots import SlotMap
 
+__all__ = ["connect", "redacted"]
 _LOG = logging.getLogger("limiter")
-_LATER = {"redis+sentinel": "Sentinel", "redis+cluster": "Cluster"}
-_SINGLE = ("redis", "rediss", "unix")
 _OLDEST_MAJOR = 7  # scripts with a shebang line
 
 
 async def connect(
     url: str, *, timeout_ms: int = 1000, max_connections: int = 64, allow_eviction: bool = False
-) -> "Client":
+) -> Client:
     """Open a checked client; close it with `aclose()`.
 
-    url: `embedded:FOLDER`, `redis://`, `rediss://` or `unix://`. timeout_ms bounds connecting, and each reply.
-    max_connections: above it, calls other than decisions, which
+    url: `embedded:FOLDER`, `redis://`, `rediss://`, `unix://`, `redis+sentinel://` or `redis+cluster://`. timeout_ms
+    bounds connecting, and each reply. max_connections: to one server; above it, calls other than decisions, which
     share one connection, wait for a free one. allow_eviction: accept a server that may evict rows.
     Raises SettingsError for a URL or a server that cannot be used, LimiterUnavailable when there is no answer.
     """
-    scheme = url.partition(":")[0]
-    if scheme in _LATER:
-        raise SettingsError(
-            f"{scheme}:// ({_LATER[scheme]}) is not supported yet: give a redis://, rediss:// or unix:// URL"
-        )
+
+    def single(one: str) -> Client:
+        return Client(_pool(one, timeout_ms, max_connections))
+
     folder = embedded.folder_of(url)
+    target = None if folder is not None else read_url(url)
+    redis: Client
     if folder is not None:
         seat = await asyncio.to_thread(embedded.start_or_join, folder)
-        redis: Client = _EmbeddedClient(seat, _pool(f"unix://{seat.socket}", timeout_ms, max_connections))
-    elif scheme in _SINGLE:
-        redis = Client(_pool(url, timeout_ms, max_connections))
+        redis = _EmbeddedClient(seat, _pool(f"unix://{seat.socket}", timeout_ms, max_connections))
+    elif target is None:
+        redis = single(url)
+    elif target.kind == "cluster":
+        slots = SlotMap(target.seeds, lambda address: single(target.url_of(address)))
+        redis = ClusterClient(slots, target.seeds[0])
     else:
-        raise SettingsError(f"{redacted(url)!r} is no Redis URL: give redis://, rediss://, unix:// or embedded:FOLDER")
+        sentinels = Sentinels(target.seeds, target.name, lambda address: single(target.sentinel_url_of(address)))
+        pool = _pool(target.url_of(target.seeds[0]), timeout_ms, max_connections, sentinels=sentinels)
+        redis = SentinelClient(sentinels, pool)
     try:
         await _check(redis, url, allow_eviction=allow_eviction)
     except BaseException:
         await redis.aclose()
         raise
     return redis
-
-
-def redacted(url: str) -> str:
-    """Give the URL without its password, for logs and errors; it need not be a URL that can be parsed."""
-    scheme, separator, rest = url.partition("://")
-    login, at, place = rest.rpartition("@")
-    user = login.partition(":")[0] + ":***" if ":" in login else login
-    return scheme + separator + user + at + re.sub(r"(password=)[^&]*", r"\1***", place)
-
-
-class Client(Redis):
-    """A redis-py client, and beside its pool the wire that carries the scripts."""
-
-    def __init__(self, pool: BlockingConnectionPool) -> None:
-        super().__init__(connection_pool=pool)
-        self.auto_close_connection_pool = True
-        self._server = ServerWire(self._dial)
-        self.wire: Wire = self._server
-
-    async def open(self) -> None:
-        """Connect the wire now. Raises RedisError, OSError."""
-        await self._server.open()
-
-    async def _dial(self) -> AbstractConnection:
-        """Connect and greet the server as the pool's connections do: address, TLS, user, database."""
-        connection: AbstractConnection = self.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # redis-py 8.1
-        await connection.connect()  # type: ignore[no-untyped-call]
-        return connection
-
-    async def aclose(self, close_connection_pool: bool | None = None) -> None:
-        """Close the wire and the pool."""
-        await self.wire.aclose()
-        await super().aclose(close_connection_pool)
 
 
 class _EmbeddedClient(Client):
@@ -126,10 +102,12 @@ class _EmbeddedClient(Client):
         await asyncio.to_thread(embedded.stop_if_last, self._seat)
 
 
-def _pool(url: str, timeout_ms: int, max_connections: int) -> BlockingConnectionPool:
+def _pool(
+    url: str, timeout_ms: int, max_connections: int, *, sentinels: Sentinels | None = None
+) -> BlockingConnectionPool:
     timeout_s = timeout_ms / 1000
     try:
-        return BlockingConnectionPool.from_url(
+        pool = BlockingConnectionPool.from_url(
             url,
             max_connections=max_connections,
             timeout=timeout_s,
@@ -141,31 +119,54 @@ def _pool(url: str, timeout_ms: int, max_connections: int) -> BlockingConnection
             protocol=2,  # RESP3 would add pushes that nothing here reads
         )
     except ValueError:  # its text may quote a part of the password
-        raise SettingsError(
-            f"{redacted(url)!r} is no Redis URL: give redis://USER:PASSWORD@HOST:PORT/DB or unix://PATH, "
-            "with / : @ # ? of a password percent-encoded"
-        ) from None
+        raise no_url(url) from None
+    if sentinels is not None:
+        tls = issubclass(pool.connection_class, SSLConnection)
+        pool.connection_class = TlsPrimaryConnection if tls else PrimaryConnection
+        pool.connection_kwargs["sentinels"] = sentinels
+    return pool
 
 
 async def _check(redis: Client, url: str, *, allow_eviction: bool) -> None:
-    """Refuse a server on which rows are not safe; warn where they could be safer."""
+    """Refuse servers on which rows are not safe; warn where they could be safer."""
+    shown = redacted(url)
     try:
-        info = await redis.info()
+        nodes = await primaries_of(redis)
+        infos = [await node.info() for node in nodes]
         await redis.open()
     except AuthenticationError as error:
-        raise SettingsError(f"Redis at {redacted(url)} refuses this user or password: {error}") from error
+        raise SettingsError(f"Redis at {shown} refuses this user or password: {error}") from error
+    except NoPermissionError as error:
+        raise SettingsError(f"Redis at {shown} does not let this user do what it must: {error}; {ACL_HINT}") from error
     except (RedisError, OSError) as error:
-        raise LimiterUnavailable(f"no Redis at {redacted(url)}: {error}", executed=False) from error
-    version = str(info["redis_version"])
-    if int(version.partition(".")[0]) < _OLDEST_MAJOR:
-        raise SettingsError(f"Redis {version} at {redacted(url)} is too old: use Redis 7 or later, or Valkey")
-    policy = info.get("maxmemory_policy", "noeviction")
-    if policy != "noeviction" and not allow_eviction:
+        if "cluster support disabled" in str(error):
+            raise SettingsError(f"Redis at {shown} is no cluster: give a redis:// URL") from error
+        raise LimiterUnavailable(f"no Redis at {shown}: {error}", executed=False) from error
+    if not infos:
+        raise LimiterUnavailable(f"the cluster at {shown} serves no slot", executed=False)
+    for info in infos:
+        _check_mode(info, url, clustered=isinstance(redis, ClusterClient))
+        version = str(info["redis_version"])
+        if int(version.partition(".")[0]) < _OLDEST_MAJOR:
+            raise SettingsError(f"Redis {version} at {shown} is too old: use Redis 7 or later, or Valkey")
+        policy = info.get("maxmemory_policy", "noeviction")
+        if policy != "noeviction" and not allow_eviction:
+            raise SettingsError(
+                f"Redis at {shown} may evict rows (maxmemory-policy {policy}): "
+                "set it to noeviction, or [redis] allow_eviction = true to accept that"
+            )
+    if not all(info.get("aof_enabled") for info in infos):
+        _LOG.warning("Redis at %s runs without AOF: a crash loses what was debited since its last snapshot", shown)
+
+
+def _check_mode(info: Mapping[str, Any], url: str, *, clustered: bool) -> None:
+    """Refuse a server of another kind than the URL says, which would fail later and less clearly."""
+    mode = info.get("redis_mode") or info.get("server_mode")  # Redis, Valkey
+    if mode == "sentinel":
+        raise SettingsError(f"{redacted(url)} is a Sentinel: give redis+sentinel://HOST:PORT,HOST:PORT/NAME")
+    if mode == "cluster" and not clustered:
+        raise SettingsError(f"{redacted(url)} is a node of a cluster: give redis+cluster://HOST:PORT,HOST:PORT")
+    if info.get("role") == "slave" and not clustered:
         raise SettingsError(
-            f"Redis at {redacted(url)} may evict rows (maxmemory-policy {policy}): "
-            "set it to noeviction, or [redis] allow_eviction = true to accept that"
-        )
-    if not info.get("aof_enabled"):
-        _LOG.warning(
-            "Redis at %s runs without AOF: a crash loses what was debited since its last snapshot", redacted(url)
+            f"{redacted(url)} is a replica, which takes no writes: give its primary, or redis+sentinel://…/NAME"
         )

@@ -1,5 +1,7 @@
 """Every error that this package raises on purpose. A refusal is none: it is a value (`Decision`)."""
 
+ACL_HINT = "`limiter doctor` prints the ACL line to copy"
+
 
 class LimiterError(Exception):
     """Base of all errors of this package."""

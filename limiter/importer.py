@@ -21,8 +21,7 @@ from limiter.ledger_writer import ListFile
 from limiter.lua_source import compose
 from limiter.model import Row, Status
 from limiter.scripts import PutMode, mapped, put_row_arguments, status_of
-from limiter.seen import SeenTexts
-from limiter.store import Fields, decode_row
+from limiter.store import Fields, decode_row, scan_keys
 
 Phase = Literal["check", "compare", "write"]
 BATCH_ROWS = 500
@@ -291,18 +290,8 @@ def _refuse_other_rows(path: Path, stored: int, answers: "Counter[Status]") -> N
 
 
 async def _count_rows(limiter: CreditLimiter) -> int:
-    """Count the rows of this prefix; SCAN may give a key twice."""
-    seen = SeenTexts()
-    cursor = 0
-    while True:
-        try:
-            cursor, names = await limiter.redis.scan(cursor, match=limiter.keys.install_pattern, count=1000)
-        except (RedisError, OSError, TimeoutError) as error:
-            raise mapped(error, limiter.keys.install_pattern) from error
-        for name in names:
-            seen.add(cast("bytes", name))
-        if cursor == 0:
-            return len(seen)
+    """Count the rows of this prefix."""
+    return sum([len(names) async for names in scan_keys(limiter.redis, limiter.keys)])
 
 
 async def _executed(pipeline: Any, key: str) -> list[Any]:

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any, Literal, cast
 
 from redis.exceptions import (
+    AskError,
     BusyLoadingError,
     ClusterDownError,
     DataError,
@@ -30,6 +31,7 @@ PutMode = Literal["create", "replace", "merge"]
 _STATUS = {status.value.encode(): status for status in Status}
 _REASON = {reason.value.encode(): reason for reason in Reason}
 _NOT_EXECUTED = (
+    AskError,  # and MOVED, when following them came to no end
     BusyLoadingError,
     ReadOnlyError,
     ClusterDownError,

@@ -12,12 +12,11 @@ from redis.exceptions import RedisError
 from limiter.errors import BrokenRow
 from limiter.keys import Keys
 from limiter.model import CORE, MAX_COUNT, HeldCredits, Row
+from limiter.scanning import scan
 from limiter.scripts import mapped
-from limiter.seen import SeenTexts
 from limiter.timestamps import is_canonical, ms_from_iso
 
 Fields = Mapping[bytes, bytes]  # a hash as redis-py gives it
-_SCAN_COUNT = 500
 _INTEGER = re.compile(r"\d{1,20}", re.ASCII)  # a bound, for Python does not convert thousands of digits
 _HOLD = re.compile(r"(gemini|hardware) (\S+) (lifetime|monthly) (\d{1,20}) (\d{1,20})", re.ASCII)
 _DAYS = range(1, 32)
@@ -39,16 +38,11 @@ async def scan_keys(redis: "Redis", keys: Keys) -> AsyncIterator[list[bytes]]:
     A row that is made or deleted meanwhile may be among them or not. Memory: 12 to 24 bytes a row, by which a key is
     known again that SCAN gives twice while the key space is resized.
     """
-    cursor = 0
-    seen = SeenTexts()
-    while True:
-        try:
-            cursor, found = await redis.scan(cursor, match=keys.install_pattern, count=_SCAN_COUNT)
-        except (RedisError, OSError, TimeoutError) as error:
-            raise mapped(error, keys.install_pattern) from error
-        yield [name for name in cast("list[bytes]", found) if seen.add(name)]
-        if cursor == 0:
-            return
+    try:
+        async for names in scan(redis, keys.install_pattern):
+            yield names
+    except (RedisError, OSError, TimeoutError) as error:
+        raise mapped(error, keys.install_pattern) from error
 
 
 async def read_fields(redis: "Redis", keys: Keys, names: Sequence[bytes]) -> list["Fields | Exception"]:

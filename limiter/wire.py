@@ -100,9 +100,7 @@ class ServerWire:
         now = loop.time()
         answer = loop.create_future()
         if asking:
-            asked = loop.create_future()
-            asked.add_done_callback(_ignore)
-            self._unsent.append((asked, _ASKING, now, timeout_s))
+            self._unsent.append((cast("Answer", _Asked(answer)), _ASKING, now, timeout_s))
         self._unsent.append((answer, command, now, timeout_s))
         if not self._flush_due:
             self._flush_due = True
@@ -110,6 +108,11 @@ class ServerWire:
             if self._tick is None:
                 self._tick = loop.call_later(_TICK_S, self._check)
         return answer
+
+    def renew(self) -> None:
+        """Give the connection up for a new one: another server has taken this one's place."""
+        if self._link is not None:
+            self._link.drop("another server took over")
 
     async def aclose(self) -> None:
         """Close the connection. Calls that still wait get LimiterUnavailable."""
@@ -260,8 +263,17 @@ class _Link(asyncio.Protocol):
 _ASKING = command("ASKING")
 
 
-def _ignore(answer: Answer) -> None:
-    answer.cancelled() or answer.exception()
+class _Asked:
+    """Stands for the answer to ASKING, which nobody wants. It is not sent when the command after it is not."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.done = answer.done
+
+    def set_result(self, reply: object) -> None:
+        """Ignore it."""
+
+    def set_exception(self, error: Exception) -> None:
+        """Ignore it: the command after it says so too."""
 
 
 def _fail(calls: Iterable[_Call], message: str, *, executed: bool | None) -> None:

@@ -12,6 +12,7 @@ from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Tiers, connect
 from tests.servers import Server, binaries
+from tests.topologies import ClusterSetUp, SentinelSetUp
 
 TIERS = Tiers.from_mapping(
     {
@@ -24,6 +25,12 @@ Entry = dict[str, Any]  # one entry of a vector file, as JSON has it
 Vectors = dict[str, list[Entry]]
 Closing = AsyncExitStack
 ELSEWHERE = "LIMITER_TEST_REDIS_URL"  # a URL here points the tests at a server that they do not start; it is flushed
+# Where all tests run, instead of what follows: "sentinel,cluster", or with Debian's binary "redis-sentinel".
+TOPOLOGY = "LIMITER_TEST_TOPOLOGY"
+MATRIX = (
+    ["elsewhere"] if ELSEWHERE in os.environ else os.environ.get(TOPOLOGY, "valkey,redis,sentinel,cluster").split(",")
+)
+ON_EVERY_TOPOLOGY = ("test_scripts_commit", "test_admission_scripts", "test_dump")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,18 +44,36 @@ def vectors(request: pytest.FixtureRequest) -> Vectors:
     return {kind: json.loads((folder / f"{kind}.json").read_text()) for kind in ("renewals", "ledgers", "migrations")}
 
 
-@pytest.fixture(scope="session", params=["elsewhere"] if ELSEWHERE in os.environ else ["valkey", "redis"])
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what runs on Sentinel and Cluster only when they are asked for, to keep the suite short."""
+    if TOPOLOGY in os.environ:
+        return
+    left_out = [item for item in items if _on_topology(item) and item.path.stem not in ON_EVERY_TOPOLOGY]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
+
+
+def _on_topology(item: pytest.Item) -> bool:
+    return isinstance(item, pytest.Function) and (
+        hasattr(item, "callspec") and item.callspec.params.get("redis_url") in {"sentinel", "cluster"}
+    )
+
+
+@pytest.fixture(scope="session", params=MATRIX)
 def redis_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server of the matrix, for tests that leave it running."""
+    """A server of the matrix, or several that are one, for tests that leave them running."""
     if request.param == "elsewhere":
         yield os.environ[ELSEWHERE]
         return
-    binary = binaries()[request.param]
+    name, _, kind = request.param.rpartition("-") if "-" in request.param else ("", "", request.param)
+    binary = binaries()["redis" if "redis" in {name, kind} else "valkey"]
     if binary is None:
         pytest.skip("Debian's redis-server is not installed (apt-get install redis-server)")
-    server = Server(binary, tmp_path_factory.mktemp(request.param), "--appendfsync", "no").start()
+    kinds: dict[str, Callable[..., Server | SentinelSetUp | ClusterSetUp]]
+    kinds = {"sentinel": SentinelSetUp, "cluster": ClusterSetUp}
+    server = kinds.get(kind, Server)(binary, tmp_path_factory.mktemp(request.param), "--appendfsync", "no").start()
     yield server.url
-    server.stop()
+    server.kill()
 
 
 @pytest.fixture

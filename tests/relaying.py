@@ -27,7 +27,7 @@ from limiter.relay.health import Report
 from limiter.relay.metered import RELAY
 from limiter.settings import IdempotencySettings, LicenceSettings, RedisSettings, RelaySettings, Settings
 from tests.backend import Document
-from tests.conftest import ELSEWHERE
+from tests.conftest import MATRIX, TOPOLOGY
 
 CHAT = "/v1/chat/completions"
 GEMINI_KEY = "gemini-key-of-the-operator"
@@ -40,7 +40,7 @@ RELAY_TIERS = Tiers.from_mapping(
         "free": {},
     }
 )
-ONE_SERVER = pytest.mark.parametrize("redis_url", ["elsewhere" if ELSEWHERE in os.environ else "valkey"], indirect=True)
+ONE_SERVER = pytest.mark.parametrize("redis_url", MATRIX if TOPOLOGY in os.environ else MATRIX[:1], indirect=True)
 
 
 def tiers(**core: int) -> Tiers:

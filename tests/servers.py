@@ -57,17 +57,18 @@ class Server:
 
     def start(self) -> "Server":
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.process = subprocess.Popen(
-            [
-                str(self.binary),
-                *("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder), "--save", ""),
-                *("--appendonly", "yes", "--appendfsync", "always", "--logfile", "server.log"),
-                *self.extra,
-            ],
-            stdout=subprocess.DEVNULL,
-        )
+        self.process = subprocess.Popen(self.words(), stdout=subprocess.DEVNULL)
         wait_until(self._answers, what=f"the start of {self.binary.name}")
         return self
+
+    def words(self) -> list[str]:
+        """Its command line."""
+        return [
+            str(self.binary),
+            *("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder), "--save", ""),
+            *("--appendonly", "yes", "--appendfsync", "always", "--logfile", "server.log"),
+            *self.extra,
+        ]
 
     def stop(self) -> None:
         self._end(signal.SIGTERM)

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from limiter import CreditLimiter, LimiterUnavailable, SettingsError, connect
 from limiter.connection import redacted
+from limiter.redis_url import Address, read_url
 from tests.conftest import TIERS, Closing
 from tests.servers import Server, free_port
 
@@ -27,12 +28,47 @@ async def test_url_when_it_is_none_then_it_is_a_settings_error_that_says_what_on
 
 
 @pytest.mark.parametrize(
-    ("url", "kind"),
-    [("redis+sentinel://h1:26379/mymaster", "Sentinel"), ("redis+cluster://h1:7000,h2:7001", "Cluster")],
+    "url",
+    [
+        "redis+sentinel://h1:26379",
+        "redis+sentinel://h1:26379/",
+        "redis+sentinel://h1:26379/name/db",
+        "redis+sentinel://h1:26379/name/0/1",
+        "redis+sentinel://h1:port/name",
+        "redis+sentinel://h1,,h2/name",
+        "redis+cluster://",
+        "redis+cluster://h1:7000,h2:70000",
+        "redis+cluster://h1:7000/name",
+        "redis+cluster://:sec/ret@h1:7000",
+        "redis+other://h1",
+    ],
 )
-async def test_url_when_of_a_kind_that_is_not_there_yet_then_it_says_so(url: str, kind: str) -> None:
-    with pytest.raises(SettingsError, match=rf"\({kind}\) is not supported yet"):
+async def test_url_of_several_servers_when_it_is_none_then_the_error_has_no_password(
+    url: str,
+) -> None:
+    with pytest.raises(SettingsError, match="is no Redis URL: give redis://") as refused:
         await connect(url)
+    assert "sec" not in str(refused.value)
+
+
+def test_url_of_sentinels_when_read_then_each_server_has_a_url_of_its_own() -> None:
+    target = read_url("rediss+sentinel://me:pa%2Fss@h1,[::1]:5/my%20name/2?sentinel_password=s%26&ssl_ca_certs=/ca.pem")
+    assert target is not None
+    assert (target.kind, target.name, [str(seed) for seed in target.seeds]) == (
+        "sentinel",
+        "my name",
+        ["h1:26379", "[::1]:5"],
+    )
+    assert target.url_of(Address("h3", 1)) == "rediss://me:pa%2Fss@h3:1/2?ssl_ca_certs=%2Fca.pem"
+    assert target.sentinel_url_of(target.seeds[0]) == "rediss://:s%26@h1:26379/?ssl_ca_certs=%2Fca.pem"
+    assert "pa%2Fss" not in repr(target)
+
+
+def test_url_of_a_cluster_when_read_then_without_ports_it_means_the_usual_one() -> None:
+    target = read_url("redis+cluster://h1,h2:7001/")
+    assert target is not None
+    assert target.seeds == (Address("h1", 6379), Address("h2", 7001))
+    assert target.url_of(Address("h3", 7002)) == "redis://h3:7002/"
 
 
 @pytest.mark.parametrize(
@@ -45,6 +81,7 @@ async def test_url_when_of_a_kind_that_is_not_there_yet_then_it_says_so(url: str
         ("redis://:sec@ret@h:1/0", "redis://:***@h:1/0"),
         ("unix:///run/redis.sock?password=secret&db=1", "unix:///run/redis.sock?password=***&db=1"),
         ("embedded:./data", "embedded:./data"),
+        ("redis+sentinel://:a@h1,h2/n?sentinel_password=b", "redis+sentinel://:***@h1,h2/n?sentinel_password=***"),
     ],
 )
 def test_url_when_shown_then_without_its_password(url: str, shown: str) -> None:

@@ -1,0 +1,50 @@
+"""Asking several servers the same at once, so that one that hangs holds nobody up."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from typing import Any, Generic, TypeVar
+
+from redis.exceptions import RedisError
+
+from limiter.redis_url import Address
+
+T = TypeVar("T")
+FAILURES = (RedisError, OSError, TimeoutError)
+
+
+class AskingAround(Generic[T]):
+    """One question. ask: puts it to the server at an address; it must end in time, and may raise redis-py's errors."""
+
+    def __init__(self, ask: Callable[[Address], Coroutine[Any, Any, T]]) -> None:
+        self._ask = ask
+        self._asked: dict[Address, asyncio.Task[T]] = {}
+
+    async def answers(self, addresses: Iterable[Address]) -> AsyncIterator[T | BaseException]:
+        """Give the answers as they come; a server that gives none comes as its error.
+
+        Whoever has heard enough goes: the others end by themselves. Nobody is asked while it still owes an answer.
+        """
+        waiting = {self._task(address) for address in addresses}
+        while waiting:
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                failure = task.exception()
+                if failure is not None and not isinstance(failure, FAILURES):
+                    raise failure
+                yield task.result() if failure is None else failure
+
+    async def aclose(self) -> None:
+        """Wait until nobody owes an answer."""
+        await asyncio.gather(*self._asked.values(), return_exceptions=True)
+
+    def _task(self, address: Address) -> "asyncio.Task[T]":
+        if address not in self._asked:
+            task = asyncio.create_task(self._ask(address))
+            self._asked[address] = task
+            task.add_done_callback(lambda done: self._forget(address, done))
+        return self._asked[address]
+
+    def _forget(self, address: Address, done: "asyncio.Task[T]") -> None:
+        del self._asked[address]
+        if not done.cancelled():
+            done.exception()  # heard, also when nobody waits for it any more

@@ -1,0 +1,115 @@
+"""What a Redis URL says: which kind of set-up, where it is, and the plain URL of each of its servers.
+
+It reads text. It connects to nothing, and puts no password into an error.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+from urllib.parse import parse_qsl, quote, unquote, urlencode
+
+from limiter.errors import SettingsError
+
+Kind = Literal["single", "sentinel", "cluster"]
+_FORMS = (
+    "redis://USER:PASSWORD@HOST:PORT/DB, rediss://… for TLS, unix://PATH, "
+    "redis+sentinel://HOST:PORT,HOST:PORT/NAME/DB, redis+cluster://HOST:PORT,HOST:PORT "
+    "or embedded:FOLDER, with / : @ # ? of a password percent-encoded"
+)
+_SCHEMES: dict[str, tuple[Kind, str]] = {
+    "redis": ("single", "redis"),
+    "rediss": ("single", "rediss"),
+    "unix": ("single", "unix"),
+    "redis+sentinel": ("sentinel", "redis"),
+    "rediss+sentinel": ("sentinel", "rediss"),
+    "redis+cluster": ("cluster", "redis"),
+    "rediss+cluster": ("cluster", "rediss"),
+}
+_DEFAULT_PORT: dict[Kind, int] = {"single": 6379, "sentinel": 26379, "cluster": 6379}
+_PLACE = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[^:\[\]]+)(:(?P<port>\d{1,5}))?", re.ASCII)
+_SENTINEL_LOGIN = ("sentinel_username", "sentinel_password")
+_MOST_PORT = 65_535
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where one server listens."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Target:
+    """A URL, read. seeds: the Sentinels, or some nodes of the cluster. name: what the Sentinels call the primary."""
+
+    kind: Kind
+    scheme: str
+    login: str
+    seeds: tuple[Address, ...]
+    name: str
+    database: str
+    query: tuple[tuple[str, str], ...]
+
+    def url_of(self, address: Address) -> str:
+        """Give the plain URL of one server that holds rows."""
+        query = [(key, value) for key, value in self.query if key not in _SENTINEL_LOGIN]
+        return self._url(self.login, address, self.database, query)
+
+    def sentinel_url_of(self, address: Address) -> str:
+        """Give the plain URL of a Sentinel, which has credentials of its own and no databases."""
+        said = dict(self.query)
+        user, password = (quote(said.get(key, ""), safe="") for key in _SENTINEL_LOGIN)
+        query = [(key, value) for key, value in self.query if key.startswith("ssl_")]
+        return self._url(f"{user}:{password}@" if user or password else "", address, "", query)
+
+    def _url(self, login: str, address: Address, database: str, query: list[tuple[str, str]]) -> str:
+        return f"{self.scheme}://{login}{address}/{database}" + (f"?{urlencode(query)}" if query else "")
+
+
+def read_url(url: str) -> Target | None:
+    """Read a URL of several servers; None for one of a single server, which redis-py reads itself.
+
+    Raises SettingsError, which says what a URL looks like, for one that is none.
+    """
+    scheme, separator, rest = url.partition("://")
+    if scheme not in _SCHEMES or not separator:
+        raise no_url(url)
+    kind, plain = _SCHEMES[scheme]
+    if kind == "single":
+        return None
+    rest, _, query = rest.partition("?")
+    login, at, place = rest.rpartition("@")
+    hosts, *path = place.rstrip("/").split("/")
+    if login.count(":") > 1 or "/" in login or len(path) > (2 if kind == "sentinel" else 0):
+        raise no_url(url)
+    name = unquote(path[0]) if path else ""
+    database = path[1] if len(path) > 1 else ""
+    if (kind == "sentinel" and not name) or not (database == "" or database.isdecimal()):
+        raise no_url(url)
+    seeds = tuple(_address(host, kind, url) for host in hosts.split(","))
+    return Target(kind, plain, login + at, seeds, name, database, tuple(parse_qsl(query)))
+
+
+def no_url(url: str) -> SettingsError:
+    """Make the error for a text that is no Redis URL."""
+    return SettingsError(f"{redacted(url)!r} is no Redis URL: give {_FORMS}")
+
+
+def redacted(url: str) -> str:
+    """Give the URL without its passwords, for logs and errors; it need not be a URL that can be parsed."""
+    scheme, separator, rest = url.partition("://")
+    login, at, place = rest.rpartition("@")
+    user = login.partition(":")[0] + ":***" if ":" in login else login
+    return scheme + separator + user + at + re.sub(r"(password=)[^&]*", r"\1***", place)
+
+
+def _address(text: str, kind: Kind, url: str) -> Address:
+    found = _PLACE.fullmatch(text)
+    port = int(found["port"] or _DEFAULT_PORT[kind]) if found else 0
+    if not found or not 0 < port <= _MOST_PORT:
+        raise no_url(url)
+    return Address(unquote(found["host"].strip("[]")), port)

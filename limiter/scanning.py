@@ -1,0 +1,59 @@
+"""Finding every key of a pattern, on one server or all primaries of a cluster, while servers and slots move.
+
+Reading only. A cursor of SCAN means nothing to another server, nor to the same one after a restart; and a key that is
+moved from a node not yet read to one already read is missed. So who served, and which slots, is compared before and
+after: when it changed, all is read once more.
+"""
+
+from collections.abc import AsyncIterator
+from typing import Any, cast
+
+from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from limiter.cluster import ClusterClient, primaries_of
+from limiter.seen import SeenTexts
+
+_SCAN_COUNT = 500
+_MOST_PASSES = 20
+
+
+async def scan(redis: "Redis", pattern: str) -> AsyncIterator[list[bytes]]:
+    """Give every key of the pattern, once each and in no order, as many at a time as SCAN gives.
+
+    A key that is made or deleted meanwhile may be among them or not. Memory: 12 to 24 bytes a key, by which one is
+    known again that SCAN gives twice. Raises RedisError, also when servers and slots never come to rest.
+    """
+    seen = SeenTexts()
+    before = await _state(redis)
+    for number in range(_MOST_PASSES):
+        for node in await primaries_of(redis):
+            cursor = 0
+            while True:
+                cursor, found = await node.scan(cursor, match=pattern, count=_SCAN_COUNT)
+                yield [name for name in cast("list[bytes]", found) if seen.add(name)]
+                if cursor == 0:
+                    break
+        after = await _state(redis)
+        # A slot that moves all the time needs two passes: what the first missed, the second finds where it went.
+        if after == before and (number > 0 or not _moves(after)):
+            return
+        before = after
+    raise RedisConnectionError(f"servers and slots changed in each of {_MOST_PASSES} passes over all rows")
+
+
+async def _state(redis: "Redis") -> tuple[str, ...]:
+    """Give who serves: each server's run, and of a cluster's nodes the slots that it has, takes over and gives away."""
+    state = []
+    for node in await primaries_of(redis):
+        info = await node.info("server")
+        state.append(str(info["run_id"]))
+        if isinstance(redis, ClusterClient):
+            lines: Any = await node.execute_command("CLUSTER", "NODES")  # type: ignore[no-untyped-call]  # redis-py 8.1
+            own = next(line for line in lines.decode().splitlines() if "myself" in line)
+            state.append(" ".join(own.split(" ")[8:]))
+    return tuple(sorted(state))
+
+
+def _moves(state: tuple[str, ...]) -> bool:
+    return any("[" in part for part in state)

@@ -1,0 +1,128 @@
+"""Finding the primary through Sentinels, and connections that go to it only.
+
+Each new connection asks who the primary is, and checks that the server it comes to takes itself for it. A connection
+whose server was demoted is given up, so that the next one finds its successor. Nothing here repeats a command.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from redis.asyncio import BlockingConnectionPool, Connection, SSLConnection
+from redis.exceptions import AuthenticationError, ReadOnlyError
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from limiter.asking_around import AskingAround
+from limiter.client import Client
+from limiter.redis_url import Address
+from limiter.wire import ServerWire
+
+
+class Sentinels:
+    """The Sentinels of one primary. make_client: opens a plain client of the Sentinel at an address."""
+
+    def __init__(self, seeds: tuple[Address, ...], name: str, make_client: Callable[[Address], Client]) -> None:
+        self.name = name
+        self._clients = {seed: make_client(seed) for seed in seeds}
+        self._asking = AskingAround(self._ask)
+
+    async def primary(self) -> Address:
+        """Ask all Sentinels at once, and give the address that most of them name, as soon as that is certain.
+
+        One that is cut off goes on naming an old primary. Raises RedisConnectionError when none names any.
+        """
+        named: Counter[Address] = Counter()
+        failures: list[str] = []
+        async for answer in self._asking.answers(self._clients):
+            if isinstance(answer, AuthenticationError):
+                raise answer
+            if isinstance(answer, BaseException):
+                failures.append(str(answer))
+                continue
+            named[answer] += 1
+            if 2 * named[answer] > len(self._clients):
+                return answer
+        if not named:
+            raise RedisConnectionError(f"no Sentinel knows the primary {self.name}: {'; '.join(failures)}")
+        return named.most_common(1)[0][0]
+
+    async def aclose(self) -> None:
+        """Close the connections to the Sentinels."""
+        await self._asking.aclose()
+        for client in self._clients.values():
+            await client.aclose()
+
+    async def _ask(self, seed: Address) -> Address:
+        answer: Any = await self._clients[seed].execute_command(  # type: ignore[no-untyped-call]  # redis-py 8.1
+            "SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.name
+        )
+        if not answer:
+            raise RedisConnectionError(f"{seed} watches no primary of that name")
+        host, port = answer
+        return Address(host.decode(), int(port))
+
+
+class PrimaryConnection(Connection):
+    """A connection to whatever server is the primary at the time."""
+
+    def __init__(self, *, sentinels: Sentinels, **options: Any) -> None:
+        super().__init__(**options)
+        self._sentinels = sentinels
+
+    async def _connect(self) -> None:
+        primary = await self._sentinels.primary()
+        self.host, self.port = primary.host, primary.port
+        await super()._connect()  # type: ignore[no-untyped-call]  # redis-py 8.1
+
+    async def on_connect_check_health(self, check_health: bool = True) -> None:
+        """Log in, and make sure that it is the primary."""
+        await super().on_connect_check_health(check_health)
+        await self.send_command("ROLE", check_health=False)
+        role: Any = await self.read_response()
+        if role[0] != b"master":
+            raise RedisConnectionError(f"{self.host}:{self.port} is no primary any more")
+
+    async def read_response(self, *args: Any, **options: Any) -> Any:
+        """Read one reply; of a server that was demoted, the last one."""
+        try:
+            return await super().read_response(*args, **options)
+        except ReadOnlyError:
+            await self.disconnect()
+            raise
+
+
+class TlsPrimaryConnection(PrimaryConnection, SSLConnection):
+    """The same, over TLS."""
+
+
+class SentinelClient(Client):
+    """A client of the primary that Sentinels name."""
+
+    def __init__(self, sentinels: Sentinels, pool: BlockingConnectionPool) -> None:
+        super().__init__(pool)
+        self.wire = SentinelWire(self.server_wire)
+        self._sentinels = sentinels
+
+    async def aclose(self, close_connection_pool: bool | None = None) -> None:
+        """Close the connections to the primary and to the Sentinels."""
+        await super().aclose(close_connection_pool)
+        await self._sentinels.aclose()
+
+
+class SentinelWire:
+    """The wire to the primary: it leaves a server that was demoted. One that fell silent the wire leaves by itself."""
+
+    def __init__(self, wire: ServerWire) -> None:
+        self._wire = wire
+
+    async def send(self, key: str, command: bytes, timeout_s: float) -> Any:
+        """Send a packed command. See `Wire`."""
+        try:
+            return await self._wire.send(key, command, timeout_s)
+        except ReadOnlyError:
+            self._wire.renew()
+            raise
+
+    async def aclose(self) -> None:
+        """Close the connection."""
+        await self._wire.aclose()

@@ -1,0 +1,127 @@
+"""Which primary of a cluster has which slot: the map, and finding out anew when it may no longer be so.
+
+It asks all nodes that it knows at once, so that one that hangs costs no time. It sends no command that concerns rows.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from redis.crc import key_slot
+from redis.exceptions import AskError, ClusterDownError, ResponseError
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from limiter.asking_around import AskingAround
+from limiter.client import Client
+from limiter.redis_url import Address
+
+SLOTS = 16384
+
+
+class SlotMap:
+    """Which primary has which slot. make_client: opens a plain client of the node at an address."""
+
+    def __init__(self, seeds: tuple[Address, ...], make_client: Callable[[Address], Client]) -> None:
+        self._seeds, self._make_client = seeds, make_client
+        self._clients: dict[Address, Client] = {}
+        self._asking = AskingAround(self._slots_by)
+        self._owners: list[Address | None] = [None] * SLOTS
+        self._refreshing: asyncio.Task[None] | None = None
+        self._doubted = True
+
+    def client(self, address: Address) -> Client:
+        """Give the client of a node, which stays open for as long as the cluster has the node."""
+        if address not in self._clients:
+            self._clients[address] = self._make_client(address)
+        return self._clients[address]
+
+    def doubt(self) -> None:
+        """Note that the map may be out of date: the next use asks for a new one."""
+        self._doubted = True
+
+    def moved(self, slot: int, owner: Address) -> None:
+        """Note one slot's owner, as its old one says; the others may have moved as well."""
+        self._owners[slot] = owner
+        self._doubted = True
+
+    def known_owner(self, slot: int) -> Address | None:
+        """Give the primary of a slot as far as it is known and not in doubt."""
+        return None if self._doubted else self._owners[slot]
+
+    async def owner(self, slot: int) -> Address:
+        """Give the primary of a slot. Raises RedisConnectionError when no node can be asked, or none serves it."""
+        if self._doubted or self._owners[slot] is None:
+            await self.refresh()
+        owner = self._owners[slot]
+        if owner is None:
+            raise ClusterDownError(f"no node serves slot {slot}")
+        return owner
+
+    async def primaries(self) -> list[Address]:
+        """Give the primaries that own slots, as they are now."""
+        await self.refresh()
+        return list(dict.fromkeys(owner for owner in self._owners if owner is not None))
+
+    async def refresh(self) -> None:
+        """Ask for the map, or wait for whoever asks already."""
+        if not self._is_refreshing():
+            self._refreshing = asyncio.create_task(self._refresh())
+        assert self._refreshing is not None  # noqa: S101  for mypy
+        await asyncio.shield(self._refreshing)
+
+    async def aclose(self) -> None:
+        """Close the connections to all nodes."""
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+            await asyncio.gather(self._refreshing, return_exceptions=True)
+        await self._asking.aclose()
+        for client in self._clients.values():
+            await client.aclose()
+
+    def _is_refreshing(self) -> bool:
+        return self._refreshing is not None and not self._refreshing.done()
+
+    async def _refresh(self) -> None:
+        """Ask every node that is known at once: the first answer counts, so that one that hangs costs no time."""
+        failures: list[BaseException] = []
+        async for answer in self._asking.answers({*self._clients, *self._seeds}):
+            if not isinstance(answer, BaseException):
+                self._take(answer)
+                return
+            failures.append(answer)
+        for failure in failures:
+            if isinstance(failure, ResponseError):
+                raise failure
+        raise RedisConnectionError(f"no node of the cluster answers: {'; '.join(map(str, failures))}")
+
+    async def _slots_by(self, address: Address) -> tuple[Address, list[Any]]:
+        client = self.client(address)
+        return address, await client.execute_command("CLUSTER", "SLOTS")  # type: ignore[no-untyped-call]  # redis-py 8.1
+
+    def _take(self, answer: tuple[Address, list[Any]]) -> None:
+        asked, table = answer
+        owners: list[Address | None] = [None] * SLOTS
+        known = set(self._seeds)
+        for first, last, *nodes in table:
+            addresses = [_address(node, asked) for node in nodes]
+            known.update(addresses)
+            owners[first : last + 1] = [addresses[0]] * (last + 1 - first)
+        self._owners = owners
+        self._doubted = False
+        for address in set(self._clients) - known:
+            asyncio.create_task(self._clients.pop(address).aclose())  # noqa: RUF006  nobody waits for its end
+
+
+def slot_of(key: object) -> int:
+    """Give the slot of a key, which may be text, bytes or a number."""
+    return key_slot(key if isinstance(key, bytes) else str(key).encode())
+
+
+def asked_over(asked: Address, redirection: AskError) -> Address:
+    """Give where a redirection leads; without a host it means the one that was asked."""
+    return Address(redirection.host or asked.host, redirection.port)
+
+
+def _address(node: list[Any], asked: Address) -> Address:
+    host, port = node[0], int(node[1])
+    return Address(host.decode() if host else asked.host, port)
