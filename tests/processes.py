@@ -69,6 +69,12 @@ class Relay:
                 return found
             assert line, f"it ended without {pattern!r}:\n{''.join(self.output)}"
 
+    def rest(self) -> list[str]:
+        """Give all its output, once it has ended."""
+        while line := self._lines.get(timeout=20):
+            self.output.append(line)
+        return self.output
+
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """End it as an operator would, and give its exit code."""
         self.process.send_signal(number)
