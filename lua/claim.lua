@@ -1,28 +1,39 @@
 #!lua
 -- Claims an idempotency key for one attempt, or tells what became of the one before. One step, so that of attempts
--- that come to any number of nodes at once one alone goes on.
+-- that come to any number of nodes at once one alone goes on. Where clients number their attempts instead of naming
+-- the request, what was done for one request is told to each attempt number once, the numbers rising: another request
+-- that looks the same has numbers of its own.
 -- Reply: {status, answer}
 --   status: CLAIMED | RUNNING (another attempt has it) | KEPT (it was served: answer is what it said) | SPENT (it was
 --   served, and its answer not kept) | REUSED (it was for another request); answer is "" but for KEPT
-local claim_key   = KEYS[1]            -- hash: owner, fingerprint, busy_until_ms, answer; always with a TTL
+local claim_key   = KEYS[1]            -- hash: owner, fingerprint, begun_ms, busy_until_ms, answer, attempt, taker; has a TTL
 local owner       = ARGV[1]            -- string, 1..64 bytes: this attempt
 local fingerprint = ARGV[2]            -- string, 1..64 bytes: what is asked for
 local claim_ms    = tonumber(ARGV[3])  -- int > 0, milliseconds until the claim lapses
-local supersedes  = ARGV[4] == "1"     -- 1 | 0: whether it takes the place of whatever is there
-local now_arg     = ARGV[5]            -- int, epoch milliseconds; "" for the server's time
+local attempt     = tonumber(ARGV[4])  -- int >= 0, the attempt's number; "" where the key names the request
+local missed_ms   = tonumber(ARGV[5])  -- int >= 0, milliseconds since its first attempt ended unclaimed; "" if none did
+local now_arg     = ARGV[6]            -- int, epoch milliseconds; "" for the server's time
 
 if owner == "" or fingerprint == "" or not (claim_ms and claim_ms > 0) then
   return redis.error_reply("BADARG claim wants an owner, a fingerprint, and a time above 0")
 end
 --@include clock
-local f = redis.call("HMGET", claim_key, "owner", "fingerprint", "busy_until_ms", "answer")
-if f[1] and f[1] ~= owner and not supersedes then
+local number = attempt and string.format("%.0f", attempt) or ""
+local f = redis.call("HMGET", claim_key, "owner", "fingerprint", "busy_until_ms", "answer", "attempt", "taker", "begun_ms")
+local theirs = f[1] and f[1] ~= owner
+if theirs and attempt and f[6] ~= owner then -- the taker asks again when its reply was lost
+  local taken = attempt <= (tonumber(f[5]) or 0)
+  local older = missed_ms and (tonumber(f[7]) or 0) < now_ms - missed_ms
+  theirs = not (taken or older)
+end
+if theirs then
   if f[2] ~= fingerprint then return { "REUSED", "" } end
   if (tonumber(f[3]) or 0) > now_ms then return { "RUNNING", "" } end
+  if attempt then redis.call("HSET", claim_key, "attempt", number, "taker", owner) end
   if (f[4] or "") ~= "" then return { "KEPT", f[4] } end
   return { "SPENT", "" }
 end
-redis.call("HSET", claim_key, "owner", owner, "fingerprint", fingerprint,
-  "busy_until_ms", string.format("%.0f", now_ms + claim_ms), "answer", "")
+redis.call("HSET", claim_key, "owner", owner, "fingerprint", fingerprint, "begun_ms", string.format("%.0f", now_ms),
+  "busy_until_ms", string.format("%.0f", now_ms + claim_ms), "answer", "", "attempt", number, "taker", "")
 redis.call("PEXPIRE", claim_key, claim_ms)
 return { "CLAIMED", "" }

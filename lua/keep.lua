@@ -2,7 +2,7 @@
 -- Notes on a claim that its attempt was served, with the answer or without. From here on no attempt of the same key is
 -- served again. One step, so that it cannot overwrite the claim of another attempt.
 -- Reply: {status}   status: KEPT | LOST (another attempt has the claim: nothing is noted)
-local claim_key   = KEYS[1]            -- hash: owner, fingerprint, busy_until_ms, answer; always with a TTL
+local claim_key   = KEYS[1]            -- hash, see claim.lua; always with a TTL
 local owner       = ARGV[1]            -- string, 1..64 bytes: this attempt
 local fingerprint = ARGV[2]            -- string, 1..64 bytes: what is asked for
 local busy_ms     = tonumber(ARGV[3])  -- int >= 0, milliseconds for which it may still run; 0 when it is over

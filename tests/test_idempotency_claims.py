@@ -16,8 +16,10 @@ def stores(limiter: CreditLimiter) -> Stores:
     return Stores(limiter)
 
 
-async def claim(stores: Stores, owner: str, fingerprint: str = "f", *, supersedes: bool = False) -> Claimed:
-    return await stores.claim(KEY, owner, fingerprint, claim_ms=60_000, supersedes=supersedes)
+async def claim(
+    stores: Stores, owner: str, fingerprint: str = "f", *, attempt: int | None = None, missed_ms: int | None = None
+) -> Claimed:
+    return await stores.claim(KEY, owner, fingerprint, claim_ms=60_000, attempt=attempt, missed_ms=missed_ms)
 
 
 async def fields(redis: Redis) -> dict[str, str]:
@@ -28,8 +30,15 @@ async def test_claim_when_the_key_is_free_then_it_is_held_for_its_time(
     stores: Stores, redis: Redis, clock: Clock
 ) -> None:
     assert await claim(stores, "one") == Claimed(ClaimStatus.CLAIMED, NOTHING)
-    busy_until_ms = str(clock.now_ms + 60_000)
-    assert await fields(redis) == {"owner": "one", "fingerprint": "f", "busy_until_ms": busy_until_ms, "answer": ""}
+    assert await fields(redis) == {
+        "owner": "one",
+        "fingerprint": "f",
+        "begun_ms": str(clock.now_ms),
+        "busy_until_ms": str(clock.now_ms + 60_000),
+        "answer": "",
+        "attempt": "",
+        "taker": "",
+    }
     assert 50_000 < await redis.pttl(KEY) <= 60_000
 
 
@@ -65,16 +74,66 @@ async def test_claim_when_a_stream_began_then_running_and_when_its_node_died_spe
     assert (await claim(stores, "two")).status is ClaimStatus.SPENT
 
 
-async def test_claim_when_it_supersedes_then_the_one_before_can_neither_keep_nor_drop(
+async def test_claim_when_it_is_a_first_attempt_then_the_one_before_can_neither_keep_nor_drop(
     stores: Stores, redis: Redis
 ) -> None:
     await claim(stores, "one")
-    assert (await claim(stores, "two", supersedes=True)).status is ClaimStatus.CLAIMED
+    assert (await claim(stores, "two", attempt=0)).status is ClaimStatus.CLAIMED
     before = await fields(redis)
     assert await stores.keep(KEY, "one", "f", keep_ms=1000, answer=b"x") is ClaimStatus.LOST
     assert await stores.drop(KEY, "one") is ClaimStatus.GONE
     assert await fields(redis) == before
     assert before["owner"] == "two"
+
+
+async def served(stores: Stores, owner: str, attempt: int) -> None:
+    """Let an attempt be served, and leave its name as its answer."""
+    assert (await claim(stores, owner, attempt=attempt)).status is ClaimStatus.CLAIMED
+    assert await stores.keep(KEY, owner, "f", keep_ms=60_000, answer=owner.encode()) is ClaimStatus.KEPT
+
+
+async def test_claim_when_attempts_are_counted_then_each_number_gets_the_answer_once(stores: Stores) -> None:
+    """A0 is served and its answer lost, as is that of A1; then B1 comes, whose first attempt nobody saw."""
+    await served(stores, "A0", 0)
+    assert await claim(stores, "A1", attempt=1) == Claimed(ClaimStatus.KEPT, b"A0")
+    assert await claim(stores, "A2", attempt=2) == Claimed(ClaimStatus.KEPT, b"A0")
+    await served(stores, "B1", 1)
+    await served(stores, "C1", 1)
+    assert await claim(stores, "C2", attempt=2) == Claimed(ClaimStatus.KEPT, b"C1")
+    await served(stores, "D2", 2)
+
+
+async def test_claim_when_its_reply_was_lost_then_the_same_attempt_gets_the_answer_again(stores: Stores) -> None:
+    await served(stores, "A0", 0)
+    for _ in range(3):
+        assert await claim(stores, "A1", attempt=1) == Claimed(ClaimStatus.KEPT, b"A0")
+
+
+async def test_claim_when_the_attempt_before_runs_then_asking_does_not_use_the_answer_up(stores: Stores) -> None:
+    await claim(stores, "A0", attempt=0)
+    for _ in range(3):
+        assert (await claim(stores, "A1", attempt=1)).status is ClaimStatus.RUNNING
+    await stores.keep(KEY, "A0", "f", keep_ms=60_000, answer=b"A0")
+    assert await claim(stores, "A1", attempt=1) == Claimed(ClaimStatus.KEPT, b"A0")
+
+
+async def test_claim_when_the_first_attempt_was_missed_then_what_began_before_is_not_its_own(
+    stores: Stores, clock: Clock
+) -> None:
+    await served(stores, "A0", 0)
+    clock.now_ms += 500  # here B0 is turned away
+    clock.now_ms += 500
+    assert (await claim(stores, "B1", attempt=1, missed_ms=500)).status is ClaimStatus.CLAIMED
+    await stores.keep(KEY, "B1", "f", keep_ms=60_000, answer=b"B1")
+    clock.now_ms += 500
+    assert await claim(stores, "B2", attempt=2, missed_ms=1000) == Claimed(ClaimStatus.KEPT, b"B1")
+
+
+async def test_claim_when_a_key_names_the_request_then_every_repeat_gets_the_answer(stores: Stores) -> None:
+    await claim(stores, "one")
+    await stores.keep(KEY, "one", "f", keep_ms=60_000, answer=b"x")
+    for owner in ("two", "three", "four"):
+        assert await claim(stores, owner) == Claimed(ClaimStatus.KEPT, b"x")
 
 
 async def test_keep_when_the_claim_has_lapsed_then_it_is_kept_all_the_same(stores: Stores, redis: Redis) -> None:

@@ -14,7 +14,7 @@ import pytest
 from limiter import CreditLimiter, connect
 from tests.backend import Backend, running_backend
 from tests.processes import Relay
-from tests.relaying import CHAT, RELAY_TIERS, RunningRelay, client_of, eventually, new_install, relays_on, tiers
+from tests.relaying import CHAT, RELAY_TIERS, Answer, RunningRelay, client_of, eventually, new_install, relays_on, tiers
 from tests.servers import Server
 
 pytest_plugins = ["tests.relay_fixtures"]
@@ -129,6 +129,52 @@ async def test_redis_when_it_is_restarted_under_load_then_what_was_served_is_wha
     await asyncio.gather(*asking)
     for install_id in installs:
         assert (await away.relay.spent(install_id))[0] == served[install_id] == 5
+
+
+# Retries of the SDKs, which count their attempts and name no request
+
+ATTEMPTS = [{"x-stainless-retry-count": str(number)} for number in range(4)]
+
+
+async def recovered(relay: RunningRelay) -> bool:
+    return (await relay.send("GET", "/readyz")).status == 200
+
+
+def is_replayed(answer: Answer) -> bool:
+    assert answer.status == 200
+    return answer.headers.get("Idempotency-Replayed") == "true"
+
+
+@pytest.mark.parametrize("how", ["kill", "pause"])
+async def test_retry_when_its_first_attempt_met_redis_away_then_it_is_no_repeat_of_an_earlier_request_like_it(
+    away: Away, how: str
+) -> None:
+    relay = away.relay
+    assert not is_replayed(await relay.ask(headers=ATTEMPTS[0]))
+    assert await away.spent_now() == (1, 1)
+    getattr(away.server, how)()
+    assert (await relay.ask(headers=ATTEMPTS[0])).status == 503
+    assert (await relay.ask(headers=ATTEMPTS[1])).status == 503
+    away.server.start() if how == "kill" else away.server.resume()
+    await eventually(lambda: recovered(relay), what="the recovery")
+    assert not is_replayed(await relay.ask(headers=ATTEMPTS[2]))
+    assert is_replayed(await relay.ask(headers=ATTEMPTS[3])), "its answer was lost"
+    assert await away.spent_now() == (2, 2)
+    assert len(away.gemini.seen) == 2
+
+
+async def test_retry_when_the_answer_of_its_first_attempt_was_lost_then_an_outage_makes_no_second_debit(
+    away: Away,
+) -> None:
+    relay = away.relay
+    assert not is_replayed(await relay.ask(headers=ATTEMPTS[0]))
+    await relay.settled()
+    away.server.kill()
+    assert (await relay.ask(headers=ATTEMPTS[1])).status == 503
+    away.server.start()
+    await eventually(lambda: recovered(relay), what="the recovery")
+    assert is_replayed(await relay.ask(headers=ATTEMPTS[2]))
+    assert await away.spent_now() == (1, 1)
 
 
 # Shutdown

@@ -5,16 +5,16 @@ import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import aiohttp
 import pytest
 from redis.asyncio import Redis
 
-from limiter import CreditLimiter, connect
+from limiter import CreditLimiter, Decision, connect
 from limiter.relay.breaker import Breaker
 from limiter.relay.metrics import METRICS
 from tests.backend import Backend
-from tests.proxy import Proxy, proxy_of
 from tests.relaying import ONE_SERVER, Answer, RunningRelay, client_of, eventually, new_install, relays_on, tiers
 from tests.servers import Server, free_port
 from tests.test_licence import PUBLIC_KEY, claims, signed
@@ -195,6 +195,20 @@ async def test_key_when_redis_is_away_then_it_is_not_remembered_and_its_request_
     assert await relay.spent() == (1, 1)
 
 
+async def test_retry_when_its_first_attempt_was_unmetered_then_it_is_debited_and_not_answered_as_an_earlier_request(
+    node: Node,
+) -> None:
+    relay, counts = node.relay, [{"x-stainless-retry-count": str(number)} for number in range(3)]
+    assert not is_unmetered(await relay.ask(headers=counts[0]))
+    await relay.settled()
+    await node.lose_redis()
+    assert is_unmetered(await relay.ask(headers=counts[0]))
+    await node.bring_back()
+    answers = [await relay.ask(headers=counts[number]) for number in (1, 2)]
+    assert ["Idempotency-Replayed" in answer.headers for answer in answers] == [False, True]
+    assert await relay.spent() == (2, 2)
+
+
 async def test_licence_when_redis_is_away_then_its_seats_are_not_counted(node: Node) -> None:
     await node.lose_redis()
     for _ in range(3):
@@ -203,28 +217,34 @@ async def test_licence_when_redis_is_away_then_its_seats_are_not_counted(node: N
         assert is_unmetered(await node.relay.ask(headers=headers))
 
 
+class Split(CreditLimiter):
+    """A limiter that has one install's row on another server."""
+
+    elsewhere: tuple[str, CreditLimiter]
+
+    async def reserve(self, install_id: str, **options: Any) -> Decision:
+        install, limiter = self.elsewhere
+        return await (limiter.reserve if install_id == install else super().reserve)(install_id, **options)
+
+
 @ONE_SERVER
 async def test_request_when_its_reserve_alone_gets_no_answer_then_it_is_refused_and_not_free(
-    redis: Redis, redis_url: str, hardware: Backend
+    redis: Redis, own_server: Callable[..., Server], hardware: Backend
 ) -> None:
     """Others are served by that Redis: nobody gets for nothing what they pay for."""
-    async with proxy_of(redis_url) as proxy, relays_on(redis) as start:
-        through = await connect(proxy.url, timeout_ms=200)
-        limiter = CreditLimiter(through, tiers(lifetime=5), timeout_ms=200, deadline_ms=200)
+    gone = own_server()
+    lost = await connect(gone.url, timeout_ms=200)
+    async with relays_on(redis) as start:
+        limiter = Split(redis, tiers(lifetime=5))
         relay = await start(client_of("hardware", hardware.url), on=limiter, on_redis_down="hardware")
-        assert (await relay.ask()).status == 200
-        await relay.settled()
-        await _lose_one_reserve(proxy, relay)
-        await through.aclose()
-
-
-async def _lose_one_reserve(proxy: Proxy, relay: RunningRelay) -> None:
-    proxy.lose_reply(0, "swallow")
-    lost = asyncio.ensure_future(relay.ask())
-    await eventually(lambda: bool(proxy.commands), what="the reserve")
-    assert (await relay.ask(headers={"X-Install-Id": new_install()})).status == 200
-    assert (await lost).status == 503
-    assert await relay.spent() == (1, 0)
+        limiter.elsewhere = (relay.install_id, CreditLimiter(lost, tiers(lifetime=5), timeout_ms=200, deadline_ms=600))
+        gone.kill()
+        asking = asyncio.ensure_future(relay.ask())
+        while not asking.done():
+            assert not is_unmetered(await relay.ask(headers={"X-Install-Id": new_install()}))
+        assert (await asking).status == 503
+        assert not is_unmetered(await relay.ask(headers={"X-Install-Id": new_install()}))
+    await lost.aclose()
 
 
 async def test_answers_when_there_are_any_then_none_names_the_server_program(node: Node) -> None:

@@ -106,8 +106,8 @@ CALLS: dict[str, tuple[Callable[[CreditLimiter], Awaitable[object]], dict[str, s
         },
     ),
     "claim": (
-        lambda limiter: Stores(limiter).claim("credits:claim:a:k", "o", "f", claim_ms=706, supersedes=True),
-        NOW | {"owner": "o", "fingerprint": "f", "claim_ms": "706", "supersedes": "1"},
+        lambda limiter: Stores(limiter).claim("credits:claim:a:k", "o", "f", claim_ms=706, attempt=2, missed_ms=705),
+        NOW | {"owner": "o", "fingerprint": "f", "claim_ms": "706", "attempt": "2", "missed_ms": "705"},
     ),
     "keep": (
         lambda limiter: Stores(limiter).keep("credits:claim:a:k", "o", "f", keep_ms=707, busy_ms=706, answer=b"x\x80"),

@@ -5,6 +5,10 @@ that dies blocks nothing for long. An attempt that was debited leaves its answer
 was served: a client that leaves half-way, and an answer that is too large to keep, are never debited a second time. An
 attempt that was not debited leaves nothing. The answer never waits for any of it.
 
+An SDK's repeats are told from other requests that ask the same by their number: a record is told once to each number
+above its own. A first attempt that found Redis away left no record, so this node remembers it: its repeats are not to
+be answered with what came before it. What no node saw, or another, can still be taken for the request before.
+
 The hold's id is the attempt's, not the key's: the release of a first attempt may come late, and with one id for both it
 would give back the hold of the second. Nothing here reserves or settles.
 """
@@ -13,6 +17,7 @@ import asyncio
 import hashlib
 import re
 import string
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import NoReturn
@@ -36,17 +41,19 @@ _QUOTED = re.compile(r'"((?:[^"\\]|\\["\\])*)"')  # a string of RFC 9651
 _CLAIM_OUTLIVES_HOLD_MS = 60_000  # or an attempt that takes its whole time would be joined by another
 _PATIENCE_S = (0.02, 0.05, 0.1, 0.2)  # an answer may reach its client before the note of it reaches Redis
 _MOST_UNDOS = 256  # at once: each keeps asking a Redis that is away
+_MOST_MISSED = 10_000  # remembered by this node
+_MOST_DIGITS = 3  # of a retry count: no SDK tries so often
 _BIG_BODY = 1 << 20  # hashed in a thread
 
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """Where an attempt leaves its record. supersedes: it is a new request, whatever came before it there."""
+    """Where an attempt leaves its record. attempt: its number, where an SDK counts and nothing names the request."""
 
     key: str
     fingerprint: str
     keep_ms: int
-    supersedes: bool
+    attempt: int | None
 
 
 class Idempotency:
@@ -70,6 +77,7 @@ class Idempotency:
         self._keep_ms, self._window_ms = keep_s * 1000, retry_window_s * 1000
         self._keep_bytes = keep_bytes
         self._undos = 0
+        self._missed_s: dict[str, float] = {}  # in the order of their times
 
     async def once(
         self,
@@ -98,22 +106,41 @@ class Idempotency:
         finally:  # without an await: it is the same for a client that left
             self._note_end(slot, owner, recording)
 
+    async def missed(self, request: web.Request, install_id: str, body: bytes | None) -> None:
+        """Note that a request ends without a claim, as Redis is away; arguments as for `once`.
+
+        Its SDK will send it again, and what an earlier request left in the same place must not be taken for its own.
+        Raises ProblemRaised (400) for a key that is none.
+        """
+        if idempotency_key(request) is not None or _attempt(request) != 0:
+            return
+        slot = await self._slot(request, install_id, body)
+        if slot is not None:
+            self._missed_s.pop(slot.key, None)
+            self._missed_s[slot.key] = time.monotonic()
+            if len(self._missed_s) > _MOST_MISSED:
+                del self._missed_s[next(iter(self._missed_s))]
+
     async def _slot(self, request: web.Request, install_id: str, body: bytes | None) -> _Slot | None:
-        key, repeats = idempotency_key(request), _repeats(request)
+        key, attempt = idempotency_key(request), _attempt(request)
         if key is not None:
             fingerprint = await _fingerprint(request, body)
-            return _Slot(self._stores.keys.claim(install_id, key), fingerprint, self._keep_ms, supersedes=False)
-        if repeats is None or body is None or not self._window_ms:
+            return _Slot(self._stores.keys.claim(install_id, key), fingerprint, self._keep_ms, attempt=None)
+        if attempt is None or body is None or not self._window_ms:
             return None
         fingerprint = await _fingerprint(request, body)
-        key = self._stores.keys.retry(install_id, fingerprint)
-        return _Slot(key, fingerprint, self._window_ms, supersedes=not repeats)
+        return _Slot(self._stores.keys.retry(install_id, fingerprint), fingerprint, self._window_ms, attempt)
 
     async def _claim(self, slot: _Slot, owner: str) -> Claimed:
         for pause_s in (*_PATIENCE_S, 0):
             claiming = asyncio.ensure_future(
                 self._stores.claim(
-                    slot.key, owner, slot.fingerprint, claim_ms=self._claim_ms, supersedes=slot.supersedes
+                    slot.key,
+                    owner,
+                    slot.fingerprint,
+                    claim_ms=self._claim_ms,
+                    attempt=slot.attempt,
+                    missed_ms=self._since_missed_ms(slot),
                 )
             )
             try:
@@ -124,9 +151,15 @@ class Idempotency:
                 self._undo(slot, owner, claiming)
                 raise
             if claimed.status is not ClaimStatus.RUNNING:
+                self._missed_s.pop(slot.key, None)  # from here on the record knows of it
                 break
             await asyncio.sleep(pause_s)
         return claimed
+
+    def _since_missed_ms(self, slot: _Slot) -> int | None:
+        """Tell how long ago this node had to turn away the first attempt of what may be this request."""
+        at_s = self._missed_s.get(slot.key)
+        return None if at_s is None else int((time.monotonic() - at_s) * 1000)
 
     @property
     def _claim_ms(self) -> int:
@@ -190,10 +223,10 @@ def idempotency_key(request: web.Request) -> str | None:
     return key
 
 
-def _repeats(request: web.Request) -> bool | None:
-    """Tell whether an SDK says that it sends this again; None when no SDK counts."""
+def _attempt(request: web.Request) -> int | None:
+    """Tell how often an SDK says that it sent this before; None when no SDK counts."""
     text = request.headers.get(_RETRY_HEADER, "")
-    return text.strip("0") != "" if text.isascii() and text.isdigit() else None
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS else None
 
 
 async def _fingerprint(request: web.Request, body: bytes | None) -> str:

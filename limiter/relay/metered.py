@@ -24,7 +24,7 @@ from limiter.relay.answers import REQUEST_ID, ProblemRaised, ratelimit_headers, 
 from limiter.relay.asking import Asked, read_json
 from limiter.relay.backends import BackendClient, BackendFailed, Upstream
 from limiter.relay.facts import Facts, facts_of
-from limiter.relay.idempotency import Idempotency, idempotency_key
+from limiter.relay.idempotency import Idempotency
 from limiter.relay.identity import Identity, identify
 from limiter.relay.metrics import UNAVAILABLE, UNMETERED
 from limiter.relay.passing import Metered, Unmetered, pass_answer
@@ -115,10 +115,16 @@ async def _answer(call: _Call, body: bytes | None) -> web.StreamResponse:
             except LimiterUnavailable:  # nothing was forwarded, and what may be held is being given back
                 if not mode.serves_unmetered:
                     facts_of(call.request).status = UNAVAILABLE
+                    await _remember_missed(call, body)
                     raise
+        await _remember_missed(call, body)
         return await _serve_unmetered(call)
     except BackendFailed as failure:
         raise ProblemRaised(failure.problem, call.identity.headers()) from failure
+
+
+async def _remember_missed(call: _Call, body: bytes | None) -> None:
+    await call.relay.idempotency.missed(call.request, call.identity.install_id, body)
 
 
 async def _serve_once(call: _Call, body: bytes | None) -> web.StreamResponse:
@@ -180,7 +186,6 @@ async def _serve(call: _Call, recording: Recording, decision: Decision) -> web.S
 async def _serve_unmetered(call: _Call) -> web.StreamResponse:
     """Serve from hardware, and from nothing else, what can be asked of no Redis: no credits, no seat, no key."""
     relay, request, identity = call.relay, call.request, call.identity
-    idempotency_key(request)  # one that is none is refused as ever
     facts = facts_of(request)
     facts.status, facts.cost, facts.backend = UNMETERED, None, "hardware"
     async with AsyncExitStack() as stack:

@@ -100,12 +100,30 @@ class Stores:
         return self._limiter.hold_ms
 
     async def claim(
-        self, claim_key: str, owner: str, fingerprint: str, *, claim_ms: int, supersedes: bool = False
+        self,
+        claim_key: str,
+        owner: str,
+        fingerprint: str,
+        *,
+        claim_ms: int,
+        attempt: int | None = None,
+        missed_ms: int | None = None,
     ) -> Claimed:
-        """Run claim.lua. A repeat by the same owner is CLAIMED again."""
+        """Run claim.lua. A repeat by the same owner gives the same answer again.
+
+        attempt: its number, where clients count them; 0 is always a new request. missed_ms: how long ago the first one
+        ended without a claim: what was begun before that is another request's.
+        """
         reply = await self._repeated(
             lambda: self._scripts.call(
-                "claim", claim_key, owner, fingerprint, claim_ms, int(supersedes), optional(self._now_ms())
+                "claim",
+                claim_key,
+                owner,
+                fingerprint,
+                claim_ms,
+                optional(attempt),
+                optional(missed_ms),
+                optional(self._now_ms()),
             )
         )
         return Claimed(ClaimStatus(reply[0].decode()), reply[1])
