@@ -9,12 +9,11 @@ local lease_ms    = tonumber(ARGV[3])  -- int >= 0, milliseconds until the lease
 local checksum    = ARGV[4]            -- string, of the file about to be published; "" leaves what is noted
 local good_at     = ARGV[5]            -- time of the last good dump; "" leaves what is noted
 local now_arg     = ARGV[6]            -- int, epoch milliseconds; "" for the server's time
---@include clock
 
 if owner == "" or not (least_epoch and least_epoch >= 0 and lease_ms and lease_ms >= 0) then
   return redis.error_reply("BADARG lease wants an owner, an epoch from 0 and a time from 0")
 end
-local now_ms = clock.now_ms(now_arg)
+--@include clock
 local f = redis.call("HMGET", lease_key, "owner", "epoch", "lapses_ms", "checksum", "good_at")
 local epoch, is_own = tonumber(f[2]) or 0, f[1] == owner
 if not is_own and (tonumber(f[3]) or 0) > now_ms then return { "STANDBY", epoch, f[1], f[4] or "", f[5] or "" } end
