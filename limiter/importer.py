@@ -4,29 +4,28 @@ It reads files through `ledger` and never decides what a row means.
 """
 
 import asyncio
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal
 
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import RedisError
 
 from limiter.cancelling import CancelWatch
 from limiter.credit_limiter import CreditLimiter
-from limiter.errors import BrokenRow, LedgerFileError
-from limiter.ledger import LedgerFile, row_from_member, undated_fields
-from limiter.ledger_row import merged_extra
+from limiter.errors import LedgerFileError
+from limiter.ledger import Entry, LedgerFile
 from limiter.ledger_writer import ListFile
-from limiter.lua_source import compose
-from limiter.model import Row, Status
-from limiter.scripts import PutMode, mapped, put_row_arguments, status_of
-from limiter.store import Fields, decode_row, scan_keys
+from limiter.model import Status
+from limiter.row_sender import Item, RowSender
+from limiter.scripts import PutMode, mapped
+from limiter.store import scan_keys
 
 Phase = Literal["check", "compare", "write"]
-BATCH_ROWS = 500
+BATCH_ROWS = 100  # in one call: others wait for it, less than a millisecond
+_BATCHES_SENT = 2  # at once
 _REASONS_KEPT = 20
-_SCRIPT_LOADS = 3  # of one batch: a server that forgets its scripts faster than that is broken
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,17 +84,14 @@ async def import_file(
     with LedgerFile(path) as file, ListFile(rejected_path, "rejected") as rejected_file:
         run = _Import(limiter, file, now_ms, None if dry_run else rejected_file, on_progress)
         good = await run.check()
-        answers: Counter[Status] = Counter()
         stored = await _count_rows(limiter) if mode == "create" else 0
-        if stored:
-            answers = await run.put(mode, asks=True)
-            _refuse_other_rows(path, stored, answers)
-        if not dry_run:
-            answers = await run.put(mode, asks=False)
-        elif mode != "create":
-            answers = await run.put(mode, asks=True)
-        elif not stored:
-            answers[Status.CREATED] = good
+        compared = await run.compare(mode) if stored or (dry_run and mode != "create") else None
+        if stored and compared is not None:
+            _refuse_other_rows(path, stored, compared)
+        if compared is not None and (dry_run or compared.total() == compared[Status.SAME]):
+            answers = compared
+        else:
+            answers = Counter({Status.CREATED: good}) if dry_run else await run.store(mode)
         return ImportReport(
             total=run.total,
             new=answers[Status.CREATED],
@@ -119,15 +115,6 @@ async def moment_ms(limiter: CreditLimiter) -> int:
     return int(seconds) * 1000 + int(microseconds) // 1000
 
 
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """A good row on its way, with what the file had. `undated` names the fields that the file says nothing of."""
-
-    row: Row
-    member: object
-    undated: frozenset[str]
-
-
 class _Import:
     """One import's passes over its file. All of them see one moment, so that they make the same rows."""
 
@@ -141,142 +128,81 @@ class _Import:
     ) -> None:
         self.total = self.rejected = 0
         self.first_rejected: list[Rejected] = []
-        self._limiter, self._file, self._now_ms = limiter, file, now_ms
+        self._file, self._now_ms = file, now_ms
         self._rejected_file, self._on_progress = rejected_file, on_progress
-        self._script = compose("put_row")
+        self._sender = RowSender(limiter, self._reject)
         self._cancel = CancelWatch()
 
     async def check(self) -> int:
         """Read the whole file, noting the rows that cannot be taken; give the number of those that can."""
-        for install_id, member in self._file.members():
+        for entry in self._file.entries():
             self.total += 1
-            try:
-                row_from_member(install_id, member, now_ms=self._now_ms)
-            except LedgerFileError as error:
-                await self._reject(install_id, member, str(error))
+            if entry.groups is None:
+                try:
+                    entry.row(now_ms=self._now_ms)
+                except LedgerFileError as error:
+                    await self._reject(entry, str(error))
             if self.total % BATCH_ROWS == 0:
                 self._tell("check", self.total)
                 await asyncio.sleep(0)  # others on this loop have their turn, and a cancellation is seen
         self._tell("check", self.total)
         return self.total - self.rejected
 
-    async def put(self, mode: PutMode, *, asks: bool) -> "Counter[Status]":
-        """Send every good row, or with `asks` only find out what that would do; count the answers."""
+    async def compare(self, mode: PutMode) -> "Counter[Status]":
+        """Find out what storing every good row would do; count the answers."""
         answers: Counter[Status] = Counter()
-        batch: list[_Item] = []
         rows = 0
-        for item in self._good():
-            batch.append(item)
-            rows += 1
-            if len(batch) == BATCH_ROWS:
-                answers += await self._put_batch(batch, mode, asks=asks)
-                batch = []
-                self._tell("compare" if asks else "write", rows)
-        if batch:
-            answers += await self._put_batch(batch, mode, asks=asks)
-        self._tell("compare" if asks else "write", rows)
+        for batch in self._batches():
+            answers += await self._sender.put(batch, mode, asks=True)
+            rows += len(batch)
+            self._tell("compare", rows)
         return answers
 
-    def _good(self) -> Iterator[_Item]:
-        for install_id, member in self._file.members():
+    async def store(self, mode: PutMode) -> "Counter[Status]":
+        """Store every good row; count the answers. While Redis has a batch in work the next one is read."""
+        answers: Counter[Status] = Counter()
+        rows = 0
+        sent: deque[tuple[int, asyncio.Task[Counter[Status]]]] = deque()
+        batches = self._batches()
+        try:
+            while True:
+                while len(sent) < _BATCHES_SENT and (batch := next(batches, None)):
+                    sent.append((len(batch), asyncio.create_task(self._sender.store(batch, mode))))
+                    await asyncio.sleep(0)
+                if not sent:
+                    return answers
+                answers += await sent[0][1]
+                rows += sent.popleft()[0]
+                self._tell("write", rows)
+        finally:
+            for _, task in sent:
+                task.cancel()
+            await asyncio.gather(*(task for _, task in sent), return_exceptions=True)
+
+    def _batches(self) -> Iterator[list[Item]]:
+        batch: list[Item] = []
+        for entry in self._file.entries():
             try:
-                row = row_from_member(install_id, member, now_ms=self._now_ms)
+                batch.append(Item(entry, entry.row(now_ms=self._now_ms) if entry.groups is None else None))
             except LedgerFileError:  # the check has noted it
                 continue
-            yield _Item(row, member, undated_fields(member))
+            if len(batch) == BATCH_ROWS:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
 
-    async def _put_batch(self, batch: list[_Item], mode: PutMode, *, asks: bool) -> "Counter[Status]":
-        settled = await self._settled(batch, mode)
-        calls = []
-        for _, row in settled:
-            word, *rest = put_row_arguments(row, mode)
-            calls.append((self._limiter.keys.install(row.install_id), f"{word}?" if asks else word, *rest))
-        replies = await self._call(calls)
-        answers: Counter[Status] = Counter()
-        for (item, row), reply in zip(settled, replies, strict=True):
-            if isinstance(reply, Exception):
-                error = mapped(reply, self._limiter.keys.install(row.install_id))
-                if not isinstance(error, BrokenRow):
-                    raise error from reply
-                if asks and mode == "create":
-                    answers[Status.EXISTS] += 1
-                    continue
-                await self._reject(row.install_id, item.member, f"its row in Redis is broken: {error}")
-                continue
-            status = status_of(reply)
-            answers[status] += 1
-            if status is Status.EXISTS and not asks:
-                await self._reject(row.install_id, item.member, "Redis got another row of this install meanwhile")
-        return answers
-
-    async def _call(self, calls: list[tuple[Any, ...]]) -> list[Any]:
-        """Run put_row for each call in one round trip; those that a server without the script did not run, again."""
-        replies: list[Any] = [None] * len(calls)
-        waiting = list(range(len(calls)))
-        for attempt in range(1 + _SCRIPT_LOADS):
-            if not waiting:
-                break
-            pipeline = self._limiter.redis.pipeline(transaction=False)
-            if attempt:
-                pipeline.script_load(self._script.text)
-            for index in waiting:
-                pipeline.evalsha(self._script.sha, 1, *calls[index])
-            got = await _executed(pipeline, str(calls[waiting[0]][0]))
-            for index, reply in zip(waiting, got[-len(waiting) :], strict=True):
-                replies[index] = reply
-            waiting = [index for index in waiting if isinstance(replies[index], NoScriptError)]
-        return replies
-
-    async def _settled(self, batch: list[_Item], mode: PutMode) -> list[tuple[_Item, Row]]:
-        """Give the rows to send: what the file leaves open is filled from the row that is stored already.
-
-        A row without a period began "now", and a repeat has another now. And a merge keeps the other members of both.
-        This looks before it writes, which is safe: a stored period only moves on, and put_row lets a later one win.
-        """
-        open_items = [item for item in batch if item.undated or (mode == "merge" and item.row.extra)]
-        if not open_items:
-            return [(item, item.row) for item in batch]
-        pipeline = self._limiter.redis.pipeline(transaction=False)
-        keys = [self._limiter.keys.install(item.row.install_id) for item in open_items]
-        for key in keys:
-            pipeline.hgetall(key)
-        found = zip(keys, await _executed(pipeline, keys[0]), strict=True)
-        stored = {key: row for key, fields in found if (row := self._stored(key, fields))}
-        settled: list[tuple[_Item, Row]] = []
-        for item in batch:
-            row = stored.get(self._limiter.keys.install(item.row.install_id))
-            try:
-                settled.append((item, item.row if row is None else _filled(item, row, mode)))
-            except ValueError as cause:
-                await self._reject(item.row.install_id, item.member, f"it cannot be merged: {cause}")
-        return settled
-
-    def _stored(self, key: str, fields: "Fields | Exception") -> Row | None:
-        if isinstance(fields, Exception) or not fields:
-            return None  # put_row says what is wrong with it
-        try:
-            return decode_row(self._limiter.keys, key, fields)
-        except BrokenRow:
-            return None
-
-    async def _reject(self, install_id: str, member: object, reason: str) -> None:
+    async def _reject(self, entry: Entry, reason: str) -> None:
         self.rejected += 1
         if len(self.first_rejected) < _REASONS_KEPT:
-            self.first_rejected.append(Rejected(install_id, reason))
+            self.first_rejected.append(Rejected(entry.install_id, reason))
         if self._rejected_file is not None:
-            await self._rejected_file.add({"install_id": install_id, "reason": reason, "row": member})
+            await self._rejected_file.add({"install_id": entry.install_id, "reason": reason, "row": entry.member})
 
     def _tell(self, phase: Phase, rows: int) -> None:
         self._cancel.check()
         if self._on_progress is not None:
             self._on_progress(Progress(phase, rows, self._file.read_bytes, self._file.size_bytes))
-
-
-def _filled(item: _Item, stored: Row, mode: PutMode) -> Row:
-    row = replace(item.row, **{name: getattr(stored, name) for name in item.undated})
-    if mode == "merge":
-        return replace(row, extra=merged_extra(stored.extra, row.extra))
-    return row if row == stored else item.row
 
 
 def _refuse_other_rows(path: Path, stored: int, answers: "Counter[Status]") -> None:
@@ -292,10 +218,3 @@ def _refuse_other_rows(path: Path, stored: int, answers: "Counter[Status]") -> N
 async def _count_rows(limiter: CreditLimiter) -> int:
     """Count the rows of this prefix."""
     return sum([len(names) async for names in scan_keys(limiter.redis, limiter.keys)])
-
-
-async def _executed(pipeline: Any, key: str) -> list[Any]:
-    try:
-        return cast("list[Any]", await pipeline.execute(raise_on_error=False))
-    except (RedisError, OSError, TimeoutError) as error:
-        raise mapped(error, key) from error

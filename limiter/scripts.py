@@ -3,6 +3,7 @@
 A method here makes one attempt. It never repeats: who may repeat what is decided in `CreditLimiter`.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal, cast
 
@@ -144,8 +145,15 @@ class Scripts:
 
     async def put_row(self, row_key: str, row: Row, *, mode: PutMode) -> Status:
         """Run put_row.lua."""
-        reply = await self.call("put_row", row_key, *put_row_arguments(row, mode))
+        reply = await self.call("put_row", row_key, mode, *stored_values(row))
         return _STATUS[reply[0]]
+
+    async def create_rows(self, row_keys: Sequence[str], values: Sequence[Argument]) -> list[Status]:
+        """Run create_rows.lua. values: the `stored_values` of each row."""
+        script = compose("create_rows")
+        evalsha = command("EVALSHA", script.sha, len(row_keys), *row_keys, *values)
+        reply = await self._sent(script, row_keys[0], evalsha)
+        return [_STATUS[word] for word in reply]
 
     async def call(self, name: str, row_key: str, *arguments: Argument) -> Any:
         """Run one script on one key, loading it when the server does not know it (a restart, SCRIPT FLUSH, a replica).
@@ -157,6 +165,9 @@ class Scripts:
     async def _run(self, script: Script, row_key: str, count: int, arguments: bytes) -> Any:
         key = row_key.encode()
         evalsha = b"*%d%b$%d\r\n%b\r\n%b" % (4 + count, _evalsha(script), len(key), key, arguments)
+        return await self._sent(script, row_key, evalsha)
+
+    async def _sent(self, script: Script, row_key: str, evalsha: bytes) -> Any:
         try:
             try:
                 return await self._wire.send(row_key, evalsha, self._timeout_s)
@@ -173,10 +184,9 @@ def _evalsha(script: Script) -> bytes:
     return b"\r\n" + packed("EVALSHA", script.sha, 1)
 
 
-def put_row_arguments(row: Row, mode: PutMode) -> tuple[str | int, ...]:
-    """Give put_row.lua's arguments, for the one call above and for pipelines of them."""
+def stored_values(row: Row) -> tuple[str | int, ...]:
+    """Give what put_row.lua and create_rows.lua store of a row, in their order."""
     return (
-        mode,
         row.tier_snapshot,
         row.lifetime_consumed,
         row.lifetime_gemini_consumed,

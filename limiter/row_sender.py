@@ -1,0 +1,143 @@
+"""Rows of a ledger on their way into Redis, a batch at a time. They go in through create_rows.lua and put_row.lua only.
+
+It reads no file and never decides what a row means.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from redis.exceptions import ClusterCrossSlotError, RedisError
+
+from limiter.credit_limiter import CreditLimiter
+from limiter.errors import BrokenRow, ScriptContractError
+from limiter.ledger import Entry
+from limiter.ledger_row import merged_extra, row_from_groups
+from limiter.model import Row, Status
+from limiter.scripts import PutMode, Scripts, mapped, status_of, stored_values
+from limiter.store import Fields, decode_row
+from limiter.wire import Argument
+
+_TIMEOUT_MS = 30_000  # the server may be busy with others, and no client waits for an import
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A good row of a file. read: its row; None for an entry of the regular form, of which it follows."""
+
+    entry: Entry
+    read: Row | None
+
+    @property
+    def row(self) -> Row:
+        """The row."""
+        return row_from_groups(self.entry.groups or ()) if self.read is None else self.read
+
+    @property
+    def values(self) -> Sequence[Argument]:
+        """What a script stores of it."""
+        if self.entry.groups is not None:
+            return (*self.entry.groups[1:], "")
+        return stored_values(self.row)
+
+
+class RowSender:
+    """Sends batches to one Redis. reject: told of each row that Redis cannot take, and why.
+
+    Methods raise LimiterUnavailable: then some rows of the batch may be in, each of them whole.
+    """
+
+    def __init__(self, limiter: CreditLimiter, reject: Callable[[Entry, str], Awaitable[None]]) -> None:
+        self._limiter, self._reject = limiter, reject
+        self._scripts = Scripts(limiter.wire, timeout_ms=_TIMEOUT_MS)
+
+    async def store(self, batch: Sequence[Item], mode: PutMode) -> "Counter[Status]":
+        """Store the rows that Redis has not in one call, then the others as put_row does; count the answers."""
+        keys = [self._limiter.keys.install(item.entry.install_id) for item in batch]
+        values: list[Argument] = []
+        for item in batch:
+            values += item.values
+        try:
+            statuses = await self._limiter.repeated(lambda: self._scripts.create_rows(keys, values))
+        except ScriptContractError as error:
+            if not isinstance(error.__cause__, ClusterCrossSlotError):
+                raise
+            return await self.put(batch, mode, asks=False)  # in a cluster a call has one row
+        known = [item for item, status in zip(batch, statuses, strict=True) if status is not Status.CREATED]
+        answers = Counter({Status.CREATED: len(batch) - len(known)})
+        return answers + await self.put(known, mode, asks=False) if known else answers
+
+    async def put(self, batch: Sequence[Item], mode: PutMode, *, asks: bool) -> "Counter[Status]":
+        """Run put_row for each row, or with `asks` only find out what that would do; count the answers."""
+        settled = await self._settled(batch, mode)
+        word = f"{mode}?" if asks else mode
+        calls = (
+            self._scripts.call("put_row", self._limiter.keys.install(row.install_id), word, *stored_values(row))
+            for _, row in settled
+        )
+        answers: Counter[Status] = Counter()
+        for (item, _), reply in zip(settled, await asyncio.gather(*calls, return_exceptions=True), strict=True):
+            if not isinstance(reply, BaseException):
+                status = status_of(reply)
+                answers[status] += 1
+                if status is Status.EXISTS and not asks:
+                    await self._reject(item.entry, "Redis got another row of this install meanwhile")
+            elif not isinstance(reply, BrokenRow):
+                raise reply
+            elif asks and mode == "create":
+                answers[Status.EXISTS] += 1
+            else:
+                await self._reject(item.entry, f"its row in Redis is broken: {reply}")
+        return answers
+
+    async def _settled(self, batch: Sequence[Item], mode: PutMode) -> list[tuple[Item, Row]]:
+        """Give the rows to send: what the file leaves open is filled from the row that is stored already.
+
+        A row without a period began "now", and a repeat has another now. And a merge keeps the other members of both.
+        This looks before it writes, which is safe: a stored period only moves on, and put_row lets a later one win.
+        """
+        rows = [(item, item.row) for item in batch]
+        keys = [
+            self._limiter.keys.install(row.install_id)
+            for item, row in rows
+            if item.entry.undated or (mode == "merge" and row.extra)
+        ]
+        if not keys:
+            return rows
+        pipeline = self._limiter.redis.pipeline(transaction=False)
+        for key in keys:
+            pipeline.hgetall(key)
+        found = zip(keys, await _executed(pipeline, keys[0]), strict=True)
+        stored = {key: row for key, fields in found if (row := self._stored(key, fields))}
+        settled: list[tuple[Item, Row]] = []
+        for item, row in rows:
+            known = stored.get(self._limiter.keys.install(row.install_id))
+            try:
+                settled.append((item, row if known is None else _filled(item, row, known, mode)))
+            except ValueError as cause:
+                await self._reject(item.entry, f"it cannot be merged: {cause}")
+        return settled
+
+    def _stored(self, key: str, fields: "Fields | Exception") -> Row | None:
+        if isinstance(fields, Exception) or not fields:
+            return None  # put_row says what is wrong with it
+        try:
+            return decode_row(self._limiter.keys, key, fields)
+        except BrokenRow:
+            return None
+
+
+def _filled(item: Item, row: Row, stored: Row, mode: PutMode) -> Row:
+    filled = replace(row, **{name: getattr(stored, name) for name in item.entry.undated})
+    if mode == "merge":
+        return replace(filled, extra=merged_extra(stored.extra, filled.extra))
+    return filled if filled == stored else row
+
+
+async def _executed(pipeline: Any, key: str) -> list[Any]:
+    try:
+        return cast("list[Any]", await pipeline.execute(raise_on_error=False))
+    except (RedisError, OSError, TimeoutError) as error:
+        raise mapped(error, key) from error

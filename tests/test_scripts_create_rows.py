@@ -1,0 +1,53 @@
+import pytest
+from redis.asyncio import Redis
+
+from limiter import CreditLimiter, Row, ScriptContractError, Status
+from limiter.scripts import Scripts, stored_values
+from tests.conftest import fields_of
+
+ROW = Row("a", "pro", 11, 12, "2026-05-01T08:00:00.000Z", 14, 15, 16, "2026-05-10T09:30:00.000Z")
+OTHER = Row("b", "core", 1, 0, "2026-05-02T08:00:00.000Z", 2, 0, 0, "2026-05-02T08:00:00.000Z", '{"x":1}')
+
+
+async def create(limiter: CreditLimiter, *rows: Row) -> list[Status]:
+    keys = [limiter.keys.install(row.install_id) for row in rows]
+    values = [value for row in rows for value in stored_values(row)]
+    return await Scripts(limiter.wire, timeout_ms=1000).create_rows(keys, values)
+
+
+async def test_create_rows_when_they_are_new_then_each_is_what_put_row_makes_of_it(
+    redis: Redis, limiter: CreditLimiter
+) -> None:
+    assert await create(limiter, ROW, OTHER) == [Status.CREATED, Status.CREATED]
+    made = [await fields_of(redis, "a"), await fields_of(redis, "b")]
+    await redis.flushdb()
+    for row in (ROW, OTHER):
+        await limiter.put_row(row, mode="create")
+    assert made == [await fields_of(redis, "a"), await fields_of(redis, "b")]
+
+
+async def test_create_rows_when_one_is_there_then_it_is_left_alone_and_the_others_are_stored(
+    redis: Redis, limiter: CreditLimiter
+) -> None:
+    await limiter.debit("a", tier="core", has_hardware=True)
+    before = await redis.dump("credits:install:a")
+    assert await create(limiter, OTHER, ROW) == [Status.CREATED, Status.EXISTS]
+    assert await redis.dump("credits:install:a") == before
+    assert await limiter.row("b") == OTHER
+
+
+async def test_create_rows_when_the_key_is_no_row_then_it_is_left_alone(redis: Redis, limiter: CreditLimiter) -> None:
+    await redis.set("credits:install:a", "x", ex=60)
+    assert await create(limiter, ROW) == [Status.EXISTS]
+    assert await redis.get("credits:install:a") == b"x"
+
+
+@pytest.mark.parametrize("left_out", [1, 9])
+async def test_create_rows_when_values_are_missing_then_it_is_refused_and_nothing_stored(
+    redis: Redis, limiter: CreditLimiter, left_out: int
+) -> None:
+    values = [value for row in (ROW, OTHER) for value in stored_values(row)]
+    keys = [limiter.keys.install(row.install_id) for row in (ROW, OTHER)]
+    with pytest.raises(ScriptContractError, match="BADARG create_rows"):
+        await Scripts(limiter.wire, timeout_ms=1000).create_rows(keys, values[:-left_out])
+    assert await redis.dbsize() == 0
