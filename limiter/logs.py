@@ -14,7 +14,6 @@ from typing import Literal, TextIO
 
 import orjson
 import structlog
-from aiohttp.http_exceptions import HttpProcessingError
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 LogFormat = Literal["auto", "json", "text"]
@@ -45,7 +44,6 @@ def set_up_logging(
             )
         ]
     handler = logging.StreamHandler(stream)
-    handler.addFilter(shorten_malformed)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[
@@ -78,20 +76,6 @@ def short_names(key: str = "") -> Callable[[str], str]:
         return hashlib.blake2b(install_id.encode(), key=secret, digest_size=_NAME_BYTES).hexdigest()
 
     return short_name
-
-
-def shorten_malformed(record: logging.LogRecord) -> bool:
-    """Tell of bytes that are no HTTP in one line: aiohttp logs a traceback (3.14) that quotes what the client sent.
-
-    A filter for the log that a server writes to, or for a handler.
-    """
-    error = record.exc_info[1] if record.exc_info else None
-    if isinstance(error, HttpProcessingError):
-        record.msg, record.args = "malformed request: %s", (type(error).__name__,)
-        record.exc_info = record.exc_text = None
-        record.levelno, record.levelname = logging.INFO, "INFO"
-        return logging.getLogger(record.name).isEnabledFor(logging.INFO)
-    return True
 
 
 def _json_renderer() -> Processor:

@@ -86,6 +86,8 @@ class RelaySettings(_Section):
     body_limit_mb: Whole = Field(default=32, ge=1, le=4096)
     upload_limit_mb: Whole = Field(default=128, ge=1, le=65_536)
     upload_s: Seconds = Field(default=300, gt=0, le=3600)
+    write_idle_s: Seconds = Field(default=60, gt=0, le=3600)
+    keepalive_s: Seconds = Field(default=75, gt=0, le=3600)
     replay_limit_kb: Whole = Field(default=1024, ge=0, le=1_048_576)
     cors_origins: list[Origin] = []
     trusted_proxies: list[str] = []

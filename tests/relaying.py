@@ -211,7 +211,7 @@ async def relays_on(redis: Redis) -> AsyncIterator[StartRelay]:
                 **_sections({"mint_per_ip": 0, "mint_overall": 0, **options}),
             )
             app = create_app(limiter, {client.name: client for client in clients}, settings, reports)
-            runner = runner_of(app, shutdown_s=5)
+            runner = runner_of(app, settings.relay.model_copy(update={"drain_s": 5}))
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
             await web.TCPSite(runner, "127.0.0.1", 0).start()

@@ -204,19 +204,6 @@ async def test_client_when_it_leaves_before_the_answer_then_its_line_says_499_an
     assert app.value("limiter_requests_total", route="/slow", method="GET", status="499") == 1
 
 
-async def test_bytes_when_they_are_no_http_then_one_line_without_traceback_quotes_nothing_of_them(app: Watched) -> None:
-    reader, writer = await asyncio.open_connection("127.0.0.1", int(app.url.rpartition(":")[2]))
-    writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\x00\r\n\r\n")
-    assert b" 400 " in await reader.readline()
-    writer.close()
-    (text,) = app.log.getvalue().splitlines()
-    line = orjson.loads(text)
-    assert (line["level"], line["logger"]) == ("info", "aiohttp.server")
-    assert line["event"].startswith("malformed request: ")
-    assert "exception" not in line
-    assert "secret" not in text
-
-
 # The metrics
 
 

@@ -124,11 +124,10 @@ async def test_chunked_body_when_it_is_malformed_then_400_or_closed(
     assert gemini.seen == []
 
 
-@pytest.mark.parametrize("rest", [b"", b"no chunk\r\n\r\n", b"1;" + b"x" * 100_000])
-async def test_body_when_it_stops_or_breaks_in_the_middle_then_408_in_the_end(
+@pytest.mark.parametrize("rest", [b"", b"1;" + b"x" * 100_000])
+async def test_body_when_it_stops_in_the_middle_then_408_in_the_end(
     start_relay: StartRelay, gemini: Backend, rest: bytes
 ) -> None:
-    """What breaks when the handler reads already is told to nobody by aiohttp's C parser (3.14)."""
     attacked = await start_relay(client_of("gemini", gemini.url), upload_s=0.2)
     reader, writer = await asyncio.open_connection("127.0.0.1", attacked.port)
     writer.write(request(attacked, b"Transfer-Encoding: chunked", body=b'9\r\n{"model":\r\n'))

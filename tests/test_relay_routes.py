@@ -2,7 +2,6 @@
 
 import asyncio
 import gzip
-import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -335,45 +334,7 @@ async def test_origins_when_none_is_set_then_no_answer_mentions_them(relay: Runn
     assert "Vary" not in answer.headers
 
 
-# Not HTTP, or another protocol
-
-
-@pytest.fixture
-def server_log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    caplog.set_level(logging.INFO)
-    return caplog
-
-
-@pytest.mark.parametrize(
-    "sent",
-    [
-        b"GET /healthz\r\n\r\n",
-        b"GET /healthz HTTP/9.9\r\n\r\n",
-        b"no http at all\r\n\r\n",
-        b"GET /healthz HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 100_000 + b"\r\n\r\n",
-        b"POST /v1/credits HTTP/1.1\r\nHost: a\r\nContent-Length: x\r\n\r\n",
-    ],
-    ids=["no version", "odd version", "no http", "oversized header", "no length"],
-)
-async def test_bytes_when_they_are_no_http_then_4xx_and_one_short_line_in_the_log(
-    relay: RunningRelay, server_log: pytest.LogCaptureFixture, sent: bytes
-) -> None:
-    assert (await relay.raw(sent)).split(b" ")[1][:1] == b"4"
-    assert len(server_log.records) <= 1
-    for record in server_log.records:
-        assert record.exc_info is None
-        assert record.getMessage().startswith(("malformed request: ", "request"))
-        assert len(record.getMessage()) < 80
-
-
-@pytest.mark.usefixtures("relay")
-async def test_log_when_a_fault_is_the_servers_own_then_it_is_still_told(server_log: pytest.LogCaptureFixture) -> None:
-    """What is kept out of the log is malformed requests, and nothing else."""
-    try:
-        raise RuntimeError("of its own")  # noqa: TRY301  the log wants a traceback
-    except RuntimeError:
-        logging.getLogger("limiter.relay.http").exception("Error handling request")
-    assert "RuntimeError: of its own" in server_log.text
+# Another protocol
 
 
 @pytest.mark.parametrize("start", ["POST /v1/chat/completions", "GET /v1/credits", "POST /v1/audio/transcriptions"])

@@ -8,10 +8,11 @@ from aiohttp import web
 
 from limiter.credit_limiter import CreditLimiter
 from limiter.licence import Licences
-from limiter.logs import short_names, shorten_malformed
+from limiter.logs import short_names
 from limiter.model import Backend
 from limiter.relay.admission import Admission, trusted_networks
 from limiter.relay.backends import BackendClient
+from limiter.relay.connections import RelayRunner
 from limiter.relay.cors import allow_origins
 from limiter.relay.error_answers import Handler, answer_errors, name_answer
 from limiter.relay.health import REPORTS, Report, show_health, show_readiness
@@ -25,7 +26,7 @@ from limiter.relay.redis_mode import RedisMode
 from limiter.relay.settlement import Settlements
 from limiter.relay.stores import Stores
 from limiter.relay.uploads import UploadLimits, expect_later
-from limiter.settings import Settings
+from limiter.settings import RelaySettings, Settings
 
 _MIB = 1 << 20
 _KIB = 1 << 10
@@ -51,8 +52,9 @@ def create_app(
     app[REPORTS] = {"redis_mode": mode.report, **(reports or {})}
     for method, path, handler in _ROUTES:
         expect = expect_later if handler is serve_upload else None
-        # The id of a model may hold slashes.
-        app.router.add_route(method, path.replace("}", ":.+}"), handler, expect_handler=expect)
+        for served in (method, "HEAD") if method == "GET" else (method,):
+            # The id of a model may hold slashes.
+            app.router.add_route(served, path.replace("}", ":.+}"), handler, expect_handler=expect)
     app.on_response_prepare.append(name_answer)
     allow_origins(app, settings.relay.cors_origins)
     observe(app, metrics, short_names(settings.logs.key.get_secret_value()))
@@ -108,25 +110,19 @@ def _relay(
     )
 
 
-def runner_of(app: web.Application, *, shutdown_s: float) -> web.AppRunner:
-    """Make the runner of an app. It sees clients leave, and keeps malformed requests out of the log."""
-    return web.AppRunner(
+def runner_of(app: web.Application, limits: RelaySettings) -> web.AppRunner:
+    """Make the runner of an app. It sees clients leave."""
+    return RelayRunner(
         app,
         handler_cancellation=True,
         auto_decompress=False,  # 30 KB could unpack to 30 MB, before anybody was asked who they are
         access_log=None,
-        logger=_server_log(),
+        logger=logging.getLogger("limiter.relay.http"),
         lingering_time=_LINGER_S,
-        shutdown_timeout=shutdown_s,
+        keepalive_timeout=limits.keepalive_s,
+        write_idle_s=limits.write_idle_s,
+        shutdown_timeout=limits.drain_s,
     )
-
-
-def _server_log() -> logging.Logger:
-    """Give aiohttp a log that drops its traceback of each request that is no HTTP: anybody sends such."""
-    log = logging.getLogger("limiter.relay.http")
-    if not log.filters:
-        log.addFilter(shorten_malformed)
-    return log
 
 
 def routes() -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ from aiohttp import HttpVersion10, hdrs, web
 
 from limiter.errors import LimiterError
 from limiter.relay.answers import REQUEST_ID, Problem, ProblemRaised, fail, problem_of, problem_response
+from limiter.relay.connections import REFUSED
 from limiter.relay.cors import preflight
 from limiter.relay.redis_mode import RedisAway
 
@@ -22,6 +23,8 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     """Give each request its id, refuse what no route takes, and turn every exception into the error object."""
     request[REQUEST_ID] = uuid.uuid4().hex
     try:
+        if refused := request.get(REFUSED):
+            return _answer(request, refused)
         if request.version < HttpVersion10:
             fail(400, "unsupported_http_version", "Unsupported HTTP version", "This relay speaks HTTP/1.0 and 1.1.")
         if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":

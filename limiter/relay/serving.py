@@ -126,7 +126,7 @@ def _end_with_supervisor(place: Place, stop: asyncio.Event) -> Iterator[None]:
 
 async def _listen(app: web.Application, settings: Settings, place: Place | None, stack: AsyncExitStack) -> str:
     relay = settings.relay
-    runner = runner_of(app, shutdown_s=relay.drain_s)
+    runner = runner_of(app, relay)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     try:

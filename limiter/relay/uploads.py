@@ -16,7 +16,6 @@ from limiter.relay.backends import BackendClient, Streamed
 from limiter.relay.forms import ModelField
 
 _LONGEST_BOUNDARY = 70  # RFC 2046
-_CONTINUE = "100-continue"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,7 @@ class Upload:
         if self._length is not None and self._length > limits.size_b:
             raise _too_large()
         self._content, self._limits, self._named = request.content, limits, named
-        self._writer = request.writer if request.headers.get(hdrs.EXPECT, "").lower() == _CONTINUE else None
+        self._writer = request.writer if hdrs.EXPECT in request.headers else None
         self._ends_s = asyncio.get_running_loop().time() + limits.total_s
         self._kept: list[bytes] = []
         self._size = 0
@@ -125,10 +124,8 @@ class Upload:
         return b""
 
 
-async def expect_later(request: web.Request) -> None:
+async def expect_later(_request: web.Request) -> None:
     """Leave an `Expect: 100-continue` to the first read: who is refused before it need not send the body at all."""
-    if request.headers.get(hdrs.EXPECT, "").lower() != _CONTINUE:
-        raise web.HTTPExpectationFailed(text="Expect can only be 100-continue.")
 
 
 def _too_large() -> ProblemRaised:
