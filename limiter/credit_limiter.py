@@ -4,17 +4,17 @@ It knows the clock, makes hold ids, and decides what may be repeated. It holds n
 """
 
 import asyncio
+import os
 import re
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
 from redis.asyncio import Redis
 
-from limiter.cancelling import CancelWatch, to_the_end
-from limiter.errors import LimiterError, LimiterUnavailable
+from limiter.cancelling import to_the_end
+from limiter.errors import LimiterError, LimiterUnavailable, Overloaded
 from limiter.keys import Keys, normalise_install_id
 from limiter.model import MAX_COST, Backend, Balance, Decision, Row, Settlement, Status, Tiers
 from limiter.scripts import PutMode, Scripts
@@ -53,7 +53,8 @@ class CreditLimiter:
         self.clock = clock
         self._deadline_s = deadline_ms / 1000
         self.wire = _wire_of(redis)
-        self._scripts = Scripts(self.wire, timeout_ms=min(timeout_ms, deadline_ms))
+        self._timeout_ms = min(timeout_ms, deadline_ms)
+        self._scripts = Scripts(self.wire, timeout_ms=self._timeout_ms)
 
     async def reserve(
         self,
@@ -72,7 +73,7 @@ class CreditLimiter:
         """
         limits = self.tiers[tier]
         key = self.keys.install(install_id)
-        hold = _checked_hold_id(hold_id or uuid.uuid4().hex)
+        hold = _checked_hold_id(hold_id) if hold_id else new_hold_id()
         _check_cost(cost)
         try:
             return await self.repeated(
@@ -113,14 +114,17 @@ class CreditLimiter:
                 cost=cost,
                 lifetime_tiers=self.tiers.lifetime_names,
                 now_ms=self._now_ms(),
-            )
+            ),
+            when_overloaded=True,
         )
 
     async def release(self, install_id: str, hold_id: str) -> Status:
         """Give a hold back: RELEASED, or GONE when there is no such hold. Raises as `commit`."""
         key = self.keys.install(install_id)
         hold = _checked_hold_id(hold_id)
-        return await self.repeated(lambda: self._scripts.release(key, hold_id=hold, now_ms=self._now_ms()))
+        return await self.repeated(
+            lambda: self._scripts.release(key, hold_id=hold, now_ms=self._now_ms()), when_overloaded=True
+        )
 
     async def debit(
         self, install_id: str, *, tier: str, has_hardware: bool, cost: int = 1, may_create: bool = True
@@ -154,7 +158,7 @@ class CreditLimiter:
     async def row(self, install_id: str) -> Row | None:
         """Read a row as it is stored, without a roll-over; None if unknown."""
         install_id = normalise_install_id(install_id)
-        return await self.repeated(lambda: read_row(self.redis, self.keys, install_id))
+        return await self.repeated(lambda: read_row(self.redis, self.keys, install_id, timeout_ms=self._timeout_ms))
 
     async def put_row(self, row: Row, *, mode: PutMode) -> Status:
         """Store a row: `create` leaves an existing one alone, `replace` overwrites it, `merge` keeps larger counters.
@@ -172,7 +176,7 @@ class CreditLimiter:
 
         Look at `hold.allowed` first: a refused hold has nothing to settle. `hold.charge()` says what was really used.
         """
-        hold_id = hold_id or uuid.uuid4().hex
+        hold_id = hold_id or new_hold_id()
         reserving = asyncio.ensure_future(
             self.reserve(install_id, tier=tier, has_hardware=has_hardware, cost=cost, hold_id=hold_id)
         )
@@ -204,32 +208,36 @@ class CreditLimiter:
     def _now_ms(self) -> int | None:
         return None if self.clock is None else self.clock()
 
-    async def repeated(self, attempt: Callable[[], Awaitable[T]], *, when_unknown: bool = True) -> T:
+    async def repeated(
+        self, attempt: Callable[[], Awaitable[T]], *, when_unknown: bool = True, when_overloaded: bool = False
+    ) -> T:
         """Repeat an attempt that got no answer, within the deadline; one of unknown outcome only if that is safe.
 
-        For calls of the relay's own to the same Redis, which shall behave like the limiter's.
+        attempt: ends by itself within the time of one. when_overloaded: for what ends work that was begun, where more
+        calls wait already than should. For calls of the relay's own, too, which shall behave like the limiter's.
         """
-        unknown = False
-        deadline = time.monotonic() + self._deadline_s
+        deadline_s = time.monotonic() + self._deadline_s
+        try:
+            return await attempt()
+        except LimiterUnavailable as error:
+            failure = error
+        unknown = failure.executed is not False
         pause_s = _FIRST_PAUSE_S
-        cancel = CancelWatch()
         while True:
+            overloaded = isinstance(failure, Overloaded) and not when_overloaded
+            if (unknown and not when_unknown) or overloaded or time.monotonic() + pause_s >= deadline_s:
+                failure.executed = None if unknown else False  # an earlier attempt may have been executed
+                raise failure
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
             try:
-                async with asyncio.timeout(max(deadline - time.monotonic(), 0)):
-                    answer = await attempt()
+                async with asyncio.timeout(deadline_s - time.monotonic()):
+                    return await attempt()
             except TimeoutError:
                 raise LimiterUnavailable("Redis did not answer in time: the outcome is unknown") from None
             except LimiterUnavailable as error:
+                failure = error
                 unknown = unknown or error.executed is not False
-                if (unknown and not when_unknown) or time.monotonic() + pause_s >= deadline:
-                    error.executed = None if unknown else False  # an earlier attempt may have been executed
-                    raise
-            else:
-                cancel.check()
-                return answer
-            cancel.check()
-            await asyncio.sleep(pause_s)
-            pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
 
 
 class Hold:
@@ -263,6 +271,11 @@ async def _noting(reason: BaseException, release: Awaitable[Status | None]) -> N
         await release
     except LimiterError as unsettled:
         reason.add_note(f"The hold was not released and will lapse by itself: {unsettled}")
+
+
+def new_hold_id() -> str:
+    """Give an id that nobody else has."""
+    return os.urandom(16).hex()
 
 
 def _wire_of(redis: "Redis") -> Wire:

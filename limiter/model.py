@@ -1,11 +1,14 @@
-"""The values that pass between modules: tiers, rows, balances, decisions. No I/O here."""
+"""The values that pass between modules: tiers, rows, balances, decisions. No I/O here.
+
+What each decision makes anew is a named tuple: it is made four times as fast as a frozen dataclass.
+"""
 
 import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from limiter.errors import SettingsError, UnknownTier
 from limiter.timestamps import iso_from_ms, ms_from_iso
@@ -124,8 +127,7 @@ def _limit(name: str, limits: Mapping[str, object], key: str, least: int = 0) ->
     return value
 
 
-@dataclass(frozen=True, slots=True)
-class Balance:
+class Balance(NamedTuple):
     """What one tier has left on one row, at the server's time `now_ms`.
 
     remaining, gemini_remaining: credits not yet committed, None without a quota or a cap. held: credits that live
@@ -161,8 +163,7 @@ class Balance:
         return -((ms_from_iso(self.began_at) - self.renews_ms) // 1000)
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """The answer to reserve or debit. `backend` is set when allowed, `reason` when denied."""
 
     status: Status
@@ -180,8 +181,7 @@ class Decision:
 _ALLOWING = frozenset({Status.ALLOWED, Status.REPLAY, Status.COMMITTED})
 
 
-@dataclass(frozen=True, slots=True)
-class Settlement:
+class Settlement(NamedTuple):
     """What commit did: COMMITTED, LATE or GONE, and what it debited (`cost` 0 when GONE)."""
 
     status: Status

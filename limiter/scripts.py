@@ -3,9 +3,10 @@
 A method here makes one attempt. It never repeats: who may repeat what is decided in `CreditLimiter`.
 """
 
-from collections.abc import Sequence
-from functools import cache
-from typing import Any, Literal, cast
+import asyncio
+from collections.abc import Awaitable, Sequence
+from functools import cache, lru_cache
+from typing import Any, Literal, TypeVar
 
 from redis.exceptions import (
     AskError,
@@ -23,14 +24,17 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from limiter.cancelling import CancelWatch
 from limiter.errors import BrokenRow, LimiterUnavailable, ScriptContractError
-from limiter.lua_source import Script, compose
+from limiter.lua_source import compose
 from limiter.model import Backend, Balance, Decision, Reason, Row, Settlement, Status, Tier
 from limiter.wire import Argument, Wire, command, packed
 
+T = TypeVar("T")
 PutMode = Literal["create", "replace", "merge"]
 _STATUS = {status.value.encode(): status for status in Status}
 _REASON = {reason.value.encode(): reason for reason in Reason}
+_BACKEND: dict[bytes, Backend | None] = {b"": None, b"gemini": "gemini", b"hardware": "hardware"}
 _NOT_EXECUTED = (
     AskError,  # and MOVED, when following them came to no end
     BusyLoadingError,
@@ -41,11 +45,6 @@ _NOT_EXECUTED = (
     TryAgainError,
     OutOfMemoryError,
 )
-
-
-def optional(value: int | None) -> Argument:
-    """Give a script's word for "none": the empty string."""
-    return "" if value is None else value
 
 
 class Scripts:
@@ -70,21 +69,19 @@ class Scripts:
         now_ms: int | None,
     ) -> Decision:
         """Run reserve.lua."""
-        reply = await self.call(
-            "reserve",
-            row_key,
-            hold_id,
+        usual = _packed_once(
             tier.name,
             tier.counter,
-            optional(tier.quota),
-            optional(tier.gemini_cap),
-            optional(tier.max_in_flight),
+            tier.quota,
+            tier.gemini_cap,
+            tier.max_in_flight,
             int(has_hardware),
             cost,
             hold_ms,
             int(may_create),
-            optional(now_ms),
+            now_ms,
         )
+        reply = await self._sent("reserve", row_key, _evalsha("reserve", row_key, 11, packed(hold_id) + usual))
         return _decision(reply, tier, hold_id)
 
     async def debit(
@@ -99,26 +96,23 @@ class Scripts:
         now_ms: int | None,
     ) -> Decision:
         """Run debit.lua."""
-        reply = await self.call(
-            "debit",
-            row_key,
+        usual = _packed_once(
             tier.name,
             tier.counter,
-            optional(tier.quota),
-            optional(tier.gemini_cap),
+            tier.quota,
+            tier.gemini_cap,
             int(has_hardware),
             cost,
             lifetime_tiers,
             int(may_create),
-            optional(now_ms),
+            now_ms,
         )
+        reply = await self._sent("debit", row_key, _evalsha("debit", row_key, 9, usual))
         return _decision(reply, tier, "")
 
     async def balance(self, row_key: str, *, tier: Tier, now_ms: int | None) -> Balance:
         """Run balance.lua."""
-        reply = await self.call(
-            "balance", row_key, tier.counter, optional(tier.quota), optional(tier.gemini_cap), optional(now_ms)
-        )
+        reply = await self.call("balance", row_key, tier.counter, tier.quota, tier.gemini_cap, now_ms)
         return _decision(reply, tier, "").balance
 
     async def commit(
@@ -132,15 +126,14 @@ class Scripts:
         now_ms: int | None,
     ) -> Settlement:
         """Run commit.lua."""
-        reply = await self.call(
-            "commit", row_key, hold_id, backend or "", optional(cost), lifetime_tiers, optional(now_ms)
-        )
+        usual = _packed_once(backend, cost, lifetime_tiers, now_ms)
+        reply = await self._sent("commit", row_key, _evalsha("commit", row_key, 5, packed(hold_id) + usual))
         status, tier, used, debited = reply
-        return Settlement(_STATUS[status], tier.decode() or None, _backend(used), debited)
+        return Settlement(_STATUS[status], tier.decode() or None, _BACKEND[used], debited)
 
     async def release(self, row_key: str, *, hold_id: str, now_ms: int | None) -> Status:
         """Run release.lua."""
-        reply = await self.call("release", row_key, hold_id, optional(now_ms))
+        reply = await self.call("release", row_key, hold_id, now_ms)
         return _STATUS[reply[0]]
 
     async def put_row(self, row_key: str, row: Row, *, mode: PutMode) -> Status:
@@ -150,9 +143,8 @@ class Scripts:
 
     async def create_rows(self, row_keys: Sequence[str], values: Sequence[Argument]) -> list[Status]:
         """Run create_rows.lua. values: the `stored_values` of each row."""
-        script = compose("create_rows")
-        evalsha = command("EVALSHA", script.sha, len(row_keys), *row_keys, *values)
-        reply = await self._sent(script, row_keys[0], evalsha)
+        evalsha = command("EVALSHA", compose("create_rows").sha, len(row_keys), *row_keys, *values)
+        reply = await self._sent("create_rows", row_keys[0], evalsha)
         return [_STATUS[word] for word in reply]
 
     async def call(self, name: str, row_key: str, *arguments: Argument) -> Any:
@@ -160,28 +152,45 @@ class Scripts:
 
         Raises LimiterUnavailable, BrokenRow, ScriptContractError.
         """
-        return await self._run(compose(name), row_key, len(arguments), packed(*arguments))
+        return await self._sent(name, row_key, _evalsha(name, row_key, len(arguments), packed(*arguments)))
 
-    async def _run(self, script: Script, row_key: str, count: int, arguments: bytes) -> Any:
-        key = row_key.encode()
-        evalsha = b"*%d%b$%d\r\n%b\r\n%b" % (4 + count, _evalsha(script), len(key), key, arguments)
-        return await self._sent(script, row_key, evalsha)
-
-    async def _sent(self, script: Script, row_key: str, evalsha: bytes) -> Any:
+    async def _sent(self, name: str, row_key: str, evalsha: bytes) -> Any:
         try:
             try:
                 return await self._wire.send(row_key, evalsha, self._timeout_s)
             except NoScriptError:
-                await self._wire.send(row_key, command("SCRIPT", "LOAD", script.text), self._timeout_s)
+                await self._wire.send(row_key, command("SCRIPT", "LOAD", compose(name).text), self._timeout_s)
                 return await self._wire.send(row_key, evalsha, self._timeout_s)
         except RedisError as error:
             raise mapped(error, row_key) from error
 
 
+def _evalsha(name: str, row_key: str, count: int, arguments: bytes) -> bytes:
+    key = row_key.encode()
+    return b"%b$%d\r\n%b\r\n%b" % (_until_key(name, count), len(key), key, arguments)
+
+
 @cache
-def _evalsha(script: Script) -> bytes:
-    """Give the words of its call that are always the same."""
-    return b"\r\n" + packed("EVALSHA", script.sha, 1)
+def _until_key(name: str, count: int) -> bytes:
+    """Give how each call of a script with so many arguments begins."""
+    return b"*%d\r\n%b" % (4 + count, packed("EVALSHA", compose(name).sha, 1))
+
+
+# What is the same in call after call: the limits of a tier, the cost, the flags.
+_packed_once = lru_cache(maxsize=1024)(packed)
+
+
+async def plain(command: Awaitable[T], key: str, *, timeout_ms: int) -> T:
+    """Await a command of redis-py's about a key, no longer than so. Raises as `Scripts.call`."""
+    cancel = CancelWatch()
+    try:
+        async with asyncio.timeout(timeout_ms / 1000):
+            answer = await command
+    except (RedisError, OSError, TimeoutError) as error:
+        cancel.check()
+        raise mapped(error, key) from error
+    cancel.check()
+    return answer
 
 
 def stored_values(row: Row) -> tuple[str | int, ...]:
@@ -224,23 +233,19 @@ def mapped(error: Exception, row_key: str) -> Exception:  # noqa: PLR0911  a tab
     return LimiterUnavailable(f"Redis failed: {text}")
 
 
-def _backend(word: bytes) -> Backend | None:
-    return cast("Backend", word.decode()) if word else None
-
-
 def _decision(reply: list[Any], tier: Tier, hold_id: str) -> Decision:
     status, reason, backend, remaining, gemini_remaining, held, renews_ms, began_at, now_ms = reply
     monthly = tier.counter == "monthly"
     balance = Balance(
-        tier=tier.name,
-        capped=tier.counter,
-        quota=tier.quota,
-        remaining=remaining,
-        gemini_cap=tier.gemini_cap,
-        gemini_remaining=gemini_remaining,
-        held=held,
-        began_at=began_at.decode() if monthly else None,
-        renews_ms=renews_ms if monthly else None,
-        now_ms=now_ms,
+        tier.name,
+        tier.counter,
+        tier.quota,
+        remaining,
+        tier.gemini_cap,
+        gemini_remaining,
+        held,
+        began_at.decode() if monthly else None,
+        renews_ms if monthly else None,
+        now_ms,
     )
-    return Decision(_STATUS[status], _REASON.get(reason), _backend(backend), hold_id, balance)
+    return Decision(_STATUS[status], _REASON.get(reason), _BACKEND[backend], hold_id, balance)

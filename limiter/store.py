@@ -13,7 +13,7 @@ from limiter.errors import BrokenRow
 from limiter.keys import Keys
 from limiter.model import CORE, MAX_COUNT, HeldCredits, Row
 from limiter.scanning import scan
-from limiter.scripts import mapped
+from limiter.scripts import mapped, plain
 from limiter.timestamps import is_canonical, ms_from_iso
 
 Fields = Mapping[bytes, bytes]  # a hash as redis-py gives it
@@ -22,13 +22,10 @@ _HOLD = re.compile(r"(gemini|hardware) (\S+) (lifetime|monthly) (\d{1,20}) (\d{1
 _DAYS = range(1, 32)
 
 
-async def read_row(redis: "Redis", keys: Keys, install_id: str) -> Row | None:
+async def read_row(redis: "Redis", keys: Keys, install_id: str, *, timeout_ms: int) -> Row | None:
     """Read one row as it is stored; None if there is none. Raises BrokenRow, LimiterUnavailable."""
     key = keys.install(install_id)
-    try:
-        fields = await redis.hgetall(key)
-    except (RedisError, OSError, TimeoutError) as error:
-        raise mapped(error, key) from error
+    fields = await plain(redis.hgetall(key), key, timeout_ms=timeout_ms)
     return decode_row(keys, key, cast("Fields", fields)) if fields else None
 
 

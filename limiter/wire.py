@@ -16,7 +16,7 @@ from redis.connection import DefaultParser
 
 from limiter.errors import LimiterUnavailable, Overloaded
 
-Argument = str | int | bytes
+Argument = str | int | bytes | None
 Answer = asyncio.Future[Any]
 Dial = Callable[[], Awaitable[AbstractConnection]]
 _LOG = logging.getLogger("limiter")
@@ -49,10 +49,10 @@ class Wire(Protocol):
 
 
 def packed(*words: Argument) -> bytes:
-    """Give words as the elements of a command, without the command's own head. See `command`."""
+    """Give words as the elements of a command, without the command's own head; None is the empty word."""
     parts = []
     for word in words:
-        raw = word if type(word) is bytes else str(word).encode()
+        raw = word if type(word) is bytes else b"" if word is None else str(word).encode()
         parts.append(b"$%d\r\n%b\r\n" % (len(raw), raw))
     return b"".join(parts)
 

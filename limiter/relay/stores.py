@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol, TypeVar, cast
 
-from redis.exceptions import RedisError
-
 from limiter.credit_limiter import CreditLimiter
-from limiter.scripts import Scripts, mapped, optional
+from limiter.scripts import Scripts, plain
 
 T = TypeVar("T")
 _SEATS_OUTLIVE_S = 30 * 86_400  # a licence that is renewed a little late finds its installs seated
@@ -86,11 +84,12 @@ async def _at_once(operation: Callable[[], Awaitable[T]]) -> T:
 class Stores:
     """The relay's own keys, on the Redis, prefix, clock and deadline of a limiter. Methods raise LimiterUnavailable."""
 
-    __slots__ = ("_call", "_limiter", "_scripts", "keys")
+    __slots__ = ("_call", "_limiter", "_scripts", "_timeout_ms", "keys")
 
     def __init__(self, limiter: CreditLimiter, *, timeout_ms: int = 1000, call: Call = _at_once) -> None:
         self._limiter = limiter
         self._call = call
+        self._timeout_ms = timeout_ms
         self._scripts = Scripts(limiter.wire, timeout_ms=timeout_ms)
         self.keys = limiter.keys
 
@@ -121,9 +120,9 @@ class Stores:
                 owner,
                 fingerprint,
                 claim_ms,
-                optional(attempt),
-                optional(missed_ms),
-                optional(self._now_ms()),
+                attempt,
+                missed_ms,
+                self._now_ms(),
             )
         )
         return Claimed(ClaimStatus(reply[0].decode()), reply[1])
@@ -133,9 +132,7 @@ class Stores:
     ) -> ClaimStatus:
         """Run keep.lua: KEPT, or LOST when another attempt has the claim. After one without `busy_ms` it is final."""
         reply = await self._repeated(
-            lambda: self._scripts.call(
-                "keep", claim_key, owner, fingerprint, busy_ms, answer, keep_ms, optional(self._now_ms())
-            )
+            lambda: self._scripts.call("keep", claim_key, owner, fingerprint, busy_ms, answer, keep_ms, self._now_ms())
         )
         return ClaimStatus(reply[0].decode())
 
@@ -148,9 +145,7 @@ class Stores:
         """Run seat.lua. expires_s: the licence's `exp`; its seats are forgotten a month later."""
         lapses_ms = min((expires_s + _SEATS_OUTLIVE_S) * 1000, _LATEST_MS)
         reply = await self._repeated(
-            lambda: self._scripts.call(
-                "seat", self.keys.seats(subject), install_id, seats, lapses_ms, optional(self._now_ms())
-            )
+            lambda: self._scripts.call("seat", self.keys.seats(subject), install_id, seats, lapses_ms, self._now_ms())
         )
         return SeatStatus(reply[0].decode())
 
@@ -181,9 +176,7 @@ class Stores:
 
     async def _mint(self, network: str | None, limit: int, period_ms: int, returns: int) -> Mint:
         status, wait_ms = await self._repeated(
-            lambda: self._scripts.call(
-                "mint", self.keys.mint(network), limit, period_ms, returns, optional(self._now_ms())
-            ),
+            lambda: self._scripts.call("mint", self.keys.mint(network), limit, period_ms, returns, self._now_ms()),
             when_unknown=False,
         )
         return Mint(MintStatus(status.decode()), wait_ms)
@@ -196,7 +189,4 @@ class Stores:
         return await self._call(lambda: self._limiter.repeated(attempt, when_unknown=when_unknown))
 
     async def _plain(self, command: Awaitable[T], key: str) -> T:
-        try:
-            return await command
-        except (RedisError, OSError, TimeoutError) as error:
-            raise mapped(error, key) from error
+        return await plain(command, key, timeout_ms=self._timeout_ms)
