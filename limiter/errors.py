@@ -23,8 +23,8 @@ class LimiterUnavailable(LimiterError):  # noqa: N818  the field's word for it; 
 class Overloaded(LimiterUnavailable):
     """More calls wait for Redis than this process keeps. Nothing was sent; Redis may well be there. Try again later."""
 
-    def __init__(self, most_waiting: int) -> None:
-        super().__init__(f"{most_waiting} calls wait for Redis already", executed=False)
+    def __init__(self, max_waiting: int) -> None:
+        super().__init__(f"{max_waiting} calls wait for Redis already", executed=False)
 
 
 class UnknownTier(LimiterError):  # noqa: N818  named in the public interface

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from limiter.credit_limiter import CreditLimiter
-from limiter.scripts import Scripts, optional
+from limiter.scripts import Scripts
 
 
 class LeaseStatus(StrEnum):
@@ -71,7 +71,7 @@ class Lease:
                 lease_ms,
                 checksum,
                 good_at,
-                optional(None if clock is None else clock()),
+                None if clock is None else clock(),
             )
         )
         return Leased(LeaseStatus(status.decode()), epoch, owner.decode(), noted.decode(), good.decode())

@@ -10,7 +10,8 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Decision, connect
-from limiter.errors import BrokenRow, LimiterUnavailable
+from limiter.errors import BrokenRow, LimiterUnavailable, Overloaded
+from limiter.relay.answers import problem_of
 from limiter.relay.redis_mode import RedisAway, RedisMode
 from limiter.settings import OnRedisDown
 from tests.relaying import ONE_SERVER, eventually, new_install, tiers
@@ -263,3 +264,36 @@ async def test_decide_when_redis_answers_then_its_time_is_told_and_the_report_sa
     assert len(took_s) == 1
     assert 0 < took_s[0] < 1
     await limiter.release("x", "h")
+
+
+async def test_node_when_more_decisions_wait_than_may_then_the_next_is_refused_at_once_and_redis_is_not_away(
+    own_server: Callable[..., Server], closing: AsyncExitStack
+) -> None:
+    server = own_server()
+    redis = await connect(server.url)
+    closing.push_async_callback(redis.aclose)
+    redis.server_wire._max_waiting = 1
+    node = Node(server, redis, "deny")
+    node.limiter = CreditLimiter(redis, tiers(lifetime=1000), timeout_ms=20_000, deadline_ms=20_000)
+    server.pause()
+    waiting = asyncio.ensure_future(node.ask())
+    for _ in range(3):  # it is in the queue by then
+        await asyncio.sleep(0)
+    with pytest.raises(Overloaded) as refused:
+        await node.ask()
+    assert (node.mode.state, problem_of(refused.value).code) == ("ok", "limiter_overloaded")
+    server.resume()
+    assert (await waiting).allowed
+
+
+async def test_commit_when_more_calls_wait_than_may_then_it_is_repeated_until_there_is_room(
+    own_server: Callable[..., Server], closing: AsyncExitStack
+) -> None:
+    server = own_server()
+    redis = await connect(server.url)
+    closing.push_async_callback(redis.aclose)
+    redis.server_wire._max_waiting = 1
+    limiter = CreditLimiter(redis, tiers(lifetime=1000))
+    held = await limiter.reserve("i", tier="core", has_hardware=True)
+    settled = await asyncio.gather(*(limiter.commit("i", held.hold_id) for _ in range(3)))
+    assert sorted(settlement.status for settlement in settled) == ["COMMITTED", "GONE", "GONE"]

@@ -19,13 +19,13 @@ MakeServer = Callable[..., Server]
 PLENTY_S = 20.0
 
 
-async def wire_to(port: int, closing: Closing, *, most_waiting: int = 8192, database: int = 0) -> ServerWire:
+async def wire_to(port: int, closing: Closing, *, max_waiting: int = 8192, database: int = 0) -> ServerWire:
     async def dial() -> Connection:
         connection = Connection(port=port, db=database, protocol=2, socket_timeout=0.5, socket_connect_timeout=0.5)
         await connection.connect()  # type: ignore[no-untyped-call]  # redis-py 8.1
         return connection
 
-    wire = ServerWire(dial, most_waiting=most_waiting)
+    wire = ServerWire(dial, max_waiting=max_waiting)
     closing.push_async_callback(wire.aclose)
     return wire
 
@@ -210,7 +210,7 @@ async def test_server_when_it_stands_still_at_the_greeting_then_the_call_ends_in
 async def test_calls_when_more_wait_than_may_then_the_next_is_overloaded_and_later_there_is_room_again(
     own_server: MakeServer, closing: Closing
 ) -> None:
-    wire = await wire_to(own_server().port, closing, most_waiting=10)
+    wire = await wire_to(own_server().port, closing, max_waiting=10)
     calls = [wire.send("", echo(number), PLENTY_S) for number in range(10)]
     with pytest.raises(Overloaded, match="10 calls wait") as refused:
         wire.send("", echo(10), PLENTY_S)
@@ -226,7 +226,7 @@ async def test_server_when_it_reads_slower_than_calls_come_then_they_wait_here_a
     with socket.create_server(("127.0.0.1", 0)) as listening:
         listening.setblocking(False)
         loop = asyncio.get_running_loop()
-        wire = await wire_to(listening.getsockname()[1], closing, most_waiting=100)
+        wire = await wire_to(listening.getsockname()[1], closing, max_waiting=100)
         opening = asyncio.ensure_future(wire.open())
         link, _ = await loop.sock_accept(listening)
         with link:

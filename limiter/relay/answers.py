@@ -11,7 +11,7 @@ from typing import NoReturn
 import orjson
 from aiohttp import hdrs, web
 
-from limiter.errors import BrokenRow, InvalidInstallId, LimiterUnavailable
+from limiter.errors import BrokenRow, InvalidInstallId, LimiterUnavailable, Overloaded
 from limiter.model import Balance, Decision, Reason
 
 REQUEST_ID = web.RequestKey("request_id", str)
@@ -188,6 +188,10 @@ def problem_of(error: Exception) -> Problem:  # noqa: PLR0911  a table of cases
             return error.problem
         case InvalidInstallId():
             return Problem(400, "invalid_install_id", "Invalid install id", str(error))
+        case Overloaded():
+            return Problem(
+                503, "limiter_overloaded", "Limiter overloaded", "Too many decisions wait already.", retry_after_s=1
+            )
         case LimiterUnavailable():
             return Problem(
                 503, "limiter_unavailable", "Limiter unavailable", "The credits cannot be checked now.", retry_after_s=2

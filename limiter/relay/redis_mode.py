@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Literal, Self, TypeVar
 
 from limiter.credit_limiter import CreditLimiter
-from limiter.errors import BrokenRow, LimiterError, LimiterUnavailable, ScriptContractError
+from limiter.errors import BrokenRow, LimiterError, LimiterUnavailable, Overloaded, ScriptContractError
 from limiter.model import CORE, Decision
 from limiter.settings import OnRedisDown
 
@@ -120,6 +120,8 @@ class RedisMode:
         began_s = time.monotonic()
         try:
             return await operation()
+        except Overloaded:
+            raise  # it is this process that has too much to do
         except LimiterUnavailable as error:
             self._note_failure(began_s, error)
             raise
