@@ -103,7 +103,15 @@ def test_a_killed_supervisor_takes_its_workers_with_it(relay: Relay) -> None:
         metrics(relay)
 
 
-def test_one_worker_has_the_persister_and_a_stop_dumps_once_more(relay: Relay, tmp_path: Path) -> None:
+def test_one_worker_persists_and_a_stop_dumps_once_more(relay: Relay, tmp_path: Path) -> None:
+    roles: set[str] = set()
+
+    def both_roles_are_seen() -> bool:
+        with urlopen(f"{relay.url}/readyz", timeout=20) as answer:  # noqa: S310  our own relay
+            roles.add(json.load(answer)["persister"]["role"])
+        return roles >= {"writer", "standby"}
+
+    wait_until(both_roles_are_seen, within_s=20, what="a writer and a standby")
     install_id = str(uuid.uuid4())
     ask(relay, install_id)
     pids = workers_of(relay)

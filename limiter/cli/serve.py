@@ -46,9 +46,7 @@ def serve(
 
 
 async def _work(settings: Settings, place: Place) -> None:
-    """Serve as one worker: what it has to say goes to its supervisor, and one of them has the persister."""
-    if place.number:
-        settings = settings.model_copy(update={"persister": settings.persister.model_copy(update={"file": ""})})
+    """Serve as one worker: what it has to say goes to its supervisor."""
     with socket.socket(fileno=place.line) as line:
         await serving.serve(settings, lambda relay: line.sendall(orjson.dumps(asdict(relay)) + b"\n"), place)
 
