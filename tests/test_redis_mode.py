@@ -219,9 +219,26 @@ async def test_call_when_it_fails_alone_then_redis_is_not_away_and_it_is_not_ser
     assert await node.outcome() == "ALLOWED"
     with pytest.raises(LimiterUnavailable):
         await failing
-    assert not node.mode.serves_unmetered
+    assert not await node.mode.serves_this_unmetered()
     assert await node.outcome() == "ALLOWED"
     assert node.mode.state == "ok"
+
+
+@pytest.mark.parametrize("on_redis_down", ["deny", "hardware"])
+async def test_call_when_it_fails_just_after_another_was_answered_then_a_look_tells_whether_redis_is_away(
+    start_node: StartNode, on_redis_down: OnRedisDown
+) -> None:
+    """As when Redis goes while requests overlap: the failure of the older one alone would not be believed."""
+    node, gone = await start_node(on_redis_down), await start_node()
+    gone.server.kill()
+    failing = asyncio.ensure_future(node.mode.decide(lambda: gone.limiter.reserve("x", tier="core", has_hardware=True)))
+    await asyncio.sleep(0)
+    assert await node.outcome() == "ALLOWED"
+    node.server.kill()
+    with pytest.raises(LimiterUnavailable):
+        await failing
+    looks = await asyncio.gather(*(node.mode.serves_this_unmetered() for _ in range(5)))
+    assert looks == [on_redis_down == "hardware"] * 5
 
 
 @ONE_SERVER

@@ -113,7 +113,7 @@ async def _answer(call: _Call, body: bytes | None) -> web.StreamResponse:
             try:
                 return await mode.call(lambda: _serve_once(call, body))
             except LimiterUnavailable:  # nothing was forwarded, and what may be held is being given back
-                if not mode.serves_unmetered:
+                if not await mode.serves_this_unmetered():
                     facts_of(call.request).status = UNAVAILABLE
                     await _remember_missed(call, body)
                     raise

@@ -54,6 +54,7 @@ class RedisMode:
         self._went, self._back = asyncio.Event(), asyncio.Event()
         self._back.set()
         self._task: asyncio.Task[None] | None = None
+        self._looking: asyncio.Task[None] | None = None
         self._stopping = False
 
     async def __aenter__(self) -> Self:
@@ -64,9 +65,10 @@ class RedisMode:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stopping = True  # a cancellation can get lost in redis-py 8, see `cancelling.CancelWatch`
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
+        for task in (self._task, self._looking):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait({task})
 
     @property
     def state(self) -> RedisState:
@@ -80,12 +82,19 @@ class RedisMode:
 
     @property
     def serves_unmetered(self) -> bool:
-        """Whether requests are to be served from hardware, and from nothing else, without credits.
-
-        Ask before a request's first call, and again when that ended in LimiterUnavailable. Where only this one
-        request got no answer, it is false: nobody is served for nothing while others pay.
-        """
+        """Whether requests are to be served from hardware, and from nothing else, without credits."""
         return self.on_redis_down == "hardware" and self._state == "away"
+
+    async def serves_this_unmetered(self) -> bool:
+        """Tell the same for a request that ended in LimiterUnavailable, after a look at Redis if that is not clear.
+
+        Where only this one request got no answer, it is false: nobody is served for nothing while others pay.
+        """
+        if self.on_redis_down == "hardware" and self._state == "ok":
+            if self._looking is None or self._looking.done():
+                self._looking = asyncio.create_task(self._look(), name="look at Redis")
+            await asyncio.shield(self._looking)
+        return self.serves_unmetered
 
     async def decide(self, reserve: Callable[[], Awaitable[Decision]]) -> Decision:
         """Run a reserve; its answer is what shows that Redis is there. Raises what it raises, and as `call`.
@@ -154,16 +163,19 @@ class RedisMode:
             else:
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
-            try:
-                await self._probe()
-            except LimiterUnavailable:
-                continue
-            except LimiterError:
-                self._note_answer()  # a fault, but not one of Redis being away: requests tell of it
-            except Exception:  # noqa: BLE001  a fault of ours must not end the probe, and the way back with it
-                _LOG.exception("the probe of Redis failed, by a fault of this program")
-            else:
-                self._note_answer()
+            await self._look()
+
+    async def _look(self) -> None:
+        try:
+            await self._probe()
+        except LimiterUnavailable:
+            return
+        except LimiterError:
+            self._note_answer()  # a fault, but not one of Redis being away: requests tell of it
+        except Exception:  # noqa: BLE001  a fault of ours must not end the probe, and the way back with it
+            _LOG.exception("the probe of Redis failed, by a fault of this program")
+        else:
+            self._note_answer()
 
     async def _idle(self) -> None:
         """Wait until Redis went away, or no decision has been made for a while."""
