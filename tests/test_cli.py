@@ -12,7 +12,7 @@ from limiter.lua_source import compose, script_names
 from tests.conftest import TIERS
 from tests.processes import limiter
 
-COMMANDS = ["serve", "persist", "import", "dump", "row", "config"]
+COMMANDS = ["serve", "persist", "import", "dump", "verify", "restore", "row", "config"]
 GROUPS = {"licence": ["keygen", "issue", "show", "seats"], "lua": ["names", "show", "sha"]}
 INSTALL = "5f0c1c1e-8d3a-4a53-9a0e-0d8f2f6f3c11"
 

@@ -5,7 +5,7 @@ import sys
 import typer
 
 from limiter import __version__
-from limiter.cli import dump, import_file, licence, persist, rows, scripts, serve, settings
+from limiter.cli import dump, import_file, licence, persist, restore, rows, scripts, serve, settings, verify
 from limiter.cli.terminal import ERRORS
 from limiter.errors import LimiterError
 
@@ -33,6 +33,8 @@ app.command("serve")(serve.serve)
 app.command("persist")(persist.persist)
 app.command("import")(import_file.import_)
 app.command("dump")(dump.dump)
+app.command("verify")(verify.verify)
+app.command("restore")(restore.restore)
 app.command("row")(rows.row)
 app.command("config")(settings.config)
 app.add_typer(licence.app, name="licence")

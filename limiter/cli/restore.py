@@ -1,0 +1,112 @@
+"""`limiter restore`: the rows of a dump back into Redis."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from limiter.cli.import_view import import_shown, print_report
+from limiter.cli.terminal import ERRORS, ConfigOption, JsonOption, RedisOption, run, settings_of
+from limiter.errors import LedgerFileError, SettingsError
+from limiter.generations import set_aside
+from limiter.importer import ImportReport, import_file
+from limiter.opening import open_limiter
+from limiter.restoring import alone, has_rows, newest_good
+from limiter.scripts import PutMode
+from limiter.settings import Settings
+from limiter.timestamps import ms_from_iso
+from limiter.verifying import VerifyReport, verify
+
+_UNITS = ((86_400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds"))
+
+
+def restore(
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[FILE]", help="A dump. Without it, the latest good one at persister.file.", show_default=False
+        ),
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Where Redis has the row too: the larger counters, the later period.")
+    ] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Where Redis has the row too: the file's, live holds stay.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    redis: RedisOption = None,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Bring the rows of a dump back into Redis. Stop all relays and persisters first.
+
+    The file is verified as by `limiter verify`; without FILE, those at persister.file are tried from the latest on.
+    What was debited since the dump is lost, and live holds are free again. Redis must have no rows, unless --merge or
+    --replace says what becomes of them. Interrupted, it can be repeated.
+
+    Example: limiter restore --redis redis://localhost:6379/0
+    """
+    if merge and replace:
+        raise typer.BadParameter("give --merge or --replace, not both")
+    settings = settings_of(config, redis=redis)
+    if not yes and not sys.stdin.isatty():
+        raise typer.BadParameter("there is no terminal to ask in: add --yes to restore without a question")
+    found = _chosen(file, settings)
+    mode: PutMode = "merge" if merge else "replace" if replace else "create"
+    report = run(_restore(settings, found, mode, yes=yes))
+    print_report(report, as_json=json)
+    if report.rejected:
+        raise typer.Exit(1)
+
+
+def _chosen(file: Path | None, settings: Settings) -> VerifyReport:
+    if file is None:
+        if not settings.persister.file:
+            raise SettingsError("persister.file is empty: name the file, as in limiter restore FILE")
+        path = Path(settings.persister.file)
+        found = newest_good(path, passed_over=_pass_over)
+        for each in set_aside(path):
+            _say(f"{each} was set aside when Redis had fewer rows: to restore that one, name it")
+        return found
+    found = verify(file)
+    if not found.is_good:
+        raise LedgerFileError(f"{file} was not restored: {found.faults[0]} (limiter verify {file} tells all)")
+    return found
+
+
+def _pass_over(report: VerifyReport) -> None:
+    _say(f"{report.path} is passed over: {report.faults[0]}")
+
+
+async def _restore(settings: Settings, found: VerifyReport, mode: PutMode, *, yes: bool) -> ImportReport:
+    async with open_limiter(settings) as limiter:
+        if mode == "create" and await has_rows(limiter):
+            await import_file(limiter, found.path, mode=mode, dry_run=True)  # refuses, unless it is a repeat
+        _say(_what_it_means(found))
+        if not yes:
+            typer.confirm("Restore it?", abort=True, err=True)
+        checksum = found.seal.checksum if found.seal is not None else ""
+        async with alone(limiter, lease_s=settings.persister.lease_s, checksum=checksum):
+            return await import_shown(limiter, found.path, mode=mode)
+
+
+def _what_it_means(found: VerifyReport) -> str:
+    if found.seal is None:
+        return f"{found.path}: {found.rows:,} rows, not dumped by limiter: it does not say of when they are."
+    left_out = f" {found.seal.broken:,} rows of Redis were left out of it." if found.seal.broken else ""
+    return (
+        f"{found.path}: {found.rows:,} rows of {found.seal.time}, {_age(found.seal.time)} ago.{left_out} "
+        "What was debited since is lost, as are installs that came since; live holds are free again."
+    )
+
+
+def _age(at: str) -> str:
+    seconds = max(0, int(time.time() - ms_from_iso(at) / 1000))
+    size, unit = next(((size, unit) for size, unit in _UNITS if seconds >= 2 * size), _UNITS[-1])
+    return f"{seconds // size} {unit}"
+
+
+def _say(text: str) -> None:
+    ERRORS.print(text, markup=False, soft_wrap=True)

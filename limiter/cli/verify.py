@@ -1,0 +1,69 @@
+"""`limiter verify`: whether a credits.json is whole."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from limiter.cli.terminal import ERRORS, OUT, JsonOption, print_json
+from limiter.verifying import VerifyReport
+from limiter.verifying import verify as verify_file
+
+
+def verify(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A credits.json, of limiter or of the old ledger.")],
+    json: JsonOption = False,
+) -> None:
+    """Check a credits.json: its checksum, its number of rows, and each row. The exit code is 1 when anything is wrong.
+
+    A file of the old ledger has no checksum: there only its form and its rows are checked.
+
+    Example: limiter verify data/credits.json
+    """
+    report = verify_file(file)
+    if json:
+        print_json(_document(report))
+    else:
+        print_verified(report)
+    if not report.is_good:
+        raise typer.Exit(1)
+
+
+def print_verified(report: VerifyReport) -> None:
+    """Print what was found: on stdout what it is, on stderr what is wrong with it."""
+    OUT.print(f"{report.path}: {report.rows:,} rows, {report.size_bytes:,} bytes", markup=False, soft_wrap=True)
+    if report.seal is None:
+        OUT.print("not dumped by limiter: without a checksum")
+    else:
+        seal = report.seal
+        OUT.print(f"dumped at {seal.time}, epoch {seal.epoch}, number {seal.sequence}, {seal.checksum}", soft_wrap=True)
+        if seal.broken:
+            OUT.print(f"{seal.broken:,} rows of Redis were left out of it, because they could not be read")
+    for fault in report.faults:
+        ERRORS.print(f"wrong: {fault}", markup=False, soft_wrap=True)
+    if report.is_good:
+        OUT.print("good")
+    else:
+        ERRORS.print(f"limiter: {report.path} has {report.fault_count:,} faults", markup=False, soft_wrap=True)
+
+
+def _document(report: VerifyReport) -> dict[str, object]:
+    seal = report.seal
+    return {
+        "file": str(report.path),
+        "good": report.is_good,
+        "rows": report.rows,
+        "size_bytes": report.size_bytes,
+        "fault_count": report.fault_count,
+        "faults": list(report.faults),
+        "meta": None
+        if seal is None
+        else {
+            "epoch": seal.epoch,
+            "sequence": seal.sequence,
+            "time": seal.time,
+            "rows": seal.rows,
+            "broken": seal.broken,
+            "checksum": seal.checksum,
+        },
+    }
