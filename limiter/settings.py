@@ -85,6 +85,7 @@ class RelaySettings(_Section):
     workers: Whole = Field(default=1, ge=0, le=256)
     body_limit_mb: Whole = Field(default=32, ge=1, le=4096)
     upload_limit_mb: Whole = Field(default=128, ge=1, le=65_536)
+    bodies_in_memory_mb: Whole = Field(default=512, ge=1, le=1_048_576)
     upload_s: Seconds = Field(default=300, gt=0, le=3600)
     write_idle_s: Seconds = Field(default=60, gt=0, le=3600)
     keepalive_s: Seconds = Field(default=75, gt=0, le=3600)
@@ -248,6 +249,7 @@ def load_settings(file: Path | None = None, command_line: Values | None = None) 
         settings.limits()
         _check_costs(settings)
         _check_hold(settings)
+        _check_bodies(settings.relay)
         _check_on_redis_down(settings)
     except ValidationError as error:
         raise SettingsError(_explain(error, path)) from None
@@ -326,6 +328,15 @@ def _check_on_redis_down(settings: Settings) -> None:
         raise SettingsError(
             "redis.on_redis_down is hardware, but backends.hardware.url is not set: set it, or let requests be refused "
             "while Redis is away (deny)"
+        )
+
+
+def _check_bodies(relay: RelaySettings) -> None:
+    """Refuse a body limit that no body can come near."""
+    if relay.bodies_in_memory_mb < relay.body_limit_mb:
+        raise SettingsError(
+            f"relay.bodies_in_memory_mb is {relay.bodies_in_memory_mb}, want at least relay.body_limit_mb, which is "
+            f"{relay.body_limit_mb}: no larger body could be read"
         )
 
 

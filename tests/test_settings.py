@@ -446,6 +446,11 @@ def test_on_redis_down_when_nothing_is_said_then_requests_are_refused_and_anothe
         load('[redis]\non_redis_down = "gemini"\n')
 
 
+def test_bodies_when_a_single_one_could_never_fit_then_refused() -> None:
+    message = refused("[relay]\nbodies_in_memory_mb = 31")
+    assert message.startswith("relay.bodies_in_memory_mb is 31, want at least relay.body_limit_mb, which is 32")
+
+
 # Origins
 
 

@@ -12,6 +12,7 @@ from limiter.logs import short_names
 from limiter.model import Backend
 from limiter.relay.admission import Admission, trusted_networks
 from limiter.relay.backends import BackendClient
+from limiter.relay.bodies import Bodies
 from limiter.relay.connections import RelayRunner
 from limiter.relay.cors import allow_origins
 from limiter.relay.error_answers import Handler, answer_errors, name_answer
@@ -93,6 +94,7 @@ def _relay(
         settlements=settlements,
         costs=settings.costs,
         uploads=UploadLimits(limits.upload_limit_mb * _MIB, limits.replay_limit_kb * _KIB, limits.upload_s),
+        bodies=Bodies(limits.bodies_in_memory_mb * _MIB),
         admission=Admission(
             stores,
             mint_per_ip=limits.mint_per_ip,

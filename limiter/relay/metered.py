@@ -8,7 +8,7 @@ request is refused, or served from hardware without any of it.
 import asyncio
 import logging
 from collections.abc import Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, closing
 from dataclasses import dataclass
 
 import orjson
@@ -23,6 +23,7 @@ from limiter.relay.admission import Admission
 from limiter.relay.answers import REQUEST_ID, ProblemRaised, ratelimit_headers, refuse
 from limiter.relay.asking import Asked, read_json
 from limiter.relay.backends import BackendClient, BackendFailed, Upstream
+from limiter.relay.bodies import Bodies
 from limiter.relay.facts import Facts, facts_of
 from limiter.relay.idempotency import Idempotency
 from limiter.relay.identity import Identity, identify
@@ -46,6 +47,7 @@ class Relay:
     settlements: Settlements
     costs: Mapping[str, int]
     uploads: UploadLimits
+    bodies: Bodies
     admission: Admission
     idempotency: Idempotency
     mode: RedisMode
@@ -84,9 +86,10 @@ async def serve_metered(request: web.Request) -> web.StreamResponse:
     """Serve one request with a JSON body for credits."""
     relay = request.app[RELAY]
     identity = relay.identify(request)
-    asked = await read_json(request, within_s=relay.uploads.total_s)
-    facts_of(request).model = asked.model
-    return await _answer(_Call(relay, request, identity, asked), asked.body)
+    with relay.bodies.counting() as counted:
+        asked = await read_json(request, counted, within_s=relay.uploads.total_s)
+        facts_of(request).model = asked.model
+        return await _answer(_Call(relay, request, identity, asked), asked.body)
 
 
 async def serve_upload(request: web.Request) -> web.StreamResponse:
@@ -98,11 +101,8 @@ async def serve_upload(request: web.Request) -> web.StreamResponse:
     def note(model: str) -> None:
         facts.model = model
 
-    upload = Upload(request, relay.uploads, note)
-    try:
+    with relay.bodies.counting() as counted, closing(Upload(request, relay.uploads, counted, note)) as upload:
         return await _answer(_Call(relay, request, identity, upload), None)
-    finally:
-        upload.close()
 
 
 async def _answer(call: _Call, body: bytes | None) -> web.StreamResponse:

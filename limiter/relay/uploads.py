@@ -13,6 +13,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from limiter.relay.answers import Problem, ProblemRaised, fail
 from limiter.relay.backends import BackendClient, Streamed
+from limiter.relay.bodies import Counted
 from limiter.relay.forms import ModelField
 
 _LONGEST_BOUNDARY = 70  # RFC 2046
@@ -31,10 +32,12 @@ class UploadLimits:
 class Upload:
     """The body of one request. Raises ProblemRaised when its head already says that it cannot be served.
 
-    named: is told each model name that passes. Close it with `close`.
+    counted: what is kept, as far as there is room. named: is told each model name that passes. Close it with `close`.
     """
 
-    def __init__(self, request: web.Request, limits: UploadLimits, named: Callable[[str], None]) -> None:
+    def __init__(
+        self, request: web.Request, limits: UploadLimits, counted: Counted, named: Callable[[str], None]
+    ) -> None:
         self.path = request.path.removeprefix("/v1/")
         self.headers: Mapping[str, str] = request.headers
         self._boundary = _boundary_of(request)
@@ -45,6 +48,7 @@ class Upload:
         self._writer = request.writer if hdrs.EXPECT in request.headers else None
         self._ends_s = asyncio.get_running_loop().time() + limits.total_s
         self._kept: list[bytes] = []
+        self._counted, self._keeps = counted, True
         self._size = 0
         self._fault: ProblemRaised | None = None
         self._reading: asyncio.Task[bytes] | None = None
@@ -52,7 +56,7 @@ class Upload:
     @property
     def replayable(self) -> bool:
         """Whether all that was read so far is kept."""
-        return self._size <= self._limits.kept_b and self._fault is None
+        return self._keeps and self._fault is None
 
     def body_for(self, client: BackendClient) -> Streamed:
         """Give the body from its start, with the backend's own name of the model wherever in the form it stands.
@@ -100,9 +104,11 @@ class Upload:
         if self._size > self._limits.size_b:
             self._fault = _too_large()
             return b""
-        if not self.replayable:
+        self._keeps = self._keeps and self._size <= self._limits.kept_b and self._counted.fits(len(chunk))
+        if not self._keeps:
             self._kept.clear()
-        elif chunk:
+            self._counted.give_back()
+        elif chunk and self._fault is None:
             self._kept.append(chunk)
         return chunk
 
