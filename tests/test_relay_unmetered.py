@@ -127,8 +127,15 @@ async def test_stream_when_redis_is_away_then_it_comes_as_it_is_and_its_event_sa
     assert told == {"backend": "hardware", "charged": 0, "unmetered": True}
 
 
-async def test_upload_when_redis_is_away_then_its_body_passes_to_hardware(node: Node, hardware: Backend) -> None:
-    await node.lose_redis()
+@pytest.mark.parametrize("is_noticed", [True, False])
+async def test_upload_when_redis_is_away_then_its_body_passes_to_hardware(
+    node: Node, gemini: Backend, hardware: Backend, is_noticed: bool
+) -> None:
+    """Also when it is the upload that finds out: nothing of its body was read before."""
+    if is_noticed:
+        await node.lose_redis()
+    else:
+        node.server.pause()
     form = aiohttp.FormData({"model": "plain"})
     form.add_field("file", b"x" * 300_000, filename="a.wav")
     headers = {"X-Install-Id": node.relay.install_id}
@@ -136,6 +143,10 @@ async def test_upload_when_redis_is_away_then_its_body_passes_to_hardware(node: 
         assert response.status == 200
         assert response.headers["X-Credits-Unmetered"] == "true"
     assert hardware.last.received > 300_000
+    assert gemini.seen == []
+    if not is_noticed:
+        await node.bring_back("pause")
+        assert await node.relay.spent() == (0, 0)
 
 
 @pytest.mark.parametrize(
