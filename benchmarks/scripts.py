@@ -1,13 +1,19 @@
-"""Server cost of a decision: reserve and commit against a skeleton pair, by redis-benchmark, in interleaved rounds.
+"""Server cost of a decision: reserve and commit by redis-benchmark, in interleaved rounds, with their spread.
 
-Run it as `python -m benchmarks.scripts`. It needs Debian's redis-tools, and starts a server of its own.
+`python -m benchmarks.scripts [decision] [installs] [holds] [months] [--server valkey] [--rounds 9]`. It needs Debian's
+redis-tools, and starts servers of its own. Throughput is what redis-benchmark says; cost is the server's own processor
+time for each request, which other work on the machine hardly touches. A commit that finds its hold gone is cheap, so
+there are far more rows than requests: 2 in 100 of them meet a row for the second time.
 """
 
+import argparse
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from redis import Redis
@@ -15,72 +21,156 @@ from redis import Redis
 from limiter.lua_source import compose
 from tests.servers import Server, binaries
 
-ROUNDS = 7
 ROWS = 200_000
-REQUESTS = 60_000
+REQUESTS = 10_000
 HOLD_ID = "0123456789abcdef0123456789abcdef"
-KEY = "credits:install:__rand_int__"  # redis-benchmark puts 12 digits below ROWS here
+KEY = "credits:install:__rand_int__"  # redis-benchmark puts 12 digits below the number of rows here
+ARGUMENTS = {
+    "reserve": (HOLD_ID[:20] + "__rand_int__", "pro", "monthly", "1000000", "400000", "", "1", "1", "600000", "1", ""),
+    "commit": (HOLD_ID, "", "", "core", ""),
+}
 FILL = """
+local began, lapses, hold_id, others, holds = ARGV[3], ARGV[4], ARGV[5], tonumber(ARGV[6]), tonumber(ARGV[6])
+if hold_id ~= "" then holds = holds + 1 end
 for i = tonumber(ARGV[1]), tonumber(ARGV[2]) do
   local key = string.format("credits:install:%012d", i)
   redis.call("DEL", key)
   redis.call("HSET", key, "tier_snapshot", "pro", "lifetime_consumed", 3, "lifetime_gemini_consumed", 2,
-    "monthly_consumed", 5, "monthly_gemini_consumed", 3, "last_renewal_at", ARGV[4], "last_active_at", ARGV[4],
+    "monthly_consumed", 5, "monthly_gemini_consumed", 3, "last_renewal_at", began, "last_active_at", began,
     "anniversary_day", 11)
-  if ARGV[3] ~= "" then
-    redis.call("HSET", key, "hold:" .. ARGV[5], "gemini pro monthly 1 " .. ARGV[3], "held", "1 0 0 0 1 1 " .. ARGV[3])
+  if holds > 0 then
+    redis.call("HSET", key, "held", string.format("%d 0 0 0 %d %d %s", holds, holds, holds, lapses))
   end
+  for number = 1, others do
+    redis.call("HSET", key, string.format("hold:fedcba9876543210%016d", number), "gemini pro monthly 1 " .. lapses)
+  end
+  if hold_id ~= "" then redis.call("HSET", key, "hold:" .. hold_id, "gemini pro monthly 1 " .. lapses) end
 end
 """
+DAY_MS = 24 * 60 * 60 * 1000
 
 
-def fill(redis: "Redis", *, held: bool) -> None:
-    """Make every row anew, each with a live hold or none, so that no round finds what another left."""
-    lapses = str(int(time.time() * 1000) + 3_600_000) if held else ""
-    began = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(time.time() - 86_400))
-    for first in range(0, ROWS, 10_000):
-        redis.eval(FILL, 0, str(first), str(first + 9_999), lapses, began, HOLD_ID)
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One thing to measure: an operation, or its skeleton, on rows that are made for it."""
+
+    label: str
+    operation: str
+    skeleton: bool = False
+    rows: int = ROWS
+    holds: int = 0  # live ones on each row, besides the one to commit
+    days_ago: int = 1  # when the row's period began
 
 
-def throughput(port: int, sha: str, *arguments: str) -> float:
-    """Give requests per second of one EVALSHA on random rows."""
-    command = ["redis-benchmark", "-p", str(port), "-c", "50", "-P", "16", "--csv"]
-    command += ["-n", str(REQUESTS), "-r", str(ROWS), "EVALSHA", sha, "1", KEY]
-    answer = subprocess.run(  # noqa: S603  our own words
-        [*command, *arguments], capture_output=True, text=True, check=True
-    )
-    return float(answer.stdout.splitlines()[-1].split(",")[1].strip('"'))
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one round of a case took."""
+
+    per_s: float
+    cpu_us: float  # the server's own, for each request
+
+
+class Bench:
+    """One server, and the runs on it."""
+
+    def __init__(self, server: Server) -> None:
+        self.server, self.redis = server, Redis(port=server.port)
+
+    def fill(self, case: Case) -> None:
+        """Make every row anew, so that no round finds what another left."""
+        now_s = time.time()
+        began = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(now_s - case.days_ago * DAY_MS / 1000))
+        hold_id = HOLD_ID if case.operation == "commit" else ""
+        self.redis.flushdb()
+        step = 2_000 // (1 + case.holds)
+        for first in range(0, case.rows, step):
+            last = min(first + step, case.rows) - 1
+            self.redis.eval(FILL, 0, first, last, began, int(now_s * 1000) + DAY_MS, hold_id, case.holds)
+
+    def run(self, case: Case) -> Run:
+        """Send a case's requests, sixteen at a time on each of fifty connections."""
+        skeleton = Path(__file__).parent / "skeleton" / f"{case.operation}.lua"
+        text = skeleton.read_text() if case.skeleton else compose(case.operation).text
+        sha = str(self.redis.script_load(text))
+        self.fill(case)
+        command = ["redis-benchmark", "-p", str(self.server.port), "-c", "50", "-P", "16", "--csv", "-n", str(REQUESTS)]
+        command += ["-r", str(case.rows), "EVALSHA", sha, "1", KEY, *ARGUMENTS[case.operation]]
+        before_s = self._cpu_s()
+        answer = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603  our own words
+        cpu_us = (self._cpu_s() - before_s) * 1e6 / REQUESTS
+        return Run(float(answer.stdout.splitlines()[-1].split(",")[1].strip('"')), cpu_us)
+
+    def _cpu_s(self) -> float:
+        used = self.redis.info("cpu")
+        return float(used["used_cpu_user"]) + float(used["used_cpu_sys"])
+
+
+def pairs(section: str) -> Iterator[tuple[Case, Case]]:
+    """Give a section's cases, each with the one that it is measured against."""
+    if section == "decision":
+        for name in ARGUMENTS:
+            yield Case(name, name), Case("its skeleton", name, skeleton=True)
+    elif section == "installs":
+        for rows, name in [
+            (10_000, "reserve"),
+            (100_000, "reserve"),
+            (1_000_000, "reserve"),
+            (1_000_000, "its skeleton"),
+        ]:
+            operation, skeleton = "reserve", name != "reserve"
+            few = Case(f"{name}, 1,000 installs", operation, skeleton, rows=1000)
+            yield Case(f"{name}, {rows:,} installs", operation, skeleton, rows=rows), few
+    elif section == "holds":
+        for name in ARGUMENTS:
+            for holds in (1, 8, 64):
+                none = Case(f"{name}, no other live hold", name, rows=ROWS // 10)
+                yield Case(f"{name}, {holds} other live holds", name, rows=ROWS // 10, holds=holds), none
+    else:
+        for months in (1, 12, 120):
+            awake = Case("reserve, in the running period", "reserve")
+            yield Case(f"reserve, first after {months} months", "reserve", days_ago=months * 31 + 1), awake
+
+
+def measure(bench: Bench, section: str, rounds: int) -> Iterator[str]:
+    """Measure a section's pairs, and give a line of medians and spread for each."""
+    for case, against in pairs(section):
+        runs = [(bench.run(against), bench.run(case)) for _ in range(rounds)]
+        cost = [mine.cpu_us / other.cpu_us for other, mine in runs]
+        speed = [mine.per_s / other.per_s for other, mine in runs]
+        yield (
+            f"{case.label:34} against {against.label:31}"
+            f" throughput x {statistics.median(speed):.2f} ({min(speed):.2f} to {max(speed):.2f})"
+            f"  processor time x {statistics.median(cost):.2f} ({min(cost):.2f} to {max(cost):.2f})"
+            f"  {statistics.median(mine.cpu_us for _, mine in runs):.1f} µs"
+        )
 
 
 def main() -> None:
-    """Measure, and print a table of medians with their spread."""
-    binary = binaries()[sys.argv[1] if len(sys.argv) > 1 else "valkey"]
-    if binary is None:
-        sys.exit("that server is not installed")
-    reserve = (HOLD_ID[:20] + "__rand_int__", "pro", "monthly", "1000000", "400000", "", "1", "1", "600000", "1", "")
-    commit = (HOLD_ID, "", "", "core", "")
-    skeleton = Path(__file__).parent / "skeleton"
-    with tempfile.TemporaryDirectory() as folder:
-        server = Server(binary, Path(folder), "--appendonly", "no").start()
-        redis = Redis(port=server.port)
-        print(f"{binary.name} {redis.info().get('valkey_version') or redis.info()['redis_version']}, {ROUNDS} rounds")
-        for name, arguments, held in (("reserve", reserve, False), ("commit", commit, True)):
-            ours, floor = compose(name).sha, str(redis.script_load((skeleton / f"{name}.lua").read_text()))
-            redis.script_load(compose(name).text)
-            pairs = []
-            for _ in range(ROUNDS):
-                fill(redis, held=held)
-                below = throughput(server.port, floor, *arguments)
-                fill(redis, held=held)
-                pairs.append((throughput(server.port, ours, *arguments), below))
-            ratios = [mine / below for mine, below in pairs]
-            print(
-                f"{name:8} {statistics.median(mine for mine, _ in pairs):8.0f}/s"
-                f"   skeleton {statistics.median(below for _, below in pairs):8.0f}/s"
-                f"   ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-            )
-        redis.close()
-        server.stop()
+    """Measure what is asked for, on the servers that there are."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    sections = ("decision", "installs", "holds", "months")
+    parser.add_argument("sections", nargs="*", metavar="section", help=f"{', '.join(sections)}; all of them without")
+    parser.add_argument("--server", choices=sorted(binaries()), help="one of the servers; both without")
+    parser.add_argument("--rounds", type=int, default=9)
+    asked = parser.parse_args()
+    if unknown := set(asked.sections) - set(sections):
+        parser.error(f"no section {min(unknown)!r}: give {', '.join(sections)}")
+    for name, binary in binaries().items():
+        if binary is None or asked.server not in {None, name}:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            server = Server(binary, Path(folder), "--appendonly", "no").start()
+            try:
+                bench = Bench(server)
+                about = bench.redis.info("server")
+                print(f"{name} {about.get('valkey_version') or about['redis_version']}, {asked.rounds} rounds")
+                lines = chain.from_iterable(
+                    measure(bench, section, asked.rounds) for section in asked.sections or sections
+                )
+                for line in lines:
+                    print(line, flush=True)
+            finally:
+                server.stop()
 
 
 if __name__ == "__main__":

@@ -43,8 +43,15 @@ OPERATIONS: dict[str, Callable[[CreditLimiter], Awaitable[object]]] = {
         ("last_renewal_at", "", TIME),
         ("last_renewal_at", "yesterday", TIME),
         ("last_renewal_at", "2026-02-30T00:00:00.000Z", TIME),
-        ("last_renewal_at", "2026-05-11T24:00:00.000Z", TIME),
         ("last_renewal_at", "2026-05-11T23:02:57Z", TIME),
+        # In periods that are not over, which take the short way of include/row.lua.
+        ("last_renewal_at", "2026-04-31T23:30:00.000Z", TIME),
+        ("last_renewal_at", "2026-05-00T12:00:00.000Z", TIME),
+        ("last_renewal_at", "2026-13-11T12:00:00.000Z", TIME),
+        ("last_renewal_at", "2026-05-11T24:00:00.000Z", TIME),
+        ("last_renewal_at", "2026-05-11T12:60:00.000Z", TIME),
+        ("last_renewal_at", "2026-05-11T12:00:60.000Z", TIME),
+        ("last_renewal_at", "02026-05-11T12:00:00.00Z", TIME),
     ],
 )
 async def test_field_when_it_cannot_be_read_then_each_operation_names_it_and_changes_nothing(
