@@ -7,6 +7,7 @@ has not. Rows never expire, so a file that has more is one that was not imported
 
 import base64
 import errno
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +23,15 @@ from limiter.generations import KEEP, generation_name, prune, set_aside_name
 from limiter.importer import moment_ms
 from limiter.lease import Lease, Leased
 from limiter.ledger import LedgerFile
-from limiter.ledger_row import line_from_fields, line_from_row
+from limiter.ledger_row import STORED_FIELDS, line_from_row, line_from_values
 from limiter.ledger_seal import Seal, SealedFile, check_seal, read_seal
 from limiter.ledger_writer import LedgerWriter, ListFile
 from limiter.scripts import mapped
-from limiter.store import Fields, read_fields, row_or_error, scan_keys
+from limiter.store import PackedFields, read_fields, read_values, row_or_error, scan_keys
 from limiter.timestamps import iso_from_ms
 
 _REASONS_KEPT = 20
+_FIELDS = PackedFields(STORED_FIELDS)
 _LEAST_SHARE = 0.9  # a dump with fewer of the last one's rows than that sets the last one aside
 _LOCK_S = 10.0  # another writer holds the folder's lock for a rename: for so long only one that is paused
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -159,27 +161,31 @@ class _Dump:
             self._cancel.check()
             if not names:
                 continue
-            lines = []
-            found = await read_fields(self._limiter.redis, self._limiter.keys, names)
-            for name, fields in zip(names, found, strict=True):
-                if not fields:
-                    continue  # it is gone by now
-                line = None if isinstance(fields, Exception) else line_from_fields(name[prefix:], fields)
-                line = line or await self._looked_closer(name, fields)
-                if line is not None:
+            lines, rest = [], []
+            for name, values in zip(names, await read_values(self._limiter.wire, names, _FIELDS), strict=True):
+                line = None if isinstance(values, Exception) else line_from_values(name[prefix:], values)
+                if line is None:
+                    rest.append(name)
+                else:
                     lines.append(line)
+            if rest:
+                lines += await self._looked_closer(rest)
             await file.add(lines)
 
-    async def _looked_closer(self, name: bytes, fields: Fields | Exception) -> bytes | None:
-        row = row_or_error(self._limiter.keys, name, fields)
-        if isinstance(row, BrokenRow):
-            await self._note(row.key, str(row))
-            return None
-        try:
-            return line_from_row(row)
-        except LedgerFileError as error:
-            await self._note(name.decode(errors="backslashreplace"), str(error))
-            return None
+    async def _looked_closer(self, names: Sequence[bytes]) -> list[bytes]:
+        lines = []
+        for name, fields in zip(names, await read_fields(self._limiter.wire, names), strict=True):
+            if not fields:
+                continue  # it is gone by now
+            row = row_or_error(self._limiter.keys, name, fields)
+            if isinstance(row, BrokenRow):
+                await self._note(row.key, str(row))
+                continue
+            try:
+                lines.append(line_from_row(row))
+            except LedgerFileError as error:
+                await self._note(name.decode(errors="backslashreplace"), str(error))
+        return lines
 
     async def refuse_loss(self, found: SealedFile | None, rows: int) -> None:
         """Refuse to replace rows by none."""

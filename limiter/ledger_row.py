@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from typing import NoReturn
 
 import orjson
@@ -47,7 +47,7 @@ _COMMON_ROW = re.compile(
     rb"[a-z0-9._-]{1,64}\n[A-Za-z0-9_-]{1,20}\n(?:(?:0|[1-9]\d{0,14})\n){2}%b\n(?:[1-9]|[12]\d|3[01])\n"
     rb"(?:(?:0|[1-9]\d{0,14})\n){2}%b" % (_COMMON_TIME, _COMMON_TIME)
 )
-_STORED = itemgetter(*(name.encode() for name in ROW_MEMBERS[1:]))
+STORED_FIELDS = (*ROW_MEMBERS[1:], "extra")
 _FIRST_YEAR, _LAST_YEAR = 1970, 9998  # the calendar of the scripts counts from 1970, and renews within four digits
 _COMMON_LINE = (
     b'"%b":{"install_id":"%b",'
@@ -106,20 +106,17 @@ def line_from_row(row: Row) -> bytes:
         raise LedgerFileError(f"row {row.install_id[:80]!r}: {cause}") from None
 
 
-def line_from_fields(install_id: bytes, fields: Mapping[bytes, bytes]) -> bytes | None:
+def line_from_values(install_id: bytes, values: Sequence[bytes | None]) -> bytes | None:
     """Give the line of a row as Redis has it, if it needs no second look; None for any other, which may be as good.
 
-    It is what `line_from_row` gives, in a tenth of the time: nearly all rows are of this form. Holds are not looked at.
+    values: of STORED_FIELDS. It is what `line_from_row` gives in ten times as long; nearly all rows are of this form.
     """
-    if b"extra" in fields:
+    *own, extra = values
+    if extra is not None or None in own:
         return None
-    try:
-        values = _STORED(fields)
-    except KeyError:
+    if not _COMMON_ROW.fullmatch(b"\n".join((install_id, *own))):  # type: ignore[arg-type]  # None was seen to
         return None
-    if not _COMMON_ROW.fullmatch(b"\n".join((install_id, *values))):
-        return None
-    return _COMMON_LINE % (install_id, install_id, *values)
+    return _COMMON_LINE % (install_id, install_id, *own)
 
 
 def merged_extra(stored: str, given: str) -> str:

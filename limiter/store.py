@@ -1,5 +1,6 @@
 """Rows as Redis holds them: decoding one hash, reading them all. Reading only; `put_row` writes."""
 
+import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -9,14 +10,17 @@ from typing import Any, cast
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from limiter.errors import BrokenRow
+from limiter.errors import BrokenRow, LimiterUnavailable
 from limiter.keys import Keys
 from limiter.model import CORE, MAX_COUNT, HeldCredits, Row
 from limiter.scanning import scan
 from limiter.scripts import mapped, plain
 from limiter.timestamps import is_canonical, ms_from_iso
+from limiter.wire import Wire, packed
 
 Fields = Mapping[bytes, bytes]  # a hash as redis-py gives it
+Values = list[bytes | None]  # of some of its fields
+_READ_S = 5.0
 _INTEGER = re.compile(r"\d{1,20}", re.ASCII)  # a bound, for Python does not convert thousands of digits
 _HOLD = re.compile(r"(gemini|hardware) (\S+) (lifetime|monthly) (\d{1,20}) (\d{1,20})", re.ASCII)
 _DAYS = range(1, 32)
@@ -42,18 +46,41 @@ async def scan_keys(redis: "Redis", keys: Keys) -> AsyncIterator[list[bytes]]:
         raise mapped(error, keys.install_pattern) from error
 
 
-async def read_fields(redis: "Redis", keys: Keys, names: Sequence[bytes]) -> list["Fields | Exception"]:
-    """Read many rows in one round trip: their fields, none for one that is gone, or redis-py's error.
+async def read_values(wire: Wire, names: Sequence[bytes], fields: "PackedFields") -> list[Values | Exception]:
+    """Read some fields of many rows in one round trip: None for one that is not there, or redis-py's error.
 
-    HGETALL, for redis-py 8.1 takes as long to pack an HMGET of nine fields as to read its answer.
+    By the wire: there a row costs a fourth of what it does in a pipeline of redis-py 8.1. Raises LimiterUnavailable.
     """
-    pipeline: Any = redis.pipeline(transaction=False)
-    for name in names:
-        pipeline.hgetall(name)
-    try:
-        return cast("list[Fields | Exception]", await pipeline.execute(raise_on_error=False))
-    except (RedisError, OSError, TimeoutError) as error:
-        raise mapped(error, keys.install_pattern) from error
+    head = b"*%d\r\n$5\r\nHMGET\r\n" % (fields.count + 2)
+    return await _answers(wire, names, head, fields.packed)
+
+
+async def read_fields(wire: Wire, names: Sequence[bytes]) -> list[Fields | Exception]:
+    """Read many rows whole in one round trip: no fields of one that is gone, or redis-py's error.
+
+    Raises LimiterUnavailable.
+    """
+    answers = await _answers(wire, names, b"*2\r\n$7\r\nHGETALL\r\n", b"")
+    return [each if isinstance(each, Exception) else dict(zip(each[::2], each[1::2], strict=True)) for each in answers]
+
+
+async def _answers(wire: Wire, names: Sequence[bytes], head: bytes, tail: bytes) -> list[Any]:
+    calls = [wire.send(name.decode(errors="replace"), head + packed(name) + tail, _READ_S) for name in names]
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+    for answer in answers:
+        if isinstance(answer, LimiterUnavailable):
+            raise answer
+    return answers
+
+
+class PackedFields:
+    """Names of fields, packed once for many reads."""
+
+    __slots__ = ("count", "packed")
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.count = len(names)
+        self.packed = packed(*names)
 
 
 def row_or_error(keys: Keys, name: bytes, fields: "Fields | Exception") -> Row | BrokenRow:

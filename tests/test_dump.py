@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, LedgerFileError, LimiterUnavailable, connect
 from limiter.dumping import dump
 from limiter.generations import generations, prune
 from limiter.ledger import LedgerFile
+from limiter.ledger_row import STORED_FIELDS, line_from_row, line_from_values
+from limiter.model import Row
 from tests.conftest import TIERS, Clock
 from tests.servers import Server
 
@@ -337,3 +341,48 @@ async def test_dump_when_a_kept_name_is_taken_then_the_next_is_used(limiter: Cre
         await dump(limiter, path)
     kept = "credits.json.before-20260511T230257.123Z"
     assert names(path.parent) == ["credits.json", kept, f"{kept}-2"]
+
+
+# The short way from Redis' values to a line
+
+
+def any_time(place: str) -> st.SearchStrategy[str]:
+    return st.sampled_from([f"{year}-{day}T{place}Z" for year in (1970, 2024, 2999, 9998) for day in DAYS])
+
+
+DAYS = ("01-01", "02-28", "02-29", "04-30", "12-31")
+COUNTS = st.sampled_from([0, 1, 9, 10, 10**15 - 1, 10**15, 2**53 - 1])
+ROWS = st.builds(
+    Row,
+    install_id=st.from_regex(r"[A-Za-z0-9._-]{1,64}", fullmatch=True),
+    tier_snapshot=st.from_regex(r"[A-Za-z0-9_-]{1,20}", fullmatch=True),
+    lifetime_consumed=COUNTS,
+    lifetime_gemini_consumed=COUNTS,
+    last_renewal_at=any_time("23:59:59.999"),
+    anniversary_day=st.integers(1, 31),
+    monthly_consumed=COUNTS,
+    monthly_gemini_consumed=COUNTS,
+    last_active_at=any_time("00:00:00.000"),
+    extra=st.sampled_from(["", '{"note":"\\u00e9"}']),
+)
+
+
+@given(row=ROWS)
+def test_line_when_it_is_made_of_the_stored_values_then_it_is_that_of_the_row_or_none(row: Row) -> None:
+    values = [str(getattr(row, name)).encode() or None for name in STORED_FIELDS]
+    try:
+        line = line_from_row(row)
+    except LedgerFileError:
+        line = None
+    assert line_from_values(row.install_id.encode(), values) in (None, line)
+
+
+@pytest.mark.parametrize("place", range(len(STORED_FIELDS) - 1))
+@pytest.mark.parametrize("value", [None, b"", b"-1", b'"', b"01", b"1\n2", b"\xff", b"2026-13-01T00:00:00.000Z"])
+def test_line_when_a_stored_value_is_odd_then_it_is_left_for_a_closer_look(place: int, value: bytes | None) -> None:
+    time = b"2026-05-11T23:02:57.123Z"
+    values = [b"pro", b"1", b"2", time, b"31", b"3", b"4", time, None]
+    assert line_from_values(b"a", values)
+    values[place] = value
+    is_a_tier = place == 0 and value in (b"-1", b"01")
+    assert (line_from_values(b"a", values) is not None) == is_a_tier
