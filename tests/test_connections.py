@@ -13,7 +13,7 @@ from aiohttp import web
 from limiter.relay.app import routes
 from limiter.relay.metrics import METRICS
 from tests.backend import Backend, Document
-from tests.relaying import CHAT, ONE_SERVER, RunningRelay, StartRelay, client_of, eventually, tiers
+from tests.relaying import CHAT, ONE_SERVER, RunningRelay, StartRelay, client_of, eventually, new_install, tiers
 
 pytest_plugins = ["tests.relay_fixtures"]
 pytestmark = ONE_SERVER
@@ -174,6 +174,27 @@ async def test_body_when_it_breaks_in_the_middle_then_400_at_once_and_no_other_a
     writer.close()
     assert (status, document["error"]["code"]) == (400, "invalid_body")
     assert await relay.spent() == (0, 0)
+
+
+async def test_body_when_its_chunks_have_extensions_and_trailers_then_neither_passes(
+    relay: RunningRelay, gemini: Backend
+) -> None:
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nX-Install-Id: {relay.install_id}\r\nContent-Type: application/json\r\n"
+    chunks = b'12;ext="a;b"\r\n{"model": "plain"}\r\n0;last\r\nX-Install-Id: %s\r\nOpenAI-Beta: odd\r\n\r\n'
+    sent = head.encode() + b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n" + chunks % new_install().encode()
+    received = await relay.raw(sent)
+    assert received.startswith(b"HTTP/1.1 200 ")
+    assert gemini.last.body == b'{"model": "plain"}'
+    assert not {"Openai-Beta", "OpenAI-Beta", "X-Install-Id"} & set(gemini.last.headers)
+    assert await relay.spent() == (1, 1)
+
+
+async def test_model_when_its_name_holds_a_lines_end_then_it_is_a_name_and_no_header(
+    relay: RunningRelay, gemini: Backend
+) -> None:
+    assert (await relay.ask("plain\r\nX-Injected: a")).status == 200
+    assert "X-Injected" not in gemini.last.headers
+    assert gemini.last.document["model"] == "plain\r\nX-Injected: a"
 
 
 @pytest.fixture

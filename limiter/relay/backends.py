@@ -221,7 +221,7 @@ class BackendClient:
                 passed = CIMultiDict(
                     (name, response.headers[name])
                     for name in _RESPONSE_HEADERS
-                    if _may_pass(response.headers.get(name, "\0"))
+                    if _may_pass(response.headers.get(name, "\0")) and not self._quotes_key(response.headers[name])
                 )
                 if response.status not in _SUCCESS:
                     packing = passed.pop(hdrs.CONTENT_ENCODING, "identity").lower()
@@ -231,6 +231,9 @@ class BackendClient:
                 response.release() if response.content.at_eof() and isinstance(body, bytes) else response.close()
         finally:
             attempt.end()
+
+    def _quotes_key(self, value: str) -> bool:
+        return self._api_key != "" and self._api_key in value
 
     async def aclose(self) -> None:
         """Close the connections."""
