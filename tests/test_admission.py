@@ -57,7 +57,7 @@ class Node:
                 install_id, tier="core", has_hardware=False, may_create=may_create, hold_id=uuid.uuid4().hex
             )
 
-        decision = await self.admission.reserve(request, install_id, reserve)
+        decision = await self.admission.reserve(request, install_id, licence, reserve)
         await self.limiter.commit(install_id, decision.hold_id)
         return web.json_response({"status": decision.status})
 
@@ -245,6 +245,26 @@ async def test_licence_when_fifty_installs_of_two_nodes_race_for_three_seats_the
     lucky = [install for install, answer in zip(installs, answers, strict=True) if answer.status == 200]
     for node in nodes:
         assert [(await node.ask(install, X_Seats="3")).status for install in lucky] == [200] * 3
+
+
+async def test_seat_when_its_install_is_refused_as_a_new_one_then_it_is_free_again(
+    start: StartNode, redis: Redis
+) -> None:
+    node, known = await start(mint_per_ip=1), str(uuid.uuid4())
+    assert (await node.ask(known, X_Seats="2")).status == 200
+    assert [(await node.ask(X_Seats="2")).code for _ in range(5)] == ["install_mint_limited"] * 5
+    assert [text_of(name) for name in await redis.hkeys(Keys().seats(SUBJECT))] == [known]
+    assert (await node.ask(known, X_Seats="2")).status == 200
+
+
+async def test_installs_when_they_flood_then_redis_holds_no_more_than_the_limits_let_through(
+    start: StartNode, redis: Redis
+) -> None:
+    node = await start(mint_per_ip=2, mint_overall=3)
+    await asyncio.gather(*(node.ask(X_Seats="9", forwarded=f"203.0.113.{number}") for number in range(200)))
+    assert await rows(redis) == 3
+    assert await redis.hlen(Keys().seats(SUBJECT)) == 3
+    assert await redis.dbsize() == 3 + 1 + 3 + 1  # rows, the hash of seats, counts of three addresses and of all
 
 
 async def test_seat_when_used_again_and_again_then_redis_is_not_asked_each_time(start: StartNode, redis: Redis) -> None:

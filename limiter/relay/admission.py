@@ -106,10 +106,13 @@ class Admission:
             del self._seated[next(iter(self._seated))]
         self._seated[known] = now_s + _SEAT_TRUSTED_S
 
-    async def reserve(self, request: web.Request, install_id: str, reserve: Reserve) -> Decision:
+    async def reserve(
+        self, request: web.Request, install_id: str, licence: Licence | None, reserve: Reserve
+    ) -> Decision:
         """Reserve for an install that is known, or else count it as a new one and create it.
 
-        Raises ProblemRaised (429) when there are too many new ones, and what `reserve` raises.
+        Raises ProblemRaised (429) when there are too many new ones, and what `reserve` raises. Such a one, which was
+        never served, does not keep the seat that it was just given.
         """
         decision = await reserve(False)
         if decision.status is not Status.UNKNOWN_INSTALL:
@@ -120,8 +123,17 @@ class Admission:
         async with minting:
             if waits and (decision := await reserve(False)).status is not Status.UNKNOWN_INSTALL:
                 return decision
-            await self.mint(client_address(request, self._trusted_proxies))
+            try:
+                await self.mint(client_address(request, self._trusted_proxies))
+            except ProblemRaised:
+                await self._unseat(install_id, licence)
+                raise
             return await reserve(True)
+
+    async def _unseat(self, install_id: str, licence: Licence | None) -> None:
+        if licence is not None and licence.installs is not None:
+            self._seated.pop((licence.subject, install_id, licence.installs), None)
+            await self._stores.free(licence.subject, install_id)
 
     async def mint(self, address: Address) -> None:
         """Count a new install from an address. Raises ProblemRaised (429), LimiterUnavailable."""

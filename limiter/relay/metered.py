@@ -154,7 +154,9 @@ async def _reserve(call: _Call, hold_id: str) -> Decision:
             )
         )
 
-    reserving = asyncio.ensure_future(relay.admission.reserve(call.request, identity.install_id, reserve))
+    reserving = asyncio.ensure_future(
+        relay.admission.reserve(call.request, identity.install_id, identity.licence, reserve)
+    )
     try:
         decision = await asyncio.shield(reserving)
     except RedisAway:
