@@ -66,10 +66,10 @@ def is_unmetered(answer: Answer) -> bool:
 async def node(own_server: Callable[..., Server], gemini: Backend, hardware: Backend) -> AsyncIterator[Node]:
     server = own_server()
     async with AsyncExitStack() as stack:
-        redis = await connect(server.url, timeout_ms=200)
+        redis = await connect(server.url, timeout_ms=400)
         stack.push_async_callback(redis.aclose)
         start = await stack.enter_async_context(relays_on(redis))
-        limiter = CreditLimiter(redis, tiers(lifetime=5), timeout_ms=200, deadline_ms=400)
+        limiter = CreditLimiter(redis, tiers(lifetime=5), timeout_ms=400, deadline_ms=800)
         relay = await start(
             client_of("gemini", gemini.url),
             client_of("hardware", hardware.url, breaker=Breaker(failures=2, reset_s=60)),
@@ -272,9 +272,9 @@ async def test_relay_when_hardware_cannot_be_reached_then_502_and_gemini_is_not_
     own_server: Callable[..., Server], gemini: Backend
 ) -> None:
     server = own_server()
-    redis = await connect(server.url, timeout_ms=200)
+    redis = await connect(server.url, timeout_ms=400)
     async with relays_on(redis) as start:
-        limiter = CreditLimiter(redis, tiers(lifetime=5), timeout_ms=200, deadline_ms=400)
+        limiter = CreditLimiter(redis, tiers(lifetime=5), timeout_ms=400, deadline_ms=800)
         nowhere = client_of("hardware", f"http://127.0.0.1:{free_port()}/v1")
         relay = await start(client_of("gemini", gemini.url), nowhere, on=limiter, on_redis_down="hardware")
         server.kill()

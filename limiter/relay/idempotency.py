@@ -27,7 +27,6 @@ from aiohttp import web
 from limiter.errors import LimiterUnavailable
 from limiter.relay.answers import REQUEST_ID, Problem, ProblemRaised, fail
 from limiter.relay.recording import Answer, Recording
-from limiter.relay.redis_mode import RedisAway
 from limiter.relay.stores import Claimed, ClaimStatus, Stores
 
 __all__ = ["Idempotency", "Recording", "idempotency_key"]
@@ -145,10 +144,9 @@ class Idempotency:
             )
             try:
                 claimed = await asyncio.shield(claiming)
-            except RedisAway:  # nothing was sent
-                raise
-            except (asyncio.CancelledError, LimiterUnavailable):
-                self._undo(slot, owner, claiming)
+            except (asyncio.CancelledError, LimiterUnavailable) as error:
+                if not isinstance(error, LimiterUnavailable) or error.executed is not False:
+                    self._undo(slot, owner, claiming)
                 raise
             if claimed.status is not ClaimStatus.RUNNING:
                 self._missed_s.pop(slot.key, None)  # from here on the record knows of it

@@ -30,7 +30,7 @@ from limiter.relay.identity import Identity, identify
 from limiter.relay.metrics import UNAVAILABLE, UNMETERED
 from limiter.relay.passing import Metered, Unmetered, pass_answer
 from limiter.relay.recording import Recording
-from limiter.relay.redis_mode import RedisAway, RedisMode
+from limiter.relay.redis_mode import RedisMode
 from limiter.relay.settlement import Settlements
 from limiter.relay.uploads import Upload, UploadLimits
 
@@ -159,11 +159,10 @@ async def _reserve(call: _Call, hold_id: str) -> Decision:
     )
     try:
         decision = await asyncio.shield(reserving)
-    except RedisAway:
-        raise
-    except (asyncio.CancelledError, LimiterUnavailable):
+    except (asyncio.CancelledError, LimiterUnavailable) as error:
         # The client left while Redis was deciding, or its answer was lost: whatever it decided is given back.
-        relay.settlements.undo(identity.install_id, hold_id, reserving)
+        if not isinstance(error, LimiterUnavailable) or error.executed is not False:
+            relay.settlements.undo(identity.install_id, hold_id, reserving)
         raise
     facts.status, facts.reason = decision.status, decision.reason
     if not decision.allowed:
