@@ -12,12 +12,15 @@ from typing import Literal
 
 from redis.exceptions import RedisError
 
+from limiter.atomic_file import in_thread
 from limiter.cancelling import CancelWatch
 from limiter.credit_limiter import CreditLimiter
-from limiter.errors import LedgerFileError
+from limiter.errors import LedgerFileError, LimiterError
 from limiter.ledger import Entry, LedgerFile
+from limiter.ledger_seal import check_seal
 from limiter.ledger_writer import ListFile
 from limiter.model import Status
+from limiter.one_import import one_import
 from limiter.row_sender import Item, RowSender
 from limiter.scripts import PutMode, mapped
 from limiter.store import scan_keys
@@ -83,15 +86,14 @@ async def import_file(
     rejected_path = path.with_name(f"{path.name}.rejected.json")
     with LedgerFile(path) as file, ListFile(rejected_path, "rejected") as rejected_file:
         run = _Import(limiter, file, now_ms, None if dry_run else rejected_file, on_progress)
-        good = await run.check()
-        stored = await _count_rows(limiter) if mode == "create" else 0
-        compared = await run.compare(mode) if stored or (dry_run and mode != "create") else None
-        if stored and compared is not None:
-            _refuse_other_rows(path, stored, compared)
-        if compared is not None and (dry_run or compared.total() == compared[Status.SAME]):
-            answers = compared
+        await run.check()
+        if dry_run:
+            answers = await run.compared(mode)
         else:
-            answers = Counter({Status.CREATED: good}) if dry_run else await run.store(mode)
+            async with one_import(limiter) as still_ours:
+                answers = await run.compared(mode) if mode == "create" else Counter()
+                if not answers or answers.total() != answers[Status.SAME]:
+                    answers = await run.store(mode, still_ours)
         return ImportReport(
             total=run.total,
             new=answers[Status.CREATED],
@@ -126,15 +128,16 @@ class _Import:
         rejected_file: ListFile | None,
         on_progress: Callable[[Progress], None] | None,
     ) -> None:
-        self.total = self.rejected = 0
+        self.total = self.rejected = self.good = 0
         self.first_rejected: list[Rejected] = []
-        self._file, self._now_ms = file, now_ms
+        self._limiter, self._file, self._now_ms = limiter, file, now_ms
         self._rejected_file, self._on_progress = rejected_file, on_progress
         self._sender = RowSender(limiter, self._reject)
         self._cancel = CancelWatch()
 
-    async def check(self) -> int:
-        """Read the whole file, noting the rows that cannot be taken; give the number of those that can."""
+    async def check(self) -> None:
+        """Read the whole file, noting the rows that cannot be taken. Raises LedgerFileError when it is not whole."""
+        is_intact = await in_thread(_is_intact, self._file.path)
         for entry in self._file.entries():
             self.total += 1
             if entry.groups is None:
@@ -146,24 +149,41 @@ class _Import:
                 self._tell("check", self.total)
                 await asyncio.sleep(0)  # others on this loop have their turn, and a cancellation is seen
         self._tell("check", self.total)
-        return self.total - self.rejected
+        self.good = self.total - self.rejected
+        if not is_intact and isinstance(self._file.meta, dict) and "checksum" in self._file.meta:
+            raise LedgerFileError(
+                f"{self._file.path} is not as it was written: its checksum does not match. Take an older one (limiter "
+                "verify tells which are whole), or delete its member meta if you changed it on purpose"
+            )
 
-    async def compare(self, mode: PutMode) -> "Counter[Status]":
-        """Find out what storing every good row would do; count the answers."""
+    async def compared(self, mode: PutMode) -> "Counter[Status]":
+        """Find out what storing every good row would do; count the answers.
+
+        Raises LedgerFileError for the mode `create` and a Redis that has other rows.
+        """
+        stored = await _count_rows(self._limiter) if mode == "create" else 0
+        if mode == "create" and not stored:
+            return Counter({Status.CREATED: self.good})
         answers: Counter[Status] = Counter()
         rows = 0
         for batch in self._batches():
             answers += await self._sender.put(batch, mode, asks=True)
             rows += len(batch)
             self._tell("compare", rows)
+        if mode == "create":
+            _refuse_other_rows(self._file.path, stored, answers)
         return answers
 
-    async def store(self, mode: PutMode) -> "Counter[Status]":
-        """Store every good row; count the answers. While Redis has a batch in work the next one is read."""
+    async def store(self, mode: PutMode, still_ours: Callable[[], None]) -> "Counter[Status]":
+        """Store every good row; count the answers. While Redis has a batch in work the next one is read.
+
+        still_ours: raises when another import began. Whatever ends it early, the error tells what is in.
+        """
         answers: Counter[Status] = Counter()
         rows = 0
         sent: deque[tuple[int, asyncio.Task[Counter[Status]]]] = deque()
         batches = self._batches()
+        self._tell("write", 0)
         try:
             while True:
                 while len(sent) < _BATCHES_SENT and (batch := next(batches, None)):
@@ -174,6 +194,10 @@ class _Import:
                 answers += await sent[0][1]
                 rows += sent.popleft()[0]
                 self._tell("write", rows)
+                still_ours()
+        except LimiterError as error:
+            error.args = (f"{error}. Of {self.good:,} rows {rows:,} or more are in, each whole: import the file again",)
+            raise
         finally:
             for _, task in sent:
                 task.cancel()
@@ -205,13 +229,20 @@ class _Import:
             self._on_progress(Progress(phase, rows, self._file.read_bytes, self._file.size_bytes))
 
 
+def _is_intact(path: Path) -> bool:
+    try:
+        return check_seal(path).is_intact
+    except OSError as error:
+        raise LedgerFileError(f"{path} cannot be read: {error.strerror}") from error
+
+
 def _refuse_other_rows(path: Path, stored: int, answers: "Counter[Status]") -> None:
     differing = answers[Status.EXISTS]
     others = max(0, stored - differing - answers[Status.SAME])
     if differing or others:
         raise LedgerFileError(
             f"Redis has {differing} rows that differ from those of {path}, and {others} that it does not have; nothing "
-            "was changed. Import with merge to keep the larger counters, or with replace to let the file win"
+            "was changed. --merge keeps the larger counters, --replace lets the file win; rows that only Redis has stay"
         )
 
 

@@ -76,6 +76,10 @@ class Keys:
         """Give the key of the persisters' lease."""
         return f"{self._prefix}:persister"
 
+    def import_lease(self) -> str:
+        """Give the key of the lease that imports have one after the other."""
+        return f"{self._prefix}:import"
+
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:40]

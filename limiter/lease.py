@@ -43,14 +43,16 @@ class Leased:
 
 
 class Lease:
-    """One persister's way to the lease. Methods raise LimiterUnavailable; each may be repeated."""
+    """The way to a lease; without `key` the persisters'. Methods raise LimiterUnavailable, and may be repeated."""
 
-    def __init__(self, limiter: CreditLimiter, *, lease_s: float, owner: str | None = None) -> None:
+    def __init__(
+        self, limiter: CreditLimiter, *, lease_s: float, owner: str | None = None, key: str | None = None
+    ) -> None:
         self.lease_s = lease_s
         self.owner = owner or f"{socket.gethostname()[:48]}:{os.getpid()}:{uuid.uuid4().hex[:12]}"
         self._limiter = limiter
         self._scripts = Scripts(limiter.wire, timeout_ms=1000)
-        self._key = limiter.keys.lease()
+        self._key = key or limiter.keys.lease()
 
     async def take(self, *, least_epoch: int = 0, checksum: str = "", good_at: str = "") -> Leased:
         """Take the lease or keep it, for another `lease_s`. Run lease.lua."""

@@ -110,6 +110,7 @@ class LedgerFile:
 
     def entries(self) -> Iterator[Entry]:
         """Read every member of `rows`, from the start of the file; one reading at a time. Raises as `rows`."""
+        self._check_unchanged()
         text = self._text = LedgerText(self.path, self._stream)
         names: set[str] = set()
         self._expect_object(text, "it is {}, want an object with a member rows")
@@ -130,6 +131,12 @@ class LedgerFile:
             text.fail("it is not JSON: something follows its end")
         if "rows" not in names:
             text.fail("it has no member rows")
+        self._check_unchanged()
+
+    def _check_unchanged(self) -> None:
+        now = os.fstat(self._stream.fileno())
+        if (now.st_size, now.st_mtime_ns) != (self.stat.st_size, self.stat.st_mtime_ns):
+            raise LedgerFileError(f"{self.path} was written to while it was read: stop what writes it, or take a copy")
 
     def _expect_object(self, text: LedgerText, want: str) -> None:
         mark = text.mark()

@@ -1,5 +1,7 @@
 """How an import looks while it runs and when it is done; for every command that imports a file."""
 
+import asyncio
+import time
 from pathlib import Path
 
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -7,30 +9,90 @@ from rich.table import Table
 
 from limiter.cli.terminal import ERRORS, OUT, print_json
 from limiter.credit_limiter import CreditLimiter
-from limiter.importer import ImportReport, import_file
+from limiter.importer import ImportReport, Phase, import_file
 from limiter.importer import Progress as ImportProgress
 from limiter.scripts import PutMode
 
-_PHASES = {"check": "checking the file", "compare": "comparing with Redis", "write": "writing rows"}
+_PHASES: dict[Phase, str] = {
+    "check": "checking the file",
+    "compare": "comparing with Redis",
+    "write": "writing rows",
+}
+_LINE_EVERY_S = 5.0
 
 
 async def import_shown(limiter: CreditLimiter, file: Path, *, mode: PutMode, dry_run: bool = False) -> ImportReport:
-    """Import a file as `importer.import_file` does, with a progress bar in a terminal."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rows]} rows"))
-    times = (TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, *times, console=ERRORS, transient=True, disable=not ERRORS.is_terminal) as bars:
-        tasks = {phase: bars.add_task(text, rows=0, visible=False) for phase, text in _PHASES.items()}
+    """Import a file as `importer.import_file` does, with a progress bar in a terminal, and lines anywhere else."""
+    view = _Bars() if ERRORS.is_terminal else _Lines()
+    with view.bars:
+        try:
+            return await import_file(limiter, file, mode=mode, dry_run=dry_run, on_progress=view.show)
+        except asyncio.CancelledError:
+            done = f"{view.stored:,} rows or more are in, each whole: import the file again"
+            said = "nothing was changed" if view.stored is None else done
+            view.bars.console.print(f"limiter: interrupted: {said}", soft_wrap=True)
+            raise
 
-        def show(done: ImportProgress) -> None:
-            bars.update(
-                tasks[done.phase],
-                completed=done.read_bytes,
-                total=done.size_bytes,
-                rows=f"{done.rows:,}",
-                visible=True,
-            )
 
-        return await import_file(limiter, file, mode=mode, dry_run=dry_run, on_progress=show)
+class _View:
+    """What both ways to show it need: when each phase began, and how many rows are stored."""
+
+    def __init__(self, *, is_terminal: bool) -> None:
+        columns = (
+            *(SpinnerColumn(), TextColumn("{task.description}"), BarColumn()),
+            *(TextColumn("{task.fields[rows]} rows"), TextColumn("{task.fields[rate]} rows/s")),
+        )
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        self.bars = Progress(*columns, *times, console=ERRORS, transient=True, disable=not is_terminal)
+        self.stored: int | None = None
+        self._began: dict[Phase, float] = {}
+
+    def show(self, done: ImportProgress) -> None:
+        """Take notice of how far it is."""
+        if done.phase == "write":
+            self.stored = done.rows
+        passed_s = time.monotonic() - self._began.setdefault(done.phase, time.monotonic())
+        self.show_rate(done, done.rows / passed_s if passed_s else 0.0)
+
+    def show_rate(self, done: ImportProgress, rate: float) -> None:
+        raise NotImplementedError
+
+
+class _Bars(_View):
+    def __init__(self) -> None:
+        super().__init__(is_terminal=True)
+        self._tasks = {
+            phase: self.bars.add_task(text, rows="0", rate="0", visible=False) for phase, text in _PHASES.items()
+        }
+
+    def show_rate(self, done: ImportProgress, rate: float) -> None:
+        self.bars.update(
+            self._tasks[done.phase],
+            completed=done.read_bytes,
+            total=done.size_bytes,
+            rows=f"{done.rows:,}",
+            rate=f"{rate:,.0f}",
+            visible=True,
+        )
+
+
+class _Lines(_View):
+    def __init__(self) -> None:
+        super().__init__(is_terminal=False)
+        self._phase: Phase | None = None
+        self._told = 0.0
+
+    def show_rate(self, done: ImportProgress, rate: float) -> None:
+        now = time.monotonic()
+        if done.phase != self._phase:
+            ERRORS.print(f"limiter: {_PHASES[done.phase]}", soft_wrap=True)
+        elif now - self._told >= _LINE_EVERY_S and rate and done.read_bytes:
+            left_s = (done.size_bytes / done.read_bytes - 1) * done.rows / rate
+            share = f"{100 * done.read_bytes / done.size_bytes:.0f} %, {done.rows:,} rows, {rate:,.0f} rows/s"
+            ERRORS.print(f"limiter: {_PHASES[done.phase]}: {share}, {left_s:.0f} s left", soft_wrap=True)
+        else:
+            return
+        self._phase, self._told = done.phase, now
 
 
 def print_report(report: ImportReport, *, as_json: bool) -> None:
