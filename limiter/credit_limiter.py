@@ -1,6 +1,6 @@
 """The public door: reserve, commit, release, debit and balance, each within a deadline.
 
-It knows the clock, makes hold ids, and decides what may be repeated. It holds no state about installs.
+It knows the clock, makes hold ids, and decides what may be repeated. Of installs it knows only refusals, for a moment.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ from typing import TypeVar
 from redis.asyncio import Redis
 
 from limiter.cancelling import to_the_end
+from limiter.denials import Denials
 from limiter.errors import LimiterError, LimiterUnavailable, Overloaded
 from limiter.keys import Keys, normalise_install_id
 from limiter.model import MAX_COST, Backend, Balance, Decision, Row, Settlement, Status, Tiers
@@ -33,6 +34,8 @@ class CreditLimiter:
 
     redis: from `connect`. clock: `() -> epoch ms`, for tests; production goes by the server's time. hold_ms: how long
     a hold lives without commit or release. timeout_ms bounds one attempt, deadline_ms a whole call with its repeats.
+    deny_cache_ms: how long who was out of credits is refused again without asking Redis, so that a change made
+    elsewhere may be seen so late; one made through this limiter is seen at once.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class CreditLimiter:
         hold_ms: int = 600_000,
         timeout_ms: int = 1000,
         deadline_ms: int = 3000,
+        deny_cache_ms: int = 0,
     ) -> None:
         self.tiers = tiers
         self.keys = Keys(prefix)
@@ -52,6 +56,7 @@ class CreditLimiter:
         self.hold_ms = hold_ms
         self.clock = clock
         self._deadline_s = deadline_ms / 1000
+        self._denials = Denials(deny_cache_ms, clock)
         self.wire = _wire_of(redis)
         self._timeout_ms = min(timeout_ms, deadline_ms)
         self._scripts = Scripts(self.wire, timeout_ms=self._timeout_ms)
@@ -76,7 +81,10 @@ class CreditLimiter:
         hold = _checked_hold_id(hold_id) if hold_id else new_hold_id()
         _check_cost(cost)
         try:
-            return await self.repeated(
+            return await self._decided(
+                key,
+                tier,
+                cost,
                 lambda: self._scripts.reserve(
                     key,
                     hold_id=hold,
@@ -86,7 +94,8 @@ class CreditLimiter:
                     hold_ms=self.hold_ms,
                     may_create=may_create,
                     now_ms=self._now_ms(),
-                )
+                ),
+                hold_id=hold,
             )
         except LimiterUnavailable as error:
             error.hold_id = hold
@@ -106,25 +115,31 @@ class CreditLimiter:
             _check_cost(cost)
         if backend not in (None, "gemini", "hardware"):
             raise ValueError(f"backend is {backend!r}, want 'gemini' or 'hardware'")
-        return await self.repeated(
-            lambda: self._scripts.commit(
-                key,
-                hold_id=hold,
-                backend=backend,
-                cost=cost,
-                lifetime_tiers=self.tiers.lifetime_names,
-                now_ms=self._now_ms(),
-            ),
-            when_overloaded=True,
-        )
+        try:
+            return await self.repeated(
+                lambda: self._scripts.commit(
+                    key,
+                    hold_id=hold,
+                    backend=backend,
+                    cost=cost,
+                    lifetime_tiers=self.tiers.lifetime_names,
+                    now_ms=self._now_ms(),
+                ),
+                when_overloaded=True,
+            )
+        finally:
+            self._denials.changed(key)
 
     async def release(self, install_id: str, hold_id: str) -> Status:
         """Give a hold back: RELEASED, or GONE when there is no such hold. Raises as `commit`."""
         key = self.keys.install(install_id)
         hold = _checked_hold_id(hold_id)
-        return await self.repeated(
-            lambda: self._scripts.release(key, hold_id=hold, now_ms=self._now_ms()), when_overloaded=True
-        )
+        try:
+            return await self.repeated(
+                lambda: self._scripts.release(key, hold_id=hold, now_ms=self._now_ms()), when_overloaded=True
+            )
+        finally:
+            self._denials.changed(key)
 
     async def debit(
         self, install_id: str, *, tier: str, has_hardware: bool, cost: int = 1, may_create: bool = True
@@ -136,7 +151,10 @@ class CreditLimiter:
         limits = self.tiers[tier]
         key = self.keys.install(install_id)
         _check_cost(cost)
-        return await self.repeated(
+        return await self._decided(
+            key,
+            tier,
+            cost,
             lambda: self._scripts.debit(
                 key,
                 tier=limits,
@@ -166,7 +184,14 @@ class CreditLimiter:
         CREATED, SAME, REPLACED, MERGED or EXISTS. Live holds stay. Raises as `commit`.
         """
         key = self.keys.install(row.install_id)
-        return await self.repeated(lambda: self._scripts.put_row(key, row, mode=mode))
+        try:
+            return await self.repeated(lambda: self._scripts.put_row(key, row, mode=mode))
+        finally:
+            self._denials.changed(key)
+
+    def rows_changed(self) -> None:
+        """Hear that rows were changed past these methods, as by an import."""
+        self._denials.all_changed()
 
     @asynccontextmanager
     async def hold(
@@ -204,6 +229,27 @@ class CreditLimiter:
         failure = reserving.exception()
         if failure is None or (isinstance(failure, LimiterUnavailable) and failure.executed is not False):
             await self.release(install_id, hold_id)
+
+    async def _decided(
+        self,
+        key: str,
+        tier: str,
+        cost: int,
+        attempt: Callable[[], Awaitable[Decision]],
+        *,
+        hold_id: str = "",
+        when_unknown: bool = True,
+    ) -> Decision:
+        denied = self._denials.find(key, tier, cost, hold_id)
+        if denied is not None:
+            return denied
+        asked = self._denials.asked()
+        decision = None
+        try:
+            decision = await self.repeated(attempt, when_unknown=when_unknown)
+        finally:
+            self._denials.note(key, asked, decision)
+        return decision
 
     def _now_ms(self) -> int | None:
         return None if self.clock is None else self.clock()

@@ -93,7 +93,10 @@ async def import_file(
             async with one_import(limiter) as still_ours:
                 answers = await run.compared(mode) if mode == "create" else Counter()
                 if not answers or answers.total() != answers[Status.SAME]:
-                    answers = await run.store(mode, still_ours)
+                    try:
+                        answers = await run.store(mode, still_ours)
+                    finally:
+                        limiter.rows_changed()
         return ImportReport(
             total=run.total,
             new=answers[Status.CREATED],

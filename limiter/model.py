@@ -164,13 +164,17 @@ class Balance(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """The answer to reserve or debit. `backend` is set when allowed, `reason` when denied."""
+    """The answer to reserve or debit. `backend` is set when allowed, `reason` when denied.
+
+    from_memory: Redis was not asked, as it has just refused the same.
+    """
 
     status: Status
     reason: Reason | None
     backend: Backend | None
     hold_id: str
     balance: Balance
+    from_memory: bool = False
 
     @property
     def allowed(self) -> bool:

@@ -22,6 +22,7 @@ async def open_limiter(settings: Settings) -> AsyncIterator[CreditLimiter]:
             hold_ms=settings.relay.hold_s * 1000,
             timeout_ms=settings.redis.timeout_ms,
             deadline_ms=3 * settings.redis.timeout_ms,
+            deny_cache_ms=settings.redis.deny_cache_ms,
         )
     finally:
         await redis.aclose()

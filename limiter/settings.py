@@ -75,6 +75,7 @@ class RedisSettings(_Section):
     timeout_ms: Whole = Field(default=1000, ge=10, le=60_000)
     allow_eviction: bool = False
     on_redis_down: OnRedisDown = "deny"
+    deny_cache_ms: Whole = Field(default=1000, ge=0, le=1000)
 
 
 class RelaySettings(_Section):

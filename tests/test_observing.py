@@ -227,7 +227,10 @@ async def test_decisions_when_they_are_made_then_they_are_counted_by_status_reas
     app.metrics.decided(UNMETERED, None, "pro")
     assert app.value("limiter_decisions_total", status="ALLOWED", reason="", tier="core") == 1
     assert app.value("limiter_decisions_total", status="DENIED", reason="out_of_credits", tier="other") == 1
+    app.metrics.decided("DENIED", "out_of_credits", "core", from_memory=True)
     assert app.value("limiter_decisions_total", status=UNMETERED, reason="", tier="pro") == 1
+    assert app.value("limiter_decisions_total", status="DENIED", reason="out_of_credits", tier="core") == 1
+    assert app.value("limiter_decisions_from_memory_total") == 1
 
 
 async def test_labels_when_clients_make_them_up_then_they_are_one_series(app: Watched) -> None:

@@ -314,3 +314,22 @@ async def test_commit_when_more_calls_wait_than_may_then_it_is_repeated_until_th
     held = await limiter.reserve("i", tier="core", has_hardware=True)
     settled = await asyncio.gather(*(limiter.commit("i", held.hold_id) for _ in range(3)))
     assert sorted(settlement.status for settlement in settled) == ["COMMITTED", "GONE", "GONE"]
+
+
+async def test_refusal_when_given_from_memory_then_it_does_not_show_that_redis_is_there(
+    own_server: Callable[..., Server], closing: AsyncExitStack
+) -> None:
+    server = own_server()
+    redis = await connect(server.url, timeout_ms=TIMEOUT_MS)
+    closing.push_async_callback(redis.aclose)
+    node = Node(server, redis, "deny")
+    node.limiter = CreditLimiter(redis, tiers(lifetime=0), deadline_ms=DEADLINE_MS, deny_cache_ms=60_000)
+    node.mode = RedisMode(node.limiter, timed=node.took_s.append)
+    assert not (await node.ask()).from_memory
+    server.kill()
+    lost = asyncio.ensure_future(node.mode.call(lambda: node.limiter.balance(node.install_id, tier="core")))
+    while not lost.done():
+        assert (await node.ask()).from_memory
+        await asyncio.sleep(0.01)
+    assert isinstance(lost.exception(), LimiterUnavailable)
+    assert (node.mode.state, len(node.took_s)) == ("away", 1)

@@ -25,6 +25,7 @@ LAYERS = (
     ("keys", "model"),
     ("scripts",),
     ("store",),
+    ("denials",),
     ("credit_limiter",),
 )
 # Beside the layers: the way to a server, which knows errors only.

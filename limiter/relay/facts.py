@@ -12,7 +12,8 @@ class Facts:
     """One request's facts; what is not known yet, or never will be, is None.
 
     status, reason: the decision's words. backend: the one that answered, or else the last that was tried. cost: credits
-    that were reserved. fell_back: whether hardware was tried after Gemini had failed.
+    that were reserved. fell_back: whether hardware was tried after Gemini had failed. from_memory: whether the
+    decision was made without Redis, which had just refused the same.
     """
 
     install_id: str | None = None
@@ -23,6 +24,7 @@ class Facts:
     cost: int | None = None
     model: str | None = None
     fell_back: bool = False
+    from_memory: bool = False
 
 
 FACTS = web.RequestKey("facts", Facts)

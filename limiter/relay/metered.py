@@ -164,7 +164,7 @@ async def _reserve(call: _Call, hold_id: str) -> Decision:
         if not isinstance(error, LimiterUnavailable) or error.executed is not False:
             relay.settlements.undo(identity.install_id, hold_id, reserving)
         raise
-    facts.status, facts.reason = decision.status, decision.reason
+    facts.status, facts.reason, facts.from_memory = decision.status, decision.reason, decision.from_memory
     if not decision.allowed:
         refuse(decision, identity.headers())
     return decision

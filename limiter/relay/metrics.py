@@ -76,6 +76,9 @@ class Metrics:
         self._decisions = Counter(
             "limiter_decisions", "Decisions on credits.", ["status", "reason", "tier"], registry=registry
         )
+        self._from_memory = Counter(
+            "limiter_decisions_from_memory", "Decisions that Redis was not asked for.", registry=registry
+        )
         self._settlements = Counter(
             "limiter_settlements", "Commits and releases that are over.", ["kind", "outcome"], registry=registry
         )
@@ -139,8 +142,10 @@ class Metrics:
         if request.first_byte_s is not None:
             self._first_byte_s.labels(route).observe(request.first_byte_s)
 
-    def decided(self, status: str, reason: str | None, tier: str | None) -> None:
+    def decided(self, status: str, reason: str | None, tier: str | None, *, from_memory: bool = False) -> None:
         """Count a decision: a `Status`, UNMETERED or UNAVAILABLE."""
+        if from_memory:
+            self._from_memory.inc()
         self._decisions.labels(
             status if status in _DECISIONS else _OTHER,
             reason if reason in _REASONS else "" if reason is None else _OTHER,

@@ -70,7 +70,7 @@ def _note(
     )
     metrics.answered(answered)
     if facts.status is not None:
-        metrics.decided(facts.status, facts.reason, facts.tier)
+        metrics.decided(facts.status, facts.reason, facts.tier, from_memory=facts.from_memory)
     if _LOG.isEnabledFor(logging.INFO):
         line = {
             "request_id": request.get(REQUEST_ID),

@@ -107,6 +107,8 @@ class RedisMode:
         except (BrokenRow, ScriptContractError):
             self._note_answer()
             raise
+        if decision.from_memory:  # which says nothing about Redis
+            return decision
         self._note_answer()
         if self._timed is not None:
             self._timed(time.monotonic() - began_s)

@@ -1,0 +1,79 @@
+"""Remembers for a moment who was refused for want of credits, so that a client that hammers costs few calls.
+
+It may only refuse, and only what Redis would refuse too if nobody elsewhere had changed the row since: for a cost above
+what remained, not across a renewal, and never after a change that this process made.
+"""
+
+import time
+from collections.abc import Callable
+
+from limiter.model import Balance, Decision, Reason, Status
+
+Asked = tuple[int, float]  # how many changes there had been, and when: epoch or monotonic milliseconds
+_MOST = 10_000  # refusals that are kept; the oldest go first
+_SLOTS = 4096  # a change forgets the refusals of some other installs, too, and costs no memory
+
+
+class Denials:
+    """The refusals of one limiter. keep_ms: how long each counts; 0: not at all. clock: the limiter's own, if any."""
+
+    __slots__ = ("_changed", "_changes", "_denied", "_keep_ms", "_now_ms")
+
+    def __init__(self, keep_ms: int, clock: Callable[[], int] | None) -> None:
+        self._keep_ms = keep_ms
+        self._now_ms: Callable[[], float] = clock or _monotonic_ms
+        self._denied: dict[tuple[str, str], tuple[Asked, float, Balance]] = {}
+        self._changes = 0
+        self._changed = [0] * _SLOTS
+
+    def asked(self) -> Asked:
+        """Give what `note` wants to know of the time before Redis was asked."""
+        return self._changes, self._now_ms() if self._keep_ms else 0
+
+    def find(self, row_key: str, tier: str, cost: int, hold_id: str) -> Decision | None:
+        """Give the refusal that Redis would give, if it is known."""
+        denied = self._denied.get((row_key, tier))
+        if denied is None:
+            return None
+        (changes, asked_ms), until_ms, balance = denied
+        now_ms = self._now_ms()
+        if now_ms >= until_ms or self._changed[hash(row_key) % _SLOTS] > changes:
+            del self._denied[row_key, tier]
+            return None
+        if cost <= (balance.remaining or 0):
+            return None
+        balance = balance._replace(now_ms=balance.now_ms + int(now_ms - asked_ms))
+        return Decision(Status.DENIED, Reason.OUT_OF_CREDITS, None, hold_id, balance, from_memory=True)
+
+    def note(self, row_key: str, asked: Asked, decision: Decision | None) -> None:
+        """Remember a refusal; anything else may have changed the row. None: nobody knows what was decided.
+
+        Where something is held, Redis is asked again: this hold id may be live already, which is no refusal.
+        """
+        if decision is None or decision.status is not Status.DENIED:
+            self.changed(row_key)
+        elif self._keep_ms and decision.reason is Reason.OUT_OF_CREDITS and not decision.balance.held:
+            balance = decision.balance
+            lasts_ms = self._keep_ms
+            if balance.renews_ms is not None:  # both by the server's clock; it had not come to now_ms when it was asked
+                lasts_ms = min(lasts_ms, balance.renews_ms - balance.now_ms)
+            key = row_key, balance.tier
+            self._denied.pop(key, None)
+            if len(self._denied) >= _MOST:
+                del self._denied[next(iter(self._denied))]
+            self._denied[key] = asked, asked[1] + lasts_ms, balance
+
+    def all_changed(self) -> None:
+        """Forget everything."""
+        self._denied.clear()
+        self._changes += 1
+        self._changed = [self._changes] * _SLOTS
+
+    def changed(self, row_key: str) -> None:
+        """Forget what is known of a row that this process changed, or may have, and what is being asked just now."""
+        self._changes += 1
+        self._changed[hash(row_key) % _SLOTS] = self._changes
+
+
+def _monotonic_ms() -> float:
+    return time.monotonic() * 1000
