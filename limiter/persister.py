@@ -5,7 +5,7 @@ It decides when to dump and who may; how is `dumping`'s.
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,6 +20,7 @@ from limiter.lease import Lease, Leased
 from limiter.ledger_seal import Seal, SealedFile, read_seal
 from limiter.settings import PersisterSettings
 
+OnChange = Callable[[Mapping[str, object]], None]
 _LOG = logging.getLogger("limiter")
 LEASE_S = 30.0
 _ASKS = 3  # a lease's time: two may fail before it lapses
@@ -34,8 +35,16 @@ class Persister:
     """
 
     def __init__(
-        self, limiter: CreditLimiter, path: Path, *, interval_s: float, keep: int = KEEP, lease_s: float = LEASE_S
+        self,
+        limiter: CreditLimiter,
+        path: Path,
+        *,
+        interval_s: float,
+        keep: int = KEEP,
+        lease_s: float = LEASE_S,
+        on_change: OnChange | None = None,
     ) -> None:
+        self._on_change = on_change
         self.last_error: str | None = None
         self.last_report: DumpReport | None = None
         self._good_at = ""
@@ -75,6 +84,7 @@ class Persister:
         try:
             while not self._stopped.is_set():
                 await self._turn()
+                self._tell()
                 cancel.check()
                 try:
                     async with asyncio.timeout(self._pause_s()):
@@ -117,6 +127,10 @@ class Persister:
         else:
             self.last_error = None
 
+    def _tell(self) -> None:
+        if self._on_change is not None:
+            self._on_change(self.report())
+
     async def _ask(self) -> None:
         """Take the lease, or keep it."""
         before, role = self._leased, self.role
@@ -125,6 +139,7 @@ class Persister:
         if self.role != role or (before is not None and before.owner != self._leased.owner):
             said = {"role": self.role, "epoch": self._leased.epoch, "writer": self._leased.owner}
             _LOG.info("persister: %s", self.role, extra=said)
+            self._tell()
 
     async def _keep_lease(self) -> None:
         """Keep it through long dumps and long intervals. One that cannot be kept is missed when it is needed."""
@@ -175,14 +190,17 @@ class Persister:
         _LOG.error("%s; the first: %s", self.last_error, report.first_broken[0])
 
 
-def persister_of(limiter: CreditLimiter, settings: PersisterSettings) -> Persister:
-    """Make the persister that the settings ask for."""
+def persister_of(
+    limiter: CreditLimiter, settings: PersisterSettings, *, on_change: OnChange | None = None
+) -> Persister:
+    """Make the persister that the settings ask for. on_change: given each new report."""
     return Persister(
         limiter,
         Path(settings.file),
         interval_s=settings.interval_s,
         keep=settings.keep,
         lease_s=settings.lease_s,
+        on_change=on_change,
     )
 
 

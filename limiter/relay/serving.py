@@ -15,7 +15,7 @@ from aiohttp import web
 from limiter.errors import SettingsError
 from limiter.model import Backend
 from limiter.opening import open_limiter
-from limiter.persister import persister_of
+from limiter.persister_process import PersisterProcess
 from limiter.relay.app import create_app, runner_of
 from limiter.relay.backends import BackendClient
 from limiter.relay.breaker import Breaker
@@ -51,7 +51,7 @@ async def serve(settings: Settings, started: Callable[[Serving], None], place: P
         backends = await stack.enter_async_context(open_backends(settings))
         persister = None
         if settings.persister.file:
-            persister = persister_of(limiter, settings.persister)
+            persister = PersisterProcess(settings)
         reports = {} if persister is None else {"persister": persister.report}
         app = create_app(limiter, backends, settings, reports)
         dumping = await stack.enter_async_context(AsyncExitStack())  # it dumps once more after the last request

@@ -1,0 +1,154 @@
+"""The persister inside `limiter serve`: a process of its own, so that a dump takes no time from requests.
+
+On the relay's own loop a dump made its timers late by tens of milliseconds, in a thread hardly less, as threads of
+Python take turns; from a process of its own by next to nothing. This module starts it, hears its reports on a pipe, and
+starts it again when it dies. The child ends when its input does: with its parent, however that one ends, but not before
+one last dump.
+"""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+import orjson
+import uvloop
+
+from limiter.errors import LimiterError
+from limiter.logs import set_up_logging
+from limiter.opening import open_limiter
+from limiter.persister import persister_of
+from limiter.settings import Settings
+
+_LOG = logging.getLogger("limiter")
+_FIRST_PAUSE_S = 0.5
+_LONGEST_PAUSE_S = 15.0
+
+
+class PersisterProcess:
+    """A persister in a child process: `async with PersisterProcess(settings):`, whose end waits for its last dump."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._report: Mapping[str, object] = {"file": settings.persister.file, "role": "starting"}
+        self._process: Process | None = None
+        self._stopped = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._keep())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stopped.set()
+        self._end_input()
+        if self._task is not None:
+            await self._task
+
+    def report(self) -> Mapping[str, object]:
+        """Tell how the dumps are doing, as `Persister.report` does."""
+        return self._report
+
+    @property
+    def last_good_at(self) -> str | None:
+        """The time of the last good dump; None when there was none."""
+        at = self._report.get("last_good_at")
+        return at if isinstance(at, str) else None
+
+    async def _keep(self) -> None:
+        """Keep a child running until told to stop."""
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            reported, code = await self._run()
+            if self._stopped.is_set():
+                return
+            pause_s = _FIRST_PAUSE_S if reported else min(pause_s * 2, _LONGEST_PAUSE_S)
+            problem = f"the persister's process ended with code {code}: another starts in {pause_s:g} s"
+            _LOG.error("%s", problem)
+            self._report = {**self._report, "role": "starting", "error": problem}
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await self._stopped.wait()
+                    return
+
+    async def _run(self) -> tuple[bool, int]:
+        """Run a child to its end; give whether it ever reported, and its exit code."""
+        # A session of its own: a Ctrl-C is for the relay, which ends the child when its requests are settled.
+        process = self._process = await asyncio.create_subprocess_exec(
+            sys.executable, "-P", "-m", "limiter.persister_process", stdin=PIPE, stdout=PIPE, start_new_session=True
+        )
+        assert process.stdin  # noqa: S101  it is a pipe
+        assert process.stdout  # noqa: S101
+        with contextlib.suppress(ConnectionError):
+            process.stdin.write(_packed(self._settings) + b"\n")
+            await process.stdin.drain()
+        if self._stopped.is_set():
+            self._end_input()
+        reported = False
+        async for line in process.stdout:
+            self._report, reported = orjson.loads(line), True
+        return reported, await process.wait()
+
+    def _end_input(self) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
+
+
+def _packed(settings: Settings) -> bytes:
+    """Give what the child needs of the settings. Not on its command line, where everybody reads the password."""
+    logs = {"level": settings.logs.level, "format": settings.logs.format}
+    tiers = {name: tier.model_dump(exclude_none=True) for name, tier in settings.tiers.items()}
+    sections = {
+        "redis": settings.redis.model_dump(mode="json"),
+        "persister": settings.persister.model_dump(mode="json"),
+    }
+    return orjson.dumps({**sections, "logs": logs, "tiers": tiers})
+
+
+async def _main(settings: Settings) -> None:
+    """Persist until the input ends, and tell how it is going, one JSON line each time."""
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    async with open_limiter(settings) as limiter:
+        persister = persister_of(limiter, settings.persister, on_change=_tell)
+        loop.add_signal_handler(signal.SIGTERM, persister.stop)
+
+        async def stop_with_parent() -> None:
+            await reader.read()
+            persister.stop()
+
+        watching = asyncio.create_task(stop_with_parent())
+        await persister.run()
+        watching.cancel()
+
+
+def _tell(report: Mapping[str, object]) -> None:
+    with contextlib.suppress(OSError):  # the parent is gone: the last dump is made all the same
+        sys.stdout.buffer.write(orjson.dumps(report) + b"\n")
+        sys.stdout.buffer.flush()
+
+
+def _child() -> None:
+    given: Any = {"command_line": orjson.loads(sys.stdin.buffer.readline()), "file": {}}
+    settings = Settings(**given)
+    set_up_logging(
+        level=settings.logs.level, style=settings.logs.format, hide=[urlsplit(settings.redis.url).password or ""]
+    )
+    try:
+        uvloop.run(_main(settings))
+    except LimiterError as error:
+        _LOG.error("the persister cannot start: %s", error)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    _child()
