@@ -12,15 +12,17 @@ from limiter.opening import open_limiter
 from limiter.scripts import PutMode
 from limiter.settings import Settings
 
+_MERGE = (
+    "A row that Redis has too gets the larger of each counter, those of the month from the later period; the tier of "
+    "the later activity; the other members of both. Nobody gets credits back."
+)
+_REPLACE = "A row that Redis has too becomes as in the file: what was spent since is free again. Live holds stay."
+
 
 def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A credits.json, of the old ledger or of limiter.")],
-    merge: Annotated[
-        bool, typer.Option("--merge", help="Where Redis has the row too: the larger counters, the later period.")
-    ] = False,
-    replace: Annotated[
-        bool, typer.Option("--replace", help="Where Redis has the row too: the file's, live holds stay.")
-    ] = False,
+    merge: Annotated[bool, typer.Option("--merge", help=_MERGE)] = False,
+    replace: Annotated[bool, typer.Option("--replace", help=_REPLACE)] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; write nothing.")] = False,
     redis: RedisOption = None,
     config: ConfigOption = None,
@@ -31,6 +33,7 @@ def import_(
     The whole file is checked first: one that is broken anywhere changes nothing. Rows that cannot be used go to
     FILE.rejected.json with their reasons, the others are in, and the exit code is 1. Without --merge or --replace,
     Redis must have no rows but those of this very file, as a repeat finds them; rows that only Redis has always stay.
+    One import runs at a time. Interrupted anywhere, the same command again completes it.
 
     Example: limiter import old-credits.json --redis redis://localhost:6379/0
     """

@@ -117,7 +117,8 @@ def _document(report: ImportReport) -> dict[str, object]:
 
 
 def _print(report: ImportReport) -> None:
-    table = Table("rows", "of which new", "same", "changed", "rejected", box=None, pad_edge=False)
+    new, changed = ("would be new", "would change") if report.dry_run else ("new", "changed")
+    table = Table("rows", new, "same", changed, "rejected", box=None, pad_edge=False)
     table.add_row(*(f"{n:,}" for n in (report.total, report.new, report.same, report.changed, report.rejected)))
     OUT.print(table)
     if report.dry_run:

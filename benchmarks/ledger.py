@@ -1,0 +1,262 @@
+"""Ledgers of a million rows: import, dump, their memory, a row's size, decisions during a dump; each against a floor.
+
+Run it as `python -m benchmarks.ledger [ROWS]`; without a number it has a million rows. It needs Debian's redis-tools,
+and starts a server of its own, with AOF as in production.
+"""
+
+import asyncio
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TextIO
+
+from redis import Redis
+
+from limiter import CreditLimiter, Tiers, connect
+from limiter.lua_source import compose
+from limiter.model import ROW_MEMBERS
+from tests.servers import Server, binaries
+
+ROWS = 1_000_000
+ROUNDS = 3
+DECISIONS_PER_S = 500
+DECIDE_S = 10.0
+TIERS = Tiers.from_mapping({"core": {"lifetime": 1_000_000}})
+_JOB = """
+import asyncio, resource, sys, time
+from pathlib import Path
+import uvloop
+from limiter import CreditLimiter, Tiers, connect
+from limiter.dumping import dump
+from limiter.importer import import_file
+
+async def main(job, url, path):
+    redis = await connect(url, allow_eviction=True)
+    limiter = CreditLimiter(redis, Tiers.from_mapping({"core": {"lifetime": 1}}))
+    idle_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.perf_counter()
+    if job == "import":
+        await import_file(limiter, Path(path), mode="create")
+    elif job == "dump":
+        await dump(limiter, Path(path))
+    else:
+        await read_all(redis)
+    took_s = time.perf_counter() - began
+    print(took_s, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, idle_kib)
+    await redis.aclose()
+
+async def read_all(redis):
+    cursor = 0
+    while True:
+        cursor, names = await redis.scan(cursor, match="credits:install:*", count=500)
+        pipeline = redis.pipeline(transaction=False)
+        for name in names:
+            pipeline.hgetall(name)
+        await pipeline.execute()
+        if cursor == 0:
+            return
+
+uvloop.run(main(*sys.argv[1:]))
+"""
+
+
+def rows(count: int) -> Iterator[dict[str, object]]:
+    """Make rows as a ledger in use has them."""
+    chance = random.Random(count)  # noqa: S311  the same rows each time
+    for _ in range(count):
+        yield {
+            "install_id": str(uuid.UUID(int=chance.getrandbits(128), version=4)),
+            "tier_snapshot": chance.choice(("core", "pro", "max")),
+            "lifetime_consumed": chance.randrange(50),
+            "lifetime_gemini_consumed": chance.randrange(20),
+            "last_renewal_at": f"2026-10-{chance.randrange(1, 29):02d}T21:24:54.719Z",
+            "anniversary_day": chance.randrange(1, 29),
+            "monthly_consumed": chance.randrange(1000),
+            "monthly_gemini_consumed": chance.randrange(400),
+            "last_active_at": f"2026-11-{chance.randrange(1, 22):02d}T21:24:54.719Z",
+        }
+
+
+def write_files(count: int, ledger: Path, commands: Path) -> int:
+    """Write the rows as the old ledger does, and as HSETs for redis-cli --pipe; give the bytes of their JSON."""
+    size_bytes = 0
+    with ledger.open("w") as file, commands.open("w") as pipe:
+        file.write('{"rows":{')
+        for number, row in enumerate(rows(count)):
+            text = json.dumps(row, separators=(",", ":"))
+            size_bytes += len(text)
+            file.write(f'{"," if number else ""}"{row["install_id"]}":{text}')
+            _write_hset(pipe, row)
+        file.write("}}")
+    return size_bytes
+
+
+def _write_hset(pipe: TextIO, row: dict[str, object]) -> None:
+    words = ["HSET", f"credits:install:{row['install_id']}"]
+    for name in ROW_MEMBERS[1:]:
+        words += [name, str(row[name])]
+    pipe.write(f"*{len(words)}\r\n" + "".join(f"${len(word)}\r\n{word}\r\n" for word in words))
+
+
+class Bench:
+    """One server, and what runs against it."""
+
+    def __init__(self, server: Server, folder: Path, count: int) -> None:
+        self.server, self.folder, self.count = server, folder, count
+        self.ledger, self.commands = folder / "credits.json", folder / "hsets"
+        self.json_bytes = write_files(count, self.ledger, self.commands)
+        self.redis = Redis(port=server.port)
+
+    def empty(self) -> None:
+        """Take all rows away, and wait until the server has nothing else to do."""
+        self.redis.execute_command("FLUSHALL", "SYNC")  # type: ignore[no-untyped-call]  # redis-py 8.1
+        # or the server frees memory while others are measured
+        self.redis.script_load(compose("create_rows").text)
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait for the rewriting of the AOF."""
+        while self.redis.info("persistence")["aof_rewrite_in_progress"]:
+            time.sleep(0.1)
+
+    def server_s(self) -> float:
+        """Give the processor time of the server so far."""
+        used = self.redis.info("cpu")
+        return float(used["used_cpu_user"] + used["used_cpu_sys"])
+
+    def pipe(self) -> float:
+        """Give the seconds of redis-cli --pipe."""
+        self.empty()
+        began = time.perf_counter()
+        with self.commands.open("rb") as commands:
+            subprocess.run(  # noqa: S603  our own words
+                ["redis-cli", "-p", str(self.server.port), "--pipe"],  # noqa: S607  Debian's
+                stdin=commands,
+                stdout=subprocess.DEVNULL,
+                check=True,
+            )
+        return time.perf_counter() - began
+
+    def job(self, name: str) -> tuple[float, float, float]:
+        """Run an import, a dump or a bare scan-and-read in a process of its own: seconds, MiB at most, MiB idle."""
+        if name == "import":
+            self.empty()
+        self.settle()
+        path = self.ledger if name == "import" else self.folder / "dumped.json"
+        if name == "dump":
+            path.unlink(missing_ok=True)
+        command = [sys.executable, "-c", _JOB, name, self.server.url, str(path)]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: S603  our own words
+        took_s, most_kib, idle_kib = map(float, told.split())
+        return took_s, most_kib / 1024, idle_kib / 1024
+
+    async def p99_ms(self, while_running: "subprocess.Popen[bytes] | None") -> float:
+        """Give the p99 of decisions at a steady rate, while a process runs or else for some seconds."""
+        redis = await connect(self.server.url)
+        limiter = CreditLimiter(redis, TIERS, timeout_ms=10_000, deadline_ms=10_000)
+        took: list[float] = []
+
+        async def decide() -> None:
+            began = time.perf_counter()
+            await limiter.debit(f"bench-{random.randrange(1000)}", tier="core", has_hardware=True)  # noqa: S311
+            took.append(time.perf_counter() - began)
+
+        began = time.perf_counter()
+        calls: set[asyncio.Task[None]] = set()
+        while (time.perf_counter() - began < DECIDE_S) if while_running is None else while_running.poll() is None:
+            due = int((time.perf_counter() - began) * DECISIONS_PER_S) - len(took) - len(calls)
+            calls |= {asyncio.create_task(decide()) for _ in range(due)}
+            await asyncio.sleep(0.002)
+            calls = {call for call in calls if not call.done()}
+        await asyncio.gather(*calls)
+        await redis.aclose()
+        return sorted(took)[math.ceil(len(took) * 0.99) - 1] * 1000
+
+    async def p99_ratio(self) -> tuple[float, float]:
+        """Give the p99 without a dump and during one, in milliseconds."""
+        await self.p99_ms(None)
+        without = await self.p99_ms(None)
+        command = [sys.executable, "-c", _JOB, "dump", self.server.url, str(self.folder / "dumped.json")]
+        dumping = await asyncio.to_thread(subprocess.Popen, command, stdout=subprocess.DEVNULL)
+        return without, await self.p99_ms(dumping)
+
+    def row_bytes(self) -> float:
+        """Give what Redis needs for a row: its memory less that of the empty server."""
+        self.empty()
+        before = self.redis.info("memory")["used_memory_dataset"]
+        self.pipe()
+        return float(self.redis.info("memory")["used_memory_dataset"] - before) / self.count
+
+
+def line(name: str, ours: float, floor: float, unit: str, bar: str) -> None:
+    """Print one line of the table."""
+    print(f"{name:34}{ours:12,.1f}{floor:12,.1f} {unit:8}{ours / floor:8.2f}   {bar}")
+
+
+def rates(bench: Bench, ours: Callable[[], float], floor: Callable[[], float]) -> tuple[float, float]:
+    """Give rows per second of both: the medians of rounds that take turns."""
+    pairs = [(floor(), ours()) for _ in range(ROUNDS)]
+    below, mine = (sorted(side)[ROUNDS // 2] for side in zip(*pairs, strict=True))
+    return bench.count / mine, bench.count / below
+
+
+def main() -> None:
+    """Measure, and print a table."""
+    count = int(sys.argv[1].replace("_", "")) if len(sys.argv) > 1 else ROWS
+    binary = binaries()["valkey"]
+    if binary is None:
+        sys.exit("that server is not installed")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        server = Server(binary, folder / "server", "--appendfsync", "everysec").start()
+        try:
+            measure(Bench(server, folder, count))
+        finally:
+            server.kill()
+
+
+def measure(bench: Bench) -> None:
+    """Run everything once, in an order that needs few fillings."""
+    print(f"{bench.count:,} rows, {os.cpu_count()} cores, medians of {ROUNDS}")
+    print(f"{'':34}{'ours':>12}{'floor':>12} {'':8}{'ratio':>8}")
+    memory: dict[str, tuple[float, float]] = {}
+
+    def job(name: str) -> float:
+        took_s, *used = bench.job(name)
+        memory[name] = used[0], used[1]
+        return took_s
+
+    server_s: dict[str, float] = {}
+
+    def charged(name: str, run: Callable[[], float]) -> float:
+        before = bench.server_s()
+        took_s = run()
+        server_s[name] = bench.server_s() - before
+        return took_s
+
+    line(
+        "import : redis-cli --pipe",
+        *rates(bench, lambda: charged("import", lambda: job("import")), lambda: charged("pipe", bench.pipe)),
+        "rows/s",
+        "bar 0.5",
+    )
+    each = [1e6 * server_s[name] / bench.count for name in ("import", "pipe")]
+    line("of it, the server's processor time", each[0], each[1], "us/row", "hardly depends on other work here")
+    line("dump : bare scan and read", *rates(bench, lambda: job("dump"), lambda: job("read")), "rows/s", "bar 0.7")
+    for name in ("import", "dump"):
+        line(f"{name}, memory at most : at its start", *memory[name], "MiB", "12 to 24 bytes a row more")
+    without, during = asyncio.run(bench.p99_ratio())
+    line("p99 of decisions, dump : none", during, without, "ms", "bar 1.5 or less")
+    line("a row in Redis : its JSON", bench.row_bytes(), bench.json_bytes / bench.count, "bytes", "bar 1.2 or less")
+
+
+if __name__ == "__main__":
+    main()
