@@ -229,7 +229,8 @@ class _Import:
     def _tell(self, phase: Phase, rows: int) -> None:
         self._cancel.check()
         if self._on_progress is not None:
-            self._on_progress(Progress(phase, rows, self._file.read_bytes, self._file.size_bytes))
+            read_bytes = self._file.read_bytes if rows else 0  # or a phase that begins shows the end of the last one
+            self._on_progress(Progress(phase, rows, read_bytes, self._file.size_bytes))
 
 
 def _is_intact(path: Path) -> bool:

@@ -51,7 +51,8 @@ class _View:
         """Take notice of how far it is."""
         if done.phase == "write":
             self.stored = done.rows
-        passed_s = time.monotonic() - self._began.setdefault(done.phase, time.monotonic())
+        now = time.monotonic()
+        passed_s = now - self._began.setdefault(done.phase, now)
         self.show_rate(done, done.rows / passed_s if passed_s else 0.0)
 
     def show_rate(self, done: ImportProgress, rate: float) -> None:
