@@ -119,10 +119,11 @@ class ServerWire:
         self._closed = True
         if self._tick is not None:
             self._tick.cancel()
+        unsent, self._unsent = self._unsent, []
+        _fail(unsent, "the connection was closed", executed=False)
         if self._dialling is not None:
             self._dialling.cancel()
             await asyncio.wait({self._dialling})  # it may connect all the same, see `cancelling.CancelWatch`
-        _fail(self._unsent, "the connection was closed", executed=False)
         if self._link is not None:
             await self._link.close()
 
@@ -210,11 +211,15 @@ class _Link(asyncio.Protocol):
         self._transport.write(b"".join([call[1] for call in calls]))
 
     def is_silent(self, now: float) -> bool:
-        """Tell whether the oldest call is late, and nothing at all came since it was sent.
+        """Tell whether nothing at all came for as long as the oldest call may take.
 
-        Then the server stands still or the network lost it. Whatever was sent may still be executed.
+        Then the server stands still or the network lost it, and whatever was sent may still be executed. One that is
+        only slow answers earlier calls meanwhile.
         """
-        return bool(self.waiting) and now - (sent := self.waiting[0])[2] >= sent[3] and self._heard <= sent[2]
+        if not self.waiting:
+            return False
+        _, _, sent, timeout_s = self.waiting[0]
+        return now - max(sent, self._heard) >= timeout_s
 
     def drop(self, reason: str) -> None:
         """Give the connection up."""

@@ -106,21 +106,56 @@ async def test_call_when_cancelled_before_it_was_sent_then_it_never_is(closing: 
         assert await second == b"two"
 
 
-async def test_call_when_the_server_answers_others_then_it_is_late_alone_and_the_connection_stays(
+async def test_call_when_its_time_is_over_before_that_of_others_then_it_is_late_alone_and_keeps_its_place(
     closing: Closing,
 ) -> None:
     async with recording() as recorder:
         wire = await wire_to(recorder.port, closing)
-        first, late, patient = (wire.send("", echo(word), s) for word, s in ((1, 9.0), (2, 0.1), (3, PLENTY_S)))
+        first, late, patient = (wire.send("", echo(word), s) for word, s in ((1, PLENTY_S), (2, 0.1), (3, PLENTY_S)))
         await eventually(lambda: came(recorder, 3), what="the calls")
-        recorder.writers[-1].write(b"+one\r\n")
-        assert await first == b"one"
         with pytest.raises(LimiterUnavailable, match="did not answer in time") as unknown:
             await late
         assert unknown.value.executed is None
-        recorder.writers[-1].write(b"+two\r\n+three\r\n")
-        assert await patient == b"three"
+        recorder.writers[-1].write(b"+one\r\n+two\r\n+three\r\n")
+        assert (await first, await patient) == (b"one", b"three")
         assert len(recorder.writers) == 1
+
+
+async def test_server_when_it_is_slow_but_answers_one_after_the_other_then_it_is_not_silent(closing: Closing) -> None:
+    """Times are seconds: a call of 1 s that was sent at 100, and what came last."""
+    async with recording() as recorder:
+        wire = await wire_to(recorder.port, closing)
+        await wire.open()
+        assert wire._link
+        link = wire._link
+        assert not link.is_silent(1000)
+        link.waiting.append((asyncio.get_running_loop().create_future(), b"", 100.0, 1.0))
+        for heard, now, silent in ((90, 100.9, False), (90, 101, True), (100.5, 101.4, False), (100.5, 101.5, True)):
+            link._heard = heard
+            assert link.is_silent(now) is silent
+        link.waiting.clear()
+
+
+async def test_server_when_it_answers_and_then_says_nothing_more_then_the_connection_is_given_up(
+    closing: Closing,
+) -> None:
+    async with recording() as recorder:
+        wire = await wire_to(recorder.port, closing)
+        first, second = wire.send("", echo(1), PLENTY_S), wire.send("", echo(2), 0.1)
+        await eventually(lambda: came(recorder, 2), what="the calls")
+        recorder.writers[-1].write(b"+one\r\n")
+        assert await first == b"one"
+        with pytest.raises(LimiterUnavailable, match="the outcome is unknown"):
+            await second
+
+        async def is_given_up() -> bool:
+            return wire._link is None
+
+        await eventually(is_given_up, what="the end of the connection")
+        after = wire.send("", echo(3), PLENTY_S)
+        await eventually(lambda: came(recorder, 3), what="the call")
+        recorder.writers[-1].write(b"+three\r\n")
+        assert await after == b"three"
 
 
 async def test_server_when_it_says_nothing_then_the_connection_is_given_up_and_the_next_call_has_another(
@@ -276,6 +311,20 @@ async def test_wire_when_closed_then_who_waits_is_told_and_nobody_can_call_any_m
             await call
         with pytest.raises(LimiterUnavailable, match="closed"):
             wire.send("", echo(2), PLENTY_S)
+
+
+async def test_wire_when_closed_with_calls_that_were_not_sent_then_they_are_told_and_nobody_connects_any_more(
+    closing: Closing,
+) -> None:
+    async with recording() as recorder:
+        wire = await wire_to(recorder.port, closing)
+        await wire.open()
+        call = wire.send("", echo(1), PLENTY_S)  # closed in the same turn
+        await wire.aclose()
+        with pytest.raises(LimiterUnavailable, match="closed") as unsent:
+            await call
+        assert unsent.value.executed is False
+        assert (recorder.reads, len(recorder.writers), wire._dialling) == ([], 1, None)
 
 
 def test_wire_when_the_loop_is_uvloop_then_it_does_the_same() -> None:
