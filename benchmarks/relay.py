@@ -1,10 +1,12 @@
-"""What metering costs: our relay against a bare pass-through of aiohttp on uvloop, both before the same quick backend.
+"""What metering costs: our relay against a bare pass-through of aiohttp on uvloop, and against relays of others.
 
-Run it as `python -m benchmarks.relay [ROUNDS]`. It needs wrk (Debian's package), and starts all servers itself. The
-rounds are interleaved, and what counts is the ratio within a round: the machine may be busy with other things. The
-processor time that a server takes for a request is what others disturb least.
+Run it as `python -m benchmarks.relay [--peers] [--rounds N]`. All stand before the same quick backend. It needs wrk
+(Debian's package), and starts all servers itself; with --peers it installs the others first. The rounds are
+interleaved, and what counts is the ratio within a round: the machine may be busy with other things. The processor time
+that a server takes for a request is what others disturb least.
 """
 
+import argparse
 import asyncio
 import os
 import re
@@ -14,17 +16,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import aiohttp
 
-from benchmarks.quick_backend import CHUNKS, GAP_S
+from benchmarks.findings import Bar, Finding, as_text, compared
+from benchmarks.peers import install_peers, litellm, portkey
+from benchmarks.quick_backend import GAP_S
 from tests.processes import Relay
 from tests.servers import Server, binaries
 
+T = TypeVar("T")
 ROUNDS = 5
 ROUND_S = 4
 CONNECTIONS = 64
@@ -42,6 +48,8 @@ request = function()
   return wrk.format()
 end
 """
+BODY = b'{"model": "m", "messages": [{"role": "user", "content": "Hi"}]}'
+PACED_PER_S, PACED_S = 40, 5  # well below what the slowest can do
 MANY = "1000000000"
 SETTINGS = {
     "LIMITER_BACKENDS__GEMINI__API_KEY": "k",
@@ -78,6 +86,8 @@ class Served:
 
     url: str
     pid: int
+    script: Path  # wrk's, with the headers that this server wants
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     def cpu_s(self) -> float:
         """Tell the processor time that it has taken."""
@@ -86,18 +96,18 @@ class Served:
 
 
 @contextmanager
-def process(*arguments: str) -> Iterator[Served]:
-    """Run one of the modules here."""
+def process(*arguments: str) -> Iterator[tuple[str, int]]:
+    """Run one of the modules here; gives its URL and process id."""
     command = [sys.executable, "-m", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:  # noqa: S603  our own words
         assert running.stdout  # noqa: S101  it was asked for
         try:
-            yield Served(f"http://127.0.0.1:{running.stdout.readline().strip()}", running.pid)
+            yield f"http://127.0.0.1:{running.stdout.readline().strip()}", running.pid
         finally:
             running.terminate()
 
 
-def load(server: Served, script: Path) -> Load:
+def load(server: Served) -> Load:
     """Ask as fast as answers come, on so many connections."""
     command = [
         "wrk",
@@ -108,7 +118,7 @@ def load(server: Served, script: Path) -> Load:
         "30s",
         "--latency",
         "-s",
-        str(script),
+        str(server.script),
         server.url + PATH,
     ]
     before_s = server.cpu_s()
@@ -117,13 +127,13 @@ def load(server: Served, script: Path) -> Load:
         sys.exit(told)
     cpu_s = server.cpu_s() - before_s
     found = re.search(r"\n +50% +(\S+)\s.*\n +99% +(\S+)\s+(\d+) requests in .*Requests/sec: +(\S+)", told, re.DOTALL)
-    if found is None:
-        sys.exit(told)
+    if found is None or found[3] == "0":
+        sys.exit(f"{server.url} answered nothing in {ROUND_S} s:\n{told}")
     return Load(float(found[4]), _ms(found[1]), _ms(found[2]), cpu_s / int(found[3]) * 1e6)
 
 
 def _ms(text: str) -> float:
-    number, unit = re.fullmatch(r"([\d.]+)(us|ms|s)", text).groups()  # type: ignore[union-attr]  wrk's own form
+    number, unit = re.fullmatch(r"([\d.]+)(us|ms|s)", text).groups()  # type: ignore[union-attr]  # wrk's own form
     return float(number) * {"us": 0.001, "ms": 1, "s": 1000}[unit]
 
 
@@ -149,55 +159,141 @@ async def stream(url: str) -> Stream:
     return Stream(statistics.median(firsts) * 1000, statistics.median(gaps) * 1000)
 
 
-def row(name: str, ours: Sequence[float], bare: Sequence[float], direct: Sequence[float], unit: str) -> str:
-    """Give a line: medians, and the ratio of ours to the pass-through's with its spread."""
-    ratios = [mine / other for mine, other in zip(ours, bare, strict=True)]
-    relay, other, floor = (statistics.median(numbers) for numbers in (ours, bare, direct))
-    return (
-        f"{name:30}{relay:9.1f}{other:14.1f}{floor:10.1f} {unit:4}"
-        f"  ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    )
+async def paced(server: Served) -> tuple[float, float]:
+    """Ask at a fixed rate, whether or not the answers come; median and 99 % of the latency, in milliseconds."""
+    took: list[float] = []
+
+    async def one(session: aiohttp.ClientSession, number: int) -> None:
+        await asyncio.sleep(number / PACED_PER_S)
+        headers = {"Content-Type": "application/json", "X-Install-Id": f"00000000-0000-4000-8000-{number:012}"}
+        began = time.perf_counter()
+        async with session.post(server.url + PATH, data=BODY, headers=headers | dict(server.headers)) as answer:
+            await answer.read()
+            answer.raise_for_status()
+        took.append((time.perf_counter() - began) * 1000)
+
+    async with aiohttp.ClientSession() as session:
+        await asyncio.gather(*(one(session, number) for number in range(PACED_PER_S * PACED_S)))
+    return statistics.median(took), statistics.quantiles(took, n=100)[98]
+
+
+class Bench:
+    """The servers that are measured, by name."""
+
+    def __init__(self, stack: ExitStack, folder: Path, *, peers: bool) -> None:
+        self._folder = folder
+        binary = binaries()["valkey"]
+        assert binary  # noqa: S101  it is a dependency
+        redis = Server(binary, folder / "redis", "--appendfsync", "everysec").start()
+        stack.callback(redis.stop)
+        backend, backend_pid = stack.enter_context(process("benchmarks.quick_backend"))
+        settings = SETTINGS | {"LIMITER_BACKENDS__GEMINI__URL": f"{backend}/v1"}
+        relay = Relay(folder, "--redis", redis.url, settings=settings)
+        stack.callback(relay.kill)
+        self.servers = {
+            "direct": self._served(backend, backend_pid),
+            OURS: self._served(relay.url, relay.process.pid),
+            BARE: self._served(*stack.enter_context(process("benchmarks.pass_through", backend))),
+        }
+        if peers:
+            install_peers()
+            for name, starting in {
+                PORTKEY: portkey(backend, folder),
+                LITELLM: litellm(backend, folder),
+                f"{LITELLM}, Redis budgets": litellm(backend, folder, budgets_at=redis.url),
+            }.items():
+                peer = stack.enter_context(starting)
+                self.servers[name] = self._served(peer.url, peer.pid, peer.headers)
+
+    def _served(self, url: str, pid: int, headers: Mapping[str, str] | None = None) -> Served:
+        lines = "".join(f'wrk.headers["{name}"] = "{value}"\n' for name, value in (headers or {}).items())
+        script = self._folder / f"ask-{pid}.lua"
+        script.write_text(ASK + lines)
+        return Served(url, pid, script, headers or {})
+
+    def findings(self, rounds: int) -> Iterator[Finding]:
+        """Measure everything, in interleaved rounds."""
+        for server in self.servers.values():
+            load(server)  # warms up, and makes the rows
+        loads = self._rounds(rounds, load)
+        for name in self.servers:
+            if name not in {OURS, "direct"}:
+                yield Column(loads, lambda one: one.rate, "/s").against(name, "requests, 64 at once", _RATE_BARS[name])
+        yield Column(loads, lambda one: one.p50_ms, "ms").against(BARE, "latency at that, median")
+        yield Column(loads, lambda one: one.p99_ms, "ms").against(BARE, "latency at that, 99 %")
+        yield Column(loads, lambda one: one.cpu_us, "µs").against(BARE, "processor time of a request")
+        latencies = self._rounds(rounds, lambda server: asyncio.run(paced(server)))
+        for number, share in enumerate(("median", "99 %")):
+            added = {
+                name: [one[number] - direct[number] for one, direct in zip(column, latencies["direct"], strict=True)]
+                for name, column in latencies.items()
+            }
+            for name in self.servers:
+                if name not in {OURS, "direct"}:
+                    what = f"added latency at {PACED_PER_S}/s, {share}"
+                    bar = Bar(0.5, "at most") if name == PORTKEY else None
+                    yield compared(what, name, added[OURS], added[name], unit="ms", bar=bar)
+        some = {name: self.servers[name] for name in ("direct", OURS, BARE)}
+        streams = self._rounds(rounds, lambda server: asyncio.run(stream(server.url)), some)
+        floor = [one.first_ms for one in streams["direct"]]
+        ours, bare = (
+            [one.first_ms - least for one, least in zip(streams[name], floor, strict=True)] for name in (OURS, BARE)
+        )
+        bar = Bar(1.2, "at most")
+        yield compared("stream, added time to first byte", BARE, ours, bare, unit="ms", bar=bar)
+        # The whole gap: what either adds to it is less than what the clock of the backend varies by.
+        gap = Column(streams, lambda one: one.gap_ms, "ms")
+        yield gap.against(BARE, "stream, gap between chunks", bar)
+
+    def _rounds(
+        self, rounds: int, measure: Callable[[Served], T], servers: Mapping[str, Served] | None = None
+    ) -> dict[str, list[T]]:
+        measured: dict[str, list[T]] = {name: [] for name in servers or self.servers}
+        for _ in range(rounds):
+            for name, server in (servers or self.servers).items():
+                measured[name].append(measure(server))
+        return measured
+
+
+@dataclass(frozen=True, slots=True)
+class Column(Generic[T]):
+    """One fact of what was measured, by server."""
+
+    measured: Mapping[str, Sequence[T]]
+    fact: Callable[[T], float]
+    unit: str
+
+    def against(self, name: str, what: str, bar: Bar | None = None) -> Finding:
+        """Compare ours with one of the others."""
+        ours, theirs = ([self.fact(one) for one in self.measured[server]] for server in (OURS, name))
+        return compared(what, name, ours, theirs, unit=self.unit, bar=bar)
+
+
+OURS, BARE, PORTKEY, LITELLM = "relay", "bare pass-through", "Portkey gateway 1.15.2", "LiteLLM proxy"
+_RATE_BARS = {
+    BARE: Bar(0.7, "at least"),
+    PORTKEY: Bar(3, "at least"),
+    LITELLM: Bar(25, "at least"),
+    f"{LITELLM}, Redis budgets": Bar(25, "at least"),
+}
+
+
+def measure(rounds: int, *, peers: bool) -> list[Finding]:
+    """Start everything, measure, stop everything."""
+    if shutil.which("wrk") is None:
+        sys.exit("wrk is not installed: apt-get install wrk")
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        return list(Bench(stack, folder, peers=peers).findings(rounds))
 
 
 def main() -> None:
     """Measure, and print a table."""
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
-    if shutil.which("wrk") is None:
-        sys.exit("wrk is not installed: apt-get install wrk")
-    binary = binaries()["valkey"]
-    assert binary  # noqa: S101  it is a dependency
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        script = folder / "ask.lua"
-        script.write_text(ASK)
-        server = Server(binary, folder / "redis", "--appendfsync", "everysec").start()
-        stack.callback(server.stop)
-        backend = stack.enter_context(process("benchmarks.quick_backend"))
-        bare = stack.enter_context(process("benchmarks.pass_through", backend.url))
-        settings = SETTINGS | {"LIMITER_BACKENDS__GEMINI__URL": f"{backend.url}/v1"}
-        relay = Relay(folder, "--redis", server.url, settings=settings)
-        stack.callback(relay.kill)
-        servers = (Served(relay.url, relay.process.pid), bare, backend)
-        for one in servers:
-            load(one, script)  # warms up, and makes the rows
-        loads = [[load(one, script) for one in servers] for _ in range(rounds)]
-        streams = [[asyncio.run(stream(one.url)) for one in servers] for _ in range(rounds)]
-    print(f"{rounds} rounds of {ROUND_S} s, {CONNECTIONS} connections; {STREAMS} streams of {CHUNKS} chunks")
-    print(f"{'':30}{'relay':>9}{'pass-through':>14}{'direct':>10}")
-    of_load: list[tuple[str, Callable[[Load], float], str]] = [
-        ("requests", lambda one: one.rate, "/s"),
-        ("latency, median", lambda one: one.p50_ms, "ms"),
-        ("latency, 99 %", lambda one: one.p99_ms, "ms"),
-        ("processor time of a request", lambda one: one.cpu_us, "us"),
-    ]
-    of_streams: list[tuple[str, Callable[[Stream], float], str]] = [
-        ("stream, first byte", lambda one: one.first_ms, "ms"),
-        ("stream, gap between chunks", lambda one: one.gap_ms, "ms"),
-    ]
-    for name, fact, unit in of_load:
-        print(row(name, *([fact(one) for one in column] for column in zip(*loads, strict=True)), unit))
-    for name, of, unit in of_streams:
-        print(row(name, *([of(one) for one in column] for column in zip(*streams, strict=True)), unit))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--peers", action="store_true", help="also against Portkey's gateway and LiteLLM's proxy")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    asked = parser.parse_args()
+    print(as_text(measure(asked.rounds, peers=asked.peers)))
 
 
 if __name__ == "__main__":
