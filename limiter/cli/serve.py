@@ -46,7 +46,9 @@ def serve(
 
 
 async def _work(settings: Settings, place: Place) -> None:
-    """Serve as one worker: what it has to say goes to its supervisor."""
+    """Serve as one worker: what it has to say goes to its supervisor. The first one has the persister."""
+    if place.number:
+        settings = settings.model_copy(update={"persister": settings.persister.model_copy(update={"file": ""})})
     with socket.socket(fileno=place.line) as line:
         await serving.serve(settings, lambda relay: line.sendall(orjson.dumps(asdict(relay)) + b"\n"), place)
 
