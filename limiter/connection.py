@@ -22,7 +22,8 @@ from limiter.slots import SlotMap
 
 __all__ = ["connect", "redacted"]
 _LOG = logging.getLogger("limiter")
-_OLDEST_MAJOR = 7  # scripts with a shebang line
+OLDEST_MAJOR = 7  # scripts with a shebang line
+AWAY = (RedisError, OSError)  # what a client raises when there is no answer
 
 
 async def connect(
@@ -35,31 +36,37 @@ async def connect(
     share one connection, wait for a free one. allow_eviction: accept a server that may evict rows.
     Raises SettingsError for a URL or a server that cannot be used, LimiterUnavailable when there is no answer.
     """
-
-    def single(one: str) -> Client:
-        return Client(_pool(one, timeout_ms, max_connections))
-
-    folder = embedded.folder_of(url)
-    target = None if folder is not None else read_url(url)
-    redis: Client
-    if folder is not None:
-        seat = await asyncio.to_thread(embedded.start_or_join, folder)
-        redis = _EmbeddedClient(seat, _pool(f"unix://{seat.socket}", timeout_ms, max_connections))
-    elif target is None:
-        redis = single(url)
-    elif target.kind == "cluster":
-        slots = SlotMap(target.seeds, lambda address: single(target.url_of(address)))
-        redis = ClusterClient(slots, target.seeds[0])
-    else:
-        sentinels = Sentinels(target.seeds, target.name, lambda address: single(target.sentinel_url_of(address)))
-        pool = _pool(target.url_of(target.seeds[0]), timeout_ms, max_connections, sentinels=sentinels)
-        redis = SentinelClient(sentinels, pool)
+    redis = await open_client(url, timeout_ms=timeout_ms, max_connections=max_connections)
     try:
         await _check(redis, url, allow_eviction=allow_eviction)
     except BaseException:
         await redis.aclose()
         raise
     return redis
+
+
+async def open_client(url: str, *, timeout_ms: int, max_connections: int = 64) -> Client:
+    """Make a client of whatever is there, unchecked; but for an embedded server, nothing is connected to yet.
+
+    Raises SettingsError for a text that is no URL.
+    """
+
+    def single(one: str) -> Client:
+        return Client(_pool(one, timeout_ms, max_connections))
+
+    folder = embedded.folder_of(url)
+    target = None if folder is not None else read_url(url)
+    if folder is not None:
+        seat = await asyncio.to_thread(embedded.start_or_join, folder)
+        return _EmbeddedClient(seat, _pool(f"unix://{seat.socket}", timeout_ms, max_connections))
+    if target is None:
+        return single(url)
+    if target.kind == "cluster":
+        slots = SlotMap(target.seeds, lambda address: single(target.url_of(address)))
+        return ClusterClient(slots, target.seeds[0])
+    sentinels = Sentinels(target.seeds, target.name, lambda address: single(target.sentinel_url_of(address)))
+    pool = _pool(target.url_of(target.seeds[0]), timeout_ms, max_connections, sentinels=sentinels)
+    return SentinelClient(sentinels, pool)
 
 
 class _EmbeddedClient(Client):
@@ -116,6 +123,7 @@ def _pool(
             # redis-py repeats any command, EVALSHA too, after a lost reply, which would debit twice.
             retry=Retry(NoBackoff(), 0),
             client_name=embedded.CLIENT_NAME,
+            driver_info=None,  # or CLIENT SETINFO is sent, which a user would need one more right for
             protocol=2,  # RESP3 would add pushes that nothing here reads
         )
     except ValueError:  # its text may quote a part of the password
@@ -147,7 +155,7 @@ async def _check(redis: Client, url: str, *, allow_eviction: bool) -> None:
     for info in infos:
         _check_mode(info, url, clustered=isinstance(redis, ClusterClient))
         version = str(info["redis_version"])
-        if int(version.partition(".")[0]) < _OLDEST_MAJOR:
+        if int(version.partition(".")[0]) < OLDEST_MAJOR:
             raise SettingsError(f"Redis {version} at {shown} is too old: use Redis 7 or later, or Valkey")
         policy = info.get("maxmemory_policy", "noeviction")
         if policy != "noeviction" and not allow_eviction:

@@ -280,7 +280,8 @@ class CreditLimiter:
                 async with asyncio.timeout(deadline_s - time.monotonic()):
                     return await attempt()
             except TimeoutError:
-                raise LimiterUnavailable("Redis did not answer in time: the outcome is unknown") from None
+                message = f"Redis did not answer in time: the outcome is unknown; before that: {failure}"
+                raise LimiterUnavailable(message) from None
             except LimiterUnavailable as error:
                 failure = error
                 unknown = unknown or error.executed is not False

@@ -68,6 +68,10 @@ class Keys:
         """Give the key of the seats of a licence's subject, which may be any text."""
         return f"{self._prefix}:seats:{_digest(subject)}"
 
+    def nobodys(self) -> str:
+        """Give a key that nothing is kept at, to try out what may be done."""
+        return f"{self._prefix}:doctor"
+
     def mint(self, network: str | None) -> str:
         """Give the key that counts the new installs of a network, or of all."""
         return f"{self._prefix}:mint:{network or 'all'}"

@@ -107,6 +107,14 @@ def redacted(url: str) -> str:
     return scheme + separator + user + at + re.sub(r"(password=)[^&]*", r"\1***", place)
 
 
+def passwords_of(url: str) -> list[str]:
+    """Give the passwords in a URL, each as it is written there and as it is meant, to be kept out of logs."""
+    rest = url.partition("://")[2]
+    login = rest.rpartition("@")[0]
+    written = [login.partition(":")[2], *re.findall(r"password=([^&]*)", rest)]
+    return [text for each in written if each for text in (each, unquote(each))]
+
+
 def _address(text: str, kind: Kind, url: str) -> Address:
     found = _PLACE.fullmatch(text)
     port = int(found["port"] or _DEFAULT_PORT[kind]) if found else 0

@@ -14,6 +14,7 @@ from redis.exceptions import (
     ClusterDownError,
     DataError,
     MasterDownError,
+    NoPermissionError,
     NoScriptError,
     OutOfMemoryError,
     ReadOnlyError,
@@ -25,7 +26,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from limiter.cancelling import CancelWatch
-from limiter.errors import BrokenRow, LimiterUnavailable, ScriptContractError
+from limiter.errors import ACL_HINT, BrokenRow, LimiterUnavailable, ScriptContractError
 from limiter.lua_source import compose
 from limiter.model import Backend, Balance, Decision, Reason, Row, Settlement, Status, Tier
 from limiter.wire import Argument, Wire, command, packed
@@ -45,6 +46,10 @@ _NOT_EXECUTED = (
     TryAgainError,
     OutOfMemoryError,
 )
+# Without an error class in redis-py 8.1: too few replicas (min-replicas-to-write), a disk that cannot be written.
+_REFUSALS = ("NOREPLICAS ", "MISCONF ")
+# What a script's error says then: Valkey and Redis 7.2, Redis 7.0.
+_DENIED_IN_SCRIPT = ("ACL failure in script", "The user executing the script can't")
 
 
 class Scripts:
@@ -216,7 +221,7 @@ def status_of(reply: list[bytes]) -> Status:
 def mapped(error: Exception, row_key: str) -> Exception:  # noqa: PLR0911  a table of cases
     """Turn an error of redis-py into one of ours, with the key where it helps."""
     text = str(error)
-    if isinstance(error, _NOT_EXECUTED):
+    if isinstance(error, _NOT_EXECUTED) or text.startswith(_REFUSALS):
         return LimiterUnavailable(f"Redis cannot do this now: {text}", executed=False)
     if isinstance(error, RedisTimeoutError | TimeoutError):
         return LimiterUnavailable("Redis did not answer in time: the outcome is unknown")
@@ -224,6 +229,9 @@ def mapped(error: Exception, row_key: str) -> Exception:  # noqa: PLR0911  a tab
         return ScriptContractError(f"an argument cannot be sent to Redis: {text}")
     if isinstance(error, RedisConnectionError | OSError):
         return LimiterUnavailable(f"Redis is not reachable: {text}")
+    if isinstance(error, NoPermissionError) or any(words in text for words in _DENIED_IN_SCRIPT):
+        executed = False if isinstance(error, NoPermissionError) else None  # a script may have got half-way
+        return LimiterUnavailable(f"Redis does not let this user do it: {text}; {ACL_HINT}", executed=executed)
     if text.startswith("BADROW "):
         return BrokenRow(row_key, text.removeprefix(f"BADROW {row_key} "))
     if text.startswith("WRONGTYPE"):

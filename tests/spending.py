@@ -15,6 +15,9 @@ from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Self, TypeVar
 
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
 from limiter import CreditLimiter, LimiterUnavailable, Status
 from tests.servers import eventually
 
@@ -105,6 +108,40 @@ class Spending:
             except LimiterUnavailable:
                 if time.monotonic() > deadline:
                     raise
+
+
+class Checkpoints:
+    """What was committed before a moment at which the replicas had all that their primary had done. node: a client."""
+
+    def __init__(self, node: "Redis", spending: Spending, *, replicas: int, key: str = "checkpoint") -> None:
+        self.safe: Counter[str] = Counter()
+        self._node, self._spending, self._replicas, self._key = node, spending, replicas, key
+        self._ends = False
+        self._task = asyncio.create_task(self._run())
+
+    async def reached(self) -> None:
+        """Wait until there is something to lose."""
+
+        async def is_reached() -> bool:
+            return self.safe.total() > 0
+
+        await eventually(is_reached, within_s=_PATIENCE_S, what="a replica's having all that was committed")
+
+    async def end(self) -> None:
+        """Wait for the end: the next failure to ask the primary."""
+        self._ends = True
+        await self._task
+
+    async def _run(self) -> None:
+        while True:
+            told_so_far = self._spending.committed.copy()
+            try:
+                await self._node.set(self._key, 1, px=60_000)
+                if await self._node.wait(self._replicas, 500) == self._replicas:
+                    self.safe = told_so_far
+            except (RedisError, OSError):
+                if self._ends:
+                    return
 
 
 def check(rows: "Counter[str]", spending: Spending, *, safe: "Counter[str]") -> None:

@@ -1,14 +1,11 @@
 """Cluster: decisions find their node, while slots move, nodes come and a primary dies under load."""
 
-import asyncio
-from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
 import pytest
-from redis.exceptions import RedisError
+from redis.asyncio import Redis
 
 from limiter import CreditLimiter, LimiterUnavailable, SettingsError, connect
 from limiter.cluster import primaries_of
@@ -17,7 +14,8 @@ from limiter.importer import import_file
 from limiter.slots import slot_of
 from tests.conftest import TIERS, Closing
 from tests.servers import Server, binaries, free_port, wait_until
-from tests.spending import RUNS, Spending, check
+from tests.spending import RUNS, Checkpoints, Spending, check
+from tests.test_sentinel import shown_by_redis_cli
 from tests.topologies import ClusterSetUp, told
 
 INSTALLS = [f"install-{number}" for number in range(60)]
@@ -119,14 +117,16 @@ async def test_primary_when_it_is_killed_under_load_then_its_replica_goes_on_and
     hit = [install for install in INSTALLS if cluster.owner_of(slot_of_install(install)) is victim]
     unhit = set(INSTALLS) - set(hit)
     async with Spending(limiter, INSTALLS) as spending:
-        checkpoints = asyncio.create_task(replicated_by(victim, spending, INSTALLS[0]))
+        key = f"checkpoint:{{credits:install:{INSTALLS[0]}}}"
+        checkpoints = Checkpoints(await node_of(victim, limiter), spending, replicas=1, key=key)
         await spending.more(300)
+        await checkpoints.reached()
         async with spending.recovery(f"run {run}: the kill of a primary", of=hit):
             victim.kill()
-            safe = await checkpoints
+            await checkpoints.end()
             await spending.more(200, of=unhit)
     rows = await spending.consumed()
-    assert sum(safe[install] for install in hit) > 0
+    safe = checkpoints.safe
     for install in unhit:
         safe[install] = spending.committed[install]
     check(rows, spending, safe=safe)
@@ -137,21 +137,10 @@ async def test_primary_when_it_is_killed_under_load_then_its_replica_goes_on_and
         assert (await limiter.debit(install, tier="max", has_hardware=True)).allowed
 
 
-async def replicated_by(primary: Server, spending: Spending, install_id: str) -> "Counter[str]":
-    """Give what was committed when the primary's replica was last known to have all, once the primary is gone."""
-    safe: Counter[str] = Counter()
-    client = await connect(f"redis+cluster://127.0.0.1:{primary.port}")
-    key = f"checkpoint:{{credits:install:{install_id}}}"
-    with suppress(RedisError, OSError):
-        ports = {node.connection_pool.connection_kwargs["port"]: node for node in await primaries_of(client)}
-        node = ports[primary.port]
-        while True:
-            told_so_far = spending.committed.copy()
-            await node.set(key, 1, px=60_000)
-            if await node.wait(1, 500) == 1:
-                safe = told_so_far
-    await client.aclose()
-    return safe
+async def node_of(server: Server, limiter: CreditLimiter) -> "Redis":
+    """Give the limiter's own plain client of one node."""
+    nodes = await primaries_of(limiter.redis)
+    return next(node for node in nodes if node.connection_pool.connection_kwargs["port"] == server.port)
 
 
 async def test_primary_when_it_stands_still_then_the_others_serve_and_it_is_asked_again_when_it_wakes(
@@ -199,7 +188,7 @@ async def test_ledger_when_a_slot_is_between_two_nodes_then_import_and_dump_miss
 
 
 async def test_url_when_it_does_not_say_cluster_or_wrongly_then_the_error_says_what_to_give(
-    set_up: MakeSetUp, own_server: Callable[..., Server]
+    set_up: MakeSetUp, own_server: Callable[..., Server], closing: Closing
 ) -> None:
     cluster = set_up()
     with pytest.raises(SettingsError, match=r"is a node of a cluster: give redis\+cluster://"):
@@ -210,5 +199,7 @@ async def test_url_when_it_does_not_say_cluster_or_wrongly_then_the_error_says_w
     with pytest.raises(LimiterUnavailable, match="no node of the cluster answers"):
         await connect(f"redis+cluster://127.0.0.1:{free_port()}")
     # One seed that is away costs nothing.
-    client = await connect(f"redis+cluster://127.0.0.1:{free_port()},127.0.0.1:{cluster.servers[2].port}")
-    await client.aclose()
+    limiter = await limiter_on(f"redis+cluster://127.0.0.1:{free_port()},127.0.0.1:{cluster.servers[2].port}", closing)
+    for install in INSTALLS[:3]:
+        assert (await limiter.debit(install, tier="max", has_hardware=True)).allowed
+        assert "monthly_consumed" in await shown_by_redis_cli(cluster.url, f"credits:install:{install}")

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from limiter import CreditLimiter, LimiterUnavailable, SettingsError, connect
 from limiter.connection import redacted
-from limiter.redis_url import Address, read_url
+from limiter.redis_url import Address, passwords_of, read_url
 from tests.conftest import TIERS, Closing
 from tests.servers import Server, free_port
 
@@ -205,3 +205,17 @@ async def test_tls_when_the_certificate_is_trusted_then_decisions_go_over_it_and
     client = await connect(f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={certificate}")
     closing.push_async_callback(client.aclose)
     assert (await CreditLimiter(client, TIERS).debit("a", tier="core", has_hardware=False)).allowed
+
+
+@pytest.mark.parametrize(
+    ("url", "passwords"),
+    [
+        ("redis://h", set()),
+        ("redis://me@h", set()),
+        ("redis://me:a%26b@h", {"a%26b", "a&b"}),
+        ("redis+sentinel://:a@h1,h2/n?sentinel_password=b&x=1", {"a", "b"}),
+        ("unix:///p?password=c", {"c"}),
+    ],
+)
+def test_passwords_of_a_url_when_asked_for_then_all_of_them_in_each_spelling(url: str, passwords: set[str]) -> None:
+    assert set(passwords_of(url)) == passwords

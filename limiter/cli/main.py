@@ -5,7 +5,7 @@ import sys
 import typer
 
 from limiter import __version__
-from limiter.cli import dump, import_file, licence, persist, restore, rows, scripts, serve, settings, verify
+from limiter.cli import doctor, dump, import_file, licence, persist, restore, rows, scripts, serve, settings, verify
 from limiter.cli.terminal import ERRORS
 from limiter.errors import LimiterError
 
@@ -36,6 +36,7 @@ app.command("dump")(dump.dump)
 app.command("verify")(verify.verify)
 app.command("restore")(restore.restore)
 app.command("row")(rows.row)
+app.command("doctor")(doctor.doctor)
 app.command("config")(settings.config)
 app.add_typer(licence.app, name="licence")
 app.add_typer(scripts.app, name="lua")

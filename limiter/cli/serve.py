@@ -14,6 +14,7 @@ from limiter.cli.terminal import OUT, ConfigOption, RedisOption, log_as, program
 from limiter.connection import redacted
 from limiter.embedded import folder_of, socket_path
 from limiter.keys import Keys
+from limiter.redis_url import read_url
 from limiter.relay import serving
 from limiter.relay.siblings import Place
 from limiter.relay.workers import supervise
@@ -93,6 +94,13 @@ def _redis_cli_options(url: str) -> str:
     folder = folder_of(url)
     if folder is not None:
         return shlex.join(["-s", str(socket_path(folder))])
+    target = read_url(url)
+    if target is not None and target.kind == "cluster":
+        return shlex.join(["-c", "-u", redacted(target.url_of(target.seeds[0]))])
+    if target is not None:
+        seed = target.seeds[0]  # the primary changes: it is asked for when the line is run
+        asking = shlex.join(["-h", seed.host, "-p", str(seed.port), "SENTINEL", "GET-MASTER-ADDR-BY-NAME", target.name])
+        return f"$(redis-cli {asking} | xargs printf -- '-h %s -p %s')"
     parts = urlsplit(url)
     if parts.scheme != "unix":
         return shlex.join(["-u", redacted(url)])

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
-from urllib.parse import urlsplit
 
 import orjson
 import typer
@@ -14,6 +13,7 @@ import uvloop
 from rich.console import Console
 
 from limiter.logs import set_up_logging
+from limiter.redis_url import passwords_of
 from limiter.settings import Settings, Values, load_settings
 
 T = TypeVar("T")
@@ -25,7 +25,8 @@ ConfigOption = Annotated[
     typer.Option("--config", "-c", metavar="FILE", help="Settings in TOML; without it ./limiter.toml, if there."),
 ]
 RedisOption = Annotated[
-    str | None, typer.Option("--redis", metavar="URL", help="redis://, rediss://, unix:// or embedded:FOLDER.")
+    str | None,
+    typer.Option("--redis", metavar="URL", help="redis[s]://, redis+sentinel://, redis+cluster://, embedded:FOLDER …"),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -44,8 +45,8 @@ def log_as(settings: Settings) -> None:
     """Set up the log of a command that runs on, with the settings' secrets kept out of it."""
     backends = settings.backends
     secrets = [key.get_secret_value() for key in (backends.gemini.api_key, backends.hardware.api_key)]
-    password = urlsplit(settings.redis.url).password
-    set_up_logging(level=settings.logs.level, style=settings.logs.format, hide=[*secrets, password or ""])
+    secrets += passwords_of(settings.redis.url)
+    set_up_logging(level=settings.logs.level, style=settings.logs.format, hide=secrets)
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:

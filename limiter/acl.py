@@ -1,0 +1,75 @@
+"""What a Redis user of limiter must be allowed to do: the one list, and the ACL line that is made of it.
+
+Each command has a harmless call by which a user can find out, without any right to look at ACLs, whether it may run it.
+"""
+
+import re
+from functools import cache
+
+from limiter.lua_source import compose, script_names
+from limiter.redis_url import Kind
+
+Probe = tuple[str | int, ...]
+KEY = "{key}"  # stands for a key that nobody has
+_NO_SCRIPT = "0" * 40
+# SELECT has none: each connection begins with it.
+# SET comes first: it leaves a text for some seconds, on which the commands for hashes then do nothing.
+_PROBES: dict[str, Probe] = {
+    "set": ("SET", KEY, "", "PX", 5000, "NX"),
+    "hset": ("HSET", KEY, "field", "value"),
+    "hdel": ("HDEL", KEY, "field"),
+    "hget": ("HGET", KEY, "field"),
+    "hgetall": ("HGETALL", KEY),
+    "hlen": ("HLEN", KEY),
+    "hmget": ("HMGET", KEY, "field"),
+    "dump": ("DUMP", KEY),
+    "exists": ("EXISTS", KEY),
+    "get": ("GET", KEY),
+    "pexpireat": ("PEXPIREAT", KEY, 4_102_444_800_000, "LT"),
+    "pexpire": ("PEXPIRE", KEY, 5000),
+    "del": ("DEL", KEY),
+    "asking": ("ASKING",),
+    "client|setname": ("CLIENT", "SETNAME", "limiter"),
+    "cluster|nodes": ("CLUSTER", "NODES"),
+    "cluster|slots": ("CLUSTER", "SLOTS"),
+    "evalsha": ("EVALSHA", _NO_SCRIPT, 1, KEY),
+    "info": ("INFO", "server"),
+    "role": ("ROLE",),
+    "scan": ("SCAN", 0, "COUNT", 1),
+    "script|load": ("SCRIPT", "LOAD", "return 1"),
+    "time": ("TIME",),
+}
+# What is sent from here; what the scripts run is read in them.
+_SENT = {"client|setname", "dump", "evalsha", "hdel", "hgetall", "info", "scan", "script|load", "time"}
+_SENT_TO: dict[Kind, set[str]] = {
+    "single": set(),
+    "sentinel": {"role"},
+    "cluster": {"asking", "cluster|nodes", "cluster|slots"},
+}
+
+
+def needed_commands(kind: Kind, *, database: int = 0) -> list[str]:
+    """Give the commands that a user needs, as ACL rules name them."""
+    selects = {"select"} if database else set()
+    return sorted(_SENT | _SENT_TO[kind] | _commands_of_scripts() | selects)
+
+
+def acl_line(prefix: str, commands: list[str], *, user: str = "limiter") -> str:
+    """Give the line that makes such a user, with a word in place of its password."""
+    allowed = " ".join(f"+{command}" for command in commands)
+    return f"ACL SETUSER {user} reset on >PASSWORD ~{prefix}:* {allowed}"
+
+
+def probes(commands: list[str], key: str) -> list[tuple[str, Probe]]:
+    """Give a harmless call for each command, in the order in which they are harmless."""
+    return [
+        (command, tuple(key if word == KEY else word for word in probe))
+        for command, probe in _PROBES.items()
+        if command in commands
+    ]
+
+
+@cache
+def _commands_of_scripts() -> frozenset[str]:
+    called = re.compile(r'redis\.p?call\("([A-Z]+)"')
+    return frozenset(word.lower() for name in script_names() for word in called.findall(compose(name).text))

@@ -1,0 +1,276 @@
+"""Finds out what is wrong with a Redis and with the settings, and what to do about it.
+
+It changes nothing but a key of its own, for some seconds. What it cannot look at, it says.
+"""
+
+import asyncio
+import statistics
+import tempfile
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import aiohttp
+from redis.asyncio import Redis
+from redis.exceptions import NoPermissionError, RedisError, ResponseError
+
+from limiter.acl import acl_line, needed_commands, probes
+from limiter.cluster import primaries_of
+from limiter.connection import AWAY, OLDEST_MAJOR, open_client
+from limiter.errors import LedgerFileError, LimiterError, SettingsError
+from limiter.keys import Keys
+from limiter.ledger import LedgerFile
+from limiter.licence import Licences
+from limiter.redis_url import Kind, read_url, redacted
+from limiter.settings import BackendSettings, Settings
+
+Level = Literal["ok", "warning", "problem"]
+_SLOW_MS = 5.0
+_SKEW_S = 2.0
+_FULL = 0.8
+_SAMPLES = 20
+_BACKEND_S = 10.0
+_BY_THE_LINE = "allow it, by the ACL line below"
+_REFUSED = (401, 402, 403, 407)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at. advice: what to do, "" when it is well."""
+
+    level: Level
+    subject: str
+    text: str
+    advice: str = ""
+
+
+def acl_line_for(settings: Settings) -> str | None:
+    """Give the line that makes a Redis user of these settings; None where there are no users."""
+    if settings.redis.url.startswith("embedded:"):
+        return None
+    kind, database = _place(settings.redis.url)
+    return acl_line(settings.redis.prefix, needed_commands(kind, database=database))
+
+
+async def examine(settings: Settings) -> list[Finding]:
+    """Look at everything; never raises for what it finds."""
+    findings = [*_licences(settings), *_persister(settings)]
+    findings += [finding async for finding in _redis(settings)]
+    findings += await asyncio.gather(
+        _backend("gemini", settings.backends.gemini, is_on=bool(settings.backends.gemini.api_key.get_secret_value())),
+        _backend("hardware", settings.backends.hardware, is_on=bool(settings.backends.hardware.url)),
+    )
+    return findings
+
+
+async def _redis(settings: Settings) -> AsyncIterator[Finding]:
+    try:
+        redis = await open_client(settings.redis.url, timeout_ms=settings.redis.timeout_ms)
+    except LimiterError as error:
+        yield Finding("problem", "redis", str(error), "give another redis.url, or start that Redis")
+        return
+    try:
+        nodes = await primaries_of(redis)
+        for node in nodes:
+            where = f"redis {_where(node)}" if len(nodes) > 1 else "redis"
+            async for finding in _server(node, settings, where):
+                yield finding
+    except NoPermissionError as error:
+        yield Finding("problem", "redis", f"this user may not connect: {error}", _BY_THE_LINE)
+    except AWAY as error:
+        advice = "see that it runs, that the URL leads there, and that user and password are right"
+        yield Finding("problem", "redis", f"{redacted(settings.redis.url)}: {error}", advice)
+    finally:
+        await redis.aclose()
+
+
+async def _server(node: Any, settings: Settings, where: str) -> AsyncIterator[Finding]:
+    missing = await _missing(node, settings)
+    if missing:
+        yield Finding("problem", where, f"this user may not {missing}", _BY_THE_LINE)
+    try:
+        info: Mapping[str, Any] = await node.info()
+    except NoPermissionError:
+        return
+    for finding in _configuration(info, settings, where):
+        yield finding
+    if missing:
+        return
+    yield Finding("ok", where, "this user may do all that limiter does")
+    yield await _appendfsync(node, info, where)
+    yield await _latency(node, where)
+    yield await _clock(node, where)
+
+
+async def _missing(node: Any, settings: Settings) -> str:
+    """Try each command; tell what the user may not do, "" when there is nothing."""
+    kind, database = _place(settings.redis.url)
+    key = Keys(settings.redis.prefix).nobodys()
+    missing = []
+    for command, probe in probes(needed_commands(kind, database=database), key):
+        try:
+            await node.execute_command(*probe)
+        except NoPermissionError as error:
+            text = str(error)
+            if " key" in text:
+                return f"touch the keys {settings.redis.prefix}:*"
+            if f"'{command}'" not in text:  # it is something that a connection begins with
+                raise
+            missing.append(command.replace("|", " ").upper())
+        except ResponseError:
+            continue  # it may: what the server has against it is something else
+    return f"run {', '.join(missing)}" if missing else ""
+
+
+def _configuration(info: Mapping[str, Any], settings: Settings, where: str) -> list[Finding]:
+    version, name = str(info["redis_version"]), "Redis"
+    if "valkey_version" in info:
+        version, name = str(info["valkey_version"]), "Valkey"
+    findings = [Finding("ok", where, f"{name} {version}")]
+    if int(version.partition(".")[0]) < OLDEST_MAJOR:
+        findings[0] = Finding("problem", where, f"{name} {version} is too old", "use Redis 7 or later, or Valkey")
+    policy = str(info.get("maxmemory_policy", "noeviction"))
+    if policy != "noeviction":
+        level: Level = "warning" if settings.redis.allow_eviction else "problem"
+        advice = "CONFIG SET maxmemory-policy noeviction, and the same in its configuration"
+        findings.append(Finding(level, where, f"it may evict rows (maxmemory-policy {policy})", advice))
+    used, most = int(info.get("used_memory", 0)), int(info.get("maxmemory", 0))
+    if most and used > _FULL * most:
+        text = f"{used / most:.0%} of maxmemory are used; when it is full, requests are refused"
+        findings.append(Finding("warning", where, text, "raise maxmemory, or spread the rows over a cluster"))
+    if not info.get("aof_enabled"):
+        text = "it runs without AOF: a crash loses what was debited since its last snapshot"
+        findings.append(Finding("warning", where, text, "CONFIG SET appendonly yes, and the same in its configuration"))
+    elif info.get("aof_last_write_status", "ok") != "ok":
+        findings.append(Finding("problem", where, "its last write of the AOF failed", "look at its disk and its log"))
+    if info.get("role") == "slave":
+        advice = "give the primary's URL, or redis+sentinel://"
+        findings.append(Finding("problem", where, "it is a replica, which takes no writes", advice))
+    elif _place(settings.redis.url)[0] != "single" and not info.get("connected_slaves"):
+        text = "it has no replica: nobody takes its place when it fails"
+        findings.append(Finding("warning", where, text, "add one"))
+    elif info.get("connected_slaves") and "min_slaves_good_slaves" not in info:
+        text = "it takes writes also when it is cut off from its replicas, and such writes are lost in a failover"
+        findings.append(Finding("warning", where, text, "CONFIG SET min-replicas-to-write 1"))
+    return findings
+
+
+async def _appendfsync(node: Any, info: Mapping[str, Any], where: str) -> Finding:
+    try:
+        found = await node.config_get("appendfsync")
+    except RedisError:
+        return Finding("ok", where, "appendfsync cannot be looked at by this user, who needs not")
+    policy = next((value for name, value in found.items() if _text(name) == "appendfsync"), "")
+    if info.get("aof_enabled") and _text(policy) == "no":
+        text = "appendfsync is no: a power failure loses what the system has not written yet, up to half a minute"
+        return Finding("warning", where, text, "CONFIG SET appendfsync everysec")
+    return Finding("ok", where, f"appendfsync {_text(policy)}")
+
+
+async def _latency(node: Any, where: str) -> Finding:
+    samples_ms = []
+    for _ in range(_SAMPLES):
+        began = time.perf_counter()
+        await node.time()
+        samples_ms.append((time.perf_counter() - began) * 1000)
+    median_ms = statistics.median(samples_ms)
+    text = f"it answers in {median_ms:.2f} ms (median), {max(samples_ms):.2f} ms (slowest of {_SAMPLES})"
+    if median_ms > _SLOW_MS:
+        return Finding("warning", where, text, "each request waits for two answers: bring relay and Redis closer")
+    return Finding("ok", where, text)
+
+
+async def _clock(node: Any, where: str) -> Finding:
+    seconds, microseconds = await node.time()
+    skew_s = time.time() - (int(seconds) + int(microseconds) / 1_000_000)
+    text = f"this machine's clock is {skew_s:+.1f} s beside its"
+    if abs(skew_s) > _SKEW_S:
+        return Finding(
+            "warning", where, text, "set both by NTP: licences expire by the one, periods renew by the other"
+        )
+    return Finding("ok", where, text)
+
+
+def _licences(settings: Settings) -> list[Finding]:
+    keys = settings.licence.public_keys
+    try:
+        Licences(keys)
+    except SettingsError as error:
+        return [Finding("problem", "licence", str(error), "`limiter licence keygen` makes a pair of keys")]
+    return [Finding("ok", "licence", f"{len(keys)} public keys" if keys else "no public key: every install is core")]
+
+
+def _persister(settings: Settings) -> list[Finding]:
+    if not settings.persister.file:
+        return [Finding("ok", "persister", "off: persister.file is empty")]
+    path = Path(settings.persister.file).resolve()
+    folder = next(each for each in path.parents if each.exists())
+    findings = []
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            findings.append(Finding("ok", "persister", f"{path} can be written"))
+    except OSError as error:
+        text = f"{folder} cannot be written: {error.strerror}"
+        findings.append(
+            Finding("problem", "persister", text, "give the user who runs limiter the right, or another file")
+        )
+    if path.exists():
+        findings += _ledger(path)
+    return findings
+
+
+def _ledger(path: Path) -> list[Finding]:
+    try:
+        with LedgerFile(path) as file:
+            next(file.members(), None)
+    except LedgerFileError as error:
+        return [
+            Finding("problem", "persister", str(error), "`limiter verify` says more; move it away if it is not wanted")
+        ]
+    return []
+
+
+async def _backend(name: str, backend: BackendSettings, *, is_on: bool) -> Finding:
+    """Ask for its models, as the relay would."""
+    subject = f"backends.{name}"
+    if not is_on:
+        return Finding("ok", subject, "off")
+    key = backend.api_key.get_secret_value()
+    timeout = aiohttp.ClientTimeout(total=_BACKEND_S, connect=min(backend.connect_s, _BACKEND_S))
+    try:
+        async with (
+            aiohttp.ClientSession(
+                timeout=timeout, headers={"Authorization": f"Bearer {key}"} if key else {}
+            ) as session,
+            session.get(f"{backend.url.rstrip('/')}/models", allow_redirects=False) as answer,
+        ):
+            status = answer.status
+    except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+        text = f"{redacted(backend.url)} cannot be reached: {str(error) or type(error).__name__}"
+        return Finding("problem", subject, text, f"see that it runs, and that {subject}.url leads there")
+    if status in _REFUSED:
+        return Finding("problem", subject, f"it refuses the key ({status})", f"set {subject}.api_key")
+    if status >= 300:  # noqa: PLR2004  a status
+        text = f"{redacted(backend.url)}/models answers {status}"
+        return Finding("warning", subject, text, f"see that {subject}.url ends as in its own documentation, as in …/v1")
+    return Finding("ok", subject, f"{redacted(backend.url)} answers")
+
+
+def _place(url: str) -> tuple[Kind, int]:
+    """Give the kind of a URL, and the number of its database."""
+    target = None if url.startswith("embedded:") else read_url(url)
+    if target is not None:
+        return target.kind, int(target.database or 0)
+    path = url.partition("://")[2].partition("?")[0].rpartition("/")[2]
+    return "single", int(path) if path.isdecimal() else 0
+
+
+def _where(node: "Redis") -> str:
+    place = node.connection_pool.connection_kwargs
+    return f"{place.get('host')}:{place.get('port')}"
+
+
+def _text(word: bytes | str) -> str:
+    return word.decode() if isinstance(word, bytes) else word
