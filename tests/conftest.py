@@ -24,6 +24,7 @@ TIERS = Tiers.from_mapping(
 Entry = dict[str, Any]  # one entry of a vector file, as JSON has it
 Vectors = dict[str, list[Entry]]
 Closing = AsyncExitStack
+PATIENCE_MS = 60_000  # for a reply: a busy machine stands still for seconds, and then a repeat would be a REPLAY
 ELSEWHERE = "LIMITER_TEST_REDIS_URL"  # a URL here points the tests at a server that they do not start; it is flushed
 # Where all tests run, instead of what follows: "sentinel,cluster", or with Debian's binary "redis-sentinel".
 TOPOLOGY = "LIMITER_TEST_TOPOLOGY"
@@ -79,7 +80,7 @@ def redis_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 @pytest.fixture
 async def redis(redis_url: str) -> AsyncIterator[Redis]:
     """A client of an empty server. Afterwards every key must be a row, or have a TTL."""
-    client = await connect(redis_url)
+    client = await connect(redis_url, timeout_ms=PATIENCE_MS)
     await client.flushdb()
     yield client
     for key in await client.keys("*"):
@@ -115,7 +116,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def limiter(redis: Redis, clock: Clock) -> CreditLimiter:
-    return CreditLimiter(redis, TIERS, clock=clock)
+    return CreditLimiter(redis, TIERS, clock=clock, timeout_ms=PATIENCE_MS, deadline_ms=PATIENCE_MS)
 
 
 @pytest.fixture
@@ -123,7 +124,8 @@ def limiter_with(redis: Redis, clock: Clock) -> "LimiterWith":
     """Make limiters of other tiers on the same rows: `limiter_with(pro={"monthly": 3})`."""
 
     def make(**tiers: dict[str, int | None]) -> CreditLimiter:
-        return CreditLimiter(redis, Tiers.from_mapping({"core": {"lifetime": 50}, **tiers}), clock=clock)
+        read = Tiers.from_mapping({"core": {"lifetime": 50}, **tiers})
+        return CreditLimiter(redis, read, clock=clock, timeout_ms=PATIENCE_MS, deadline_ms=PATIENCE_MS)
 
     return make
 

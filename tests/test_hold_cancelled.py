@@ -6,7 +6,6 @@ from collections.abc import Callable
 import pytest
 
 from limiter import CreditLimiter, LimiterUnavailable, connect
-from limiter.errors import ScriptContractError
 from tests.conftest import TIERS, Closing
 from tests.proxy import proxy_of
 from tests.servers import Server
@@ -66,16 +65,4 @@ async def test_cost_when_it_is_no_number_of_credits_then_nothing_is_sent(limiter
     ):
         with pytest.raises(ValueError, match="cost is"):
             await call
-    assert await limiter.row("i") is None
-
-
-async def test_script_when_given_a_fraction_of_a_credit_then_it_refuses(limiter: CreditLimiter) -> None:
-    key = limiter.keys.install("i")
-    scripts = limiter._scripts
-    with pytest.raises(ScriptContractError, match="BADARG debit"):
-        await scripts.call("debit", key, "core", "lifetime", 50, 20, 0, "1.5", "core", 1, "")
-    with pytest.raises(ScriptContractError, match="BADARG reserve"):
-        await scripts.call("reserve", key, "h", "core", "lifetime", 50, 20, "", 0, "1.5", 1000, 1, "")
-    with pytest.raises(ScriptContractError, match="BADARG commit"):
-        await scripts.call("commit", key, "h", "", "1.5", "core", "")
     assert await limiter.row("i") is None

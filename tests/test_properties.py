@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 from limiter import CreditLimiter, Row, Status, Tiers, connect
 from limiter.model import Backend
 from limiter.scripts import PutMode
-from tests.conftest import Clock, fields_of
+from tests.conftest import PATIENCE_MS, Clock, fields_of
 from tests.reference import ReferenceLimiter, iso, moment
 
 T = TypeVar("T")
@@ -85,17 +85,22 @@ class Credits(RuleBasedStateMachine):
 
         return self.runner.run(wait())
 
+    def limiter_of(self, tiers: Tiers) -> CreditLimiter:
+        return CreditLimiter(
+            self.redis, tiers, clock=self.clock, hold_ms=HOLD_MS, timeout_ms=PATIENCE_MS, deadline_ms=PATIENCE_MS
+        )
+
     @initialize(start_ms=starts, tiers=limits())
     def begin(self, start_ms: int, tiers: Tiers) -> None:
         self.clock.now_ms = start_ms
-        self.limiter = CreditLimiter(self.redis, tiers, clock=self.clock, hold_ms=HOLD_MS)
+        self.limiter = self.limiter_of(tiers)
         self.reference = ReferenceLimiter(tiers, now_ms=start_ms, hold_ms=HOLD_MS)
 
     @rule(jump_ms=jumps, tiers=st.one_of(st.none(), st.none(), limits()))
     def time_passes_and_quotas_may_be_edited(self, jump_ms: int, tiers: Tiers | None) -> None:
         self.clock.now_ms = self.reference.now_ms = self.clock.now_ms + jump_ms
         if tiers is not None:
-            self.limiter = CreditLimiter(self.redis, tiers, clock=self.clock, hold_ms=HOLD_MS)
+            self.limiter = self.limiter_of(tiers)
             self.reference.tiers = tiers
 
     @rule(install=installs, tier=tier_names, has_hardware=st.booleans(), cost=costs)
@@ -290,7 +295,7 @@ def _without_period(fields: dict[str, str]) -> dict[str, str]:
 
 def test_any_sequence_of_operations_when_replayed_then_scripts_and_reference_agree(redis_url: str) -> None:
     with asyncio.Runner() as runner:
-        redis = runner.run(connect(redis_url))
+        redis = runner.run(connect(redis_url, timeout_ms=PATIENCE_MS))
 
         class Here(Credits):
             def __init__(self) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
 from limiter import CreditLimiter, Row, Status, Tiers, connect
 from limiter.keys import Keys
@@ -235,6 +236,35 @@ def test_includes_when_pasted_then_what_each_takes_is_there_above_it(name: str) 
             known |= set(gives)
         known |= locals_of(line)
     assert "--@include" not in compose(name).text
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "value"),
+    [
+        *[("reserve", "cost_arg", value) for value in ("0", "-1", "1.5")],
+        *[("reserve", "hold_id", ""), ("reserve", "hold_ms", "0")],
+        *[("debit", "cost", value) for value in ("0", "-1", "1.5")],
+        *[("commit", "used_cost", value) for value in ("0", "-1", "1.5")],
+        *[("commit", "hold_id", ""), ("release", "hold_id", ""), ("balance", "counter", "weekly")],
+        *[("put_row", "mode", value) for value in ("", "erase", "create??")],
+        *[("claim", "owner", ""), ("claim", "fingerprint", ""), ("claim", "claim_ms", "0")],
+        *[("keep", "owner", ""), ("keep", "fingerprint", ""), ("keep", "busy_ms", "-1"), ("keep", "keep_ms", "0")],
+        *[("drop", "owner", ""), ("seat", "install_id", ""), ("seat", "seats", "0"), ("seat", "lapses_ms", "0")],
+        *[("lease", "owner", ""), ("lease", "least_epoch", "-1"), ("lease", "lease_ms", "-1")],
+        *[("mint", "limit", "0"), ("mint", "period_ms", "0")],
+    ],
+)
+async def test_script_when_an_argument_breaks_its_bound_then_it_is_refused_and_nothing_is_written(
+    redis: Redis, name: str, argument: str, value: str
+) -> None:
+    """Whoever calls it: limiter.scripts never sends these."""
+    right = CALLS[name][1]
+    assert argument in right
+    bound = [binding.name for binding in bindings(name) if binding.table == "ARGV"]
+    arguments = [(right | {argument: value})[word].encode(errors="surrogateescape") for word in bound]
+    with pytest.raises(ResponseError, match=f"BADARG {name} wants "):
+        await redis.eval(compose(name).text, 1, KEYS.get(name, "credits:install:a"), *arguments)
+    assert await redis.dbsize() == 0
 
 
 @pytest.mark.parametrize("name", ["calendar", "counters", "in_flight", "iso", "plan"])

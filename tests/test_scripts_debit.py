@@ -84,6 +84,18 @@ async def test_debit_when_a_core_row_first_pays_then_its_answer_tells_the_new_pe
     assert (balance.began_at, balance.renews_at) == ("2026-05-17T23:02:57.123Z", "2026-06-17T23:02:57.000Z")
 
 
+async def test_debit_when_a_core_row_had_gemini_credits_of_this_month_then_its_period_goes_on(
+    redis: Redis, limiter: CreditLimiter, clock: Clock
+) -> None:
+    """No script writes such a row, but people edit them: each of the two counters says that the month was used."""
+    await limiter.debit("a", tier="core", has_hardware=False)
+    await redis.hset("credits:install:a", "monthly_gemini_consumed", "2")
+    clock.now_ms += 24 * 60 * 60 * 1000
+    await limiter.debit("a", tier="pro", has_hardware=False)
+    fields = await fields_of(redis, "a")
+    assert (fields["last_renewal_at"], fields["monthly_gemini_consumed"]) == ("2026-05-11T23:02:57.123Z", "3")
+
+
 async def test_debit_when_the_tier_drops_to_core_then_what_was_left_of_the_lifetime_quota_is_spent(
     limiter_with: LimiterWith,
 ) -> None:

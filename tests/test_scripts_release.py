@@ -1,5 +1,6 @@
 """release: give a hold back."""
 
+import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Status
@@ -59,6 +60,18 @@ async def test_release_when_others_died_long_ago_then_it_drops_them_too(
     clock.now_ms += limiter.hold_ms + HOUR_MS
     await limiter.reserve("a", tier="pro", has_hardware=False, hold_id="h1")
     await limiter.release("a", "h1")
+    assert not [name for name in await fields_of(redis, "a") if name.startswith("h")]
+
+
+@pytest.mark.parametrize("settle", ["commit", "release"])
+async def test_hold_when_settled_late_after_another_died_then_the_dead_one_goes_with_it(
+    redis: Redis, limiter: CreditLimiter, clock: Clock, settle: str
+) -> None:
+    await limiter.reserve("a", tier="pro", has_hardware=False, hold_id="dead")
+    clock.now_ms += 5000
+    await limiter.reserve("a", tier="pro", has_hardware=False, hold_id="h1")
+    clock.now_ms += limiter.hold_ms + HOUR_MS - 5000
+    await (limiter.commit if settle == "commit" else limiter.release)("a", "h1")
     assert not [name for name in await fields_of(redis, "a") if name.startswith("h")]
 
 

@@ -185,6 +185,15 @@ async def test_hold_when_its_time_is_over_then_its_credits_are_free_again(
     assert "hold:h1" in await fields_of(redis, "a"), "it stays readable for the grace time"
 
 
+async def test_hold_when_it_lapses_before_the_one_that_lapsed_is_dropped_then_its_credits_are_free_in_time(
+    limiter: CreditLimiter, clock: Clock
+) -> None:
+    for hold_id in ("h1", "h2"):
+        await limiter.reserve("a", tier="pro", has_hardware=False, hold_id=hold_id)
+        clock.now_ms += limiter.hold_ms
+    assert (await limiter.balance("a", tier="pro")).held == 0
+
+
 async def test_hold_when_its_time_and_the_grace_are_over_then_the_next_hold_drops_it(
     redis: Redis, limiter: CreditLimiter, clock: Clock
 ) -> None:
