@@ -29,7 +29,10 @@ _KEY_IS_THIRD = ("OBJECT", "MEMORY USAGE", "OBJECT ENCODING", "DEBUG")
 # What concerns every primary, and how their answers are one.
 _SUMS = ("DBSIZE",)
 _JOINS = ("KEYS",)
-_ANY = ("FLUSHDB", "FLUSHALL", "SCRIPT LOAD", "SCRIPT FLUSH", "CONFIG SET", "CONFIG RESETSTAT")
+_ANY = (
+    *("FLUSHDB", "FLUSHALL", "SCRIPT LOAD", "SCRIPT FLUSH"),
+    *("CONFIG SET", "CONFIG RESETSTAT", "CLIENT PAUSE", "CLIENT UNPAUSE"),
+)
 # What any primary can answer. SCAN is none of them: a cursor belongs to one node, see `primaries`.
 _KEYLESS = ("PING", "ECHO", "INFO", "TIME", "CONFIG GET", "CLUSTER", "CLUSTER SLOTS", "ACL WHOAMI")
 

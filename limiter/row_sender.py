@@ -7,6 +7,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 from redis.exceptions import ClusterCrossSlotError, RedisError
@@ -74,7 +75,11 @@ class RowSender:
         settled = await self._settled(batch, mode)
         word = f"{mode}?" if asks else mode
         calls = (
-            self._scripts.call("put_row", self._limiter.keys.install(row.install_id), word, *stored_values(row))
+            self._limiter.repeated(
+                partial(
+                    self._scripts.call, "put_row", self._limiter.keys.install(row.install_id), word, *stored_values(row)
+                )
+            )
             for _, row in settled
         )
         answers: Counter[Status] = Counter()
