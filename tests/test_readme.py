@@ -8,9 +8,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from limiter.model import Reason, Status
-from limiter.relay.backends import Outcome
 from limiter.relay.breaker import State as BreakerState
 from limiter.relay.metrics import FAILED, GAVE_UP, Answered, Metrics, SettlementKind
+from limiter.relay.upstream import Outcome
 from limiter.settings import DEFAULT_TIERS, load_settings
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")

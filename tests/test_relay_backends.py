@@ -5,8 +5,9 @@ import gc
 import pytest
 
 from limiter.errors import SettingsError
-from limiter.relay.backends import BackendClient, BackendFailed
+from limiter.relay.backends import BackendClient
 from limiter.relay.serving import open_backends
+from limiter.relay.upstream import BackendFailed
 from limiter.settings import load_settings
 from tests.backend import Backend
 
@@ -30,7 +31,7 @@ async def test_backend_when_its_key_cannot_be_a_header_then_settings_error_witho
 
 async def test_backend_when_its_url_has_a_password_then_it_is_used_and_never_shown(hardware: Backend) -> None:
     client = BackendClient("hardware", hardware.url.replace("://", "://user:pass-word@"), timeout_s=5)
-    async with client.send("embeddings", {}, b'{"model": "m"}') as upstream:
+    with await client.send("embeddings", {}, b'{"model": "m"}') as upstream:
         assert upstream.status == 200
     assert hardware.last.headers["Authorization"] == "Basic dXNlcjpwYXNzLXdvcmQ="
     assert client.label == hardware.url
@@ -62,14 +63,14 @@ async def test_backends_when_their_settings_say_so_then_they_have_timeouts_break
         assert client.model("recap") == "hang"
         for _ in range(2):
             with pytest.raises(BackendFailed, match="in time"):
-                await client.send("embeddings", {}, b'{"model": "hang"}').__aenter__()
+                await client.send("embeddings", {}, b'{"model": "hang"}')
         with pytest.raises(BackendFailed, match="rests") as raised:
-            await client.send("embeddings", {}, b'{"model": "m"}').__aenter__()
+            await client.send("embeddings", {}, b'{"model": "m"}')
         assert raised.value.problem.retry_after_s in (76, 77)
 
 
 async def test_backends_when_none_is_set_then_the_echo_answers_as_both() -> None:
     async with open_backends(load_settings(None, {})[0]) as clients:
         assert {name: client.label for name, client in clients.items()} == {"gemini": "echo", "hardware": "echo"}
-        async with clients["gemini"].send("embeddings", {}, b'{"model": "m", "input": "text"}') as upstream:
+        with await clients["gemini"].send("embeddings", {}, b'{"model": "m", "input": "text"}') as upstream:
             assert upstream.status == 200

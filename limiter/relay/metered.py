@@ -8,7 +8,7 @@ request is refused, or served from hardware without any of it.
 import asyncio
 import logging
 from collections.abc import Mapping
-from contextlib import AsyncExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass
 
 import orjson
@@ -22,7 +22,7 @@ from limiter.model import Backend, Decision
 from limiter.relay.admission import Admission
 from limiter.relay.answers import REQUEST_ID, ProblemRaised, ratelimit_headers, refuse
 from limiter.relay.asking import Asked, read_json
-from limiter.relay.backends import BackendClient, BackendFailed, Upstream
+from limiter.relay.backends import BackendClient
 from limiter.relay.bodies import Bodies
 from limiter.relay.facts import Facts, facts_of
 from limiter.relay.idempotency import Idempotency
@@ -33,6 +33,7 @@ from limiter.relay.recording import Recording
 from limiter.relay.redis_mode import RedisMode
 from limiter.relay.settlement import Settlements
 from limiter.relay.uploads import Upload, UploadLimits
+from limiter.relay.upstream import BackendFailed, Upstream
 
 _LOG = logging.getLogger("limiter.relay")
 
@@ -175,8 +176,7 @@ async def _serve(call: _Call, recording: Recording, decision: Decision) -> web.S
     relay, request, identity = call.relay, call.request, call.identity
     hold = relay.settlements.open(identity.install_id, decision.hold_id)
     try:
-        async with AsyncExitStack() as stack:
-            upstream = await _forward(relay, call.asked, decision, stack, facts_of(request))
+        with await _forward(relay, call.asked, decision, facts_of(request)) as upstream:
             headers = _answer_headers(upstream, identity, ratelimit_headers(decision.balance))
             served = Metered(hold, relay.cost(request), decision.balance, recording)
             return await pass_answer(request, upstream, headers, served)
@@ -189,29 +189,28 @@ async def _serve_unmetered(call: _Call) -> web.StreamResponse:
     relay, request, identity = call.relay, call.request, call.identity
     facts = facts_of(request)
     facts.status, facts.cost, facts.backend = UNMETERED, None, "hardware"
-    async with AsyncExitStack() as stack:
-        upstream = await _send(relay.backends["hardware"], call.asked, stack)
+    with await _send(relay.backends["hardware"], call.asked) as upstream:
         headers = _answer_headers(upstream, identity, {"X-Credits-Unmetered": "true"})
         return await pass_answer(request, upstream, headers, Unmetered(Recording(request[REQUEST_ID])))
 
 
-async def _forward(relay: Relay, asked: Asked, decision: Decision, stack: AsyncExitStack, facts: Facts) -> Upstream:
+async def _forward(relay: Relay, asked: Asked, decision: Decision, facts: Facts) -> Upstream:
     """Send to the planned backend; a Gemini that fails before its first byte falls back to hardware."""
     # Where Gemini is not set at all, what is planned for it is served, and debited, by hardware.
     planned: Backend = "gemini" if decision.backend == "gemini" and "gemini" in relay.backends else "hardware"
     facts.backend = planned
     try:
-        return await _send(relay.backends[planned], asked, stack)
+        return await _send(relay.backends[planned], asked)
     except BackendFailed as failure:
         if planned == "hardware" or not relay.has_hardware or not failure.passing or not asked.replayable:
             raise
         _LOG.warning("%s: %s Falling back to hardware.", decision.hold_id, failure)
     facts.backend, facts.fell_back = "hardware", True
-    return await _send(relay.backends["hardware"], asked, stack)
+    return await _send(relay.backends["hardware"], asked)
 
 
-async def _send(client: BackendClient, asked: Asked, stack: AsyncExitStack) -> Upstream:
-    return await stack.enter_async_context(client.send(asked.path, asked.headers, asked.body_for(client)))
+async def _send(client: BackendClient, asked: Asked) -> Upstream:
+    return await client.send(asked.path, asked.headers, asked.body_for(client))
 
 
 def _answer_headers(upstream: Upstream, identity: Identity, metering: Mapping[str, str]) -> CIMultiDict[str]:

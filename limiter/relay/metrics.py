@@ -25,8 +25,8 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from limiter import __version__
 from limiter.model import Backend, Reason, Status
-from limiter.relay.backends import Outcome
 from limiter.relay.breaker import State as BreakerState
+from limiter.relay.upstream import Outcome
 from limiter.timestamps import ms_from_iso
 
 SettlementKind = Literal["commit", "release", "undo"]  # the last: release of what an unanswered reserve may hold

@@ -10,9 +10,10 @@ from aiohttp import hdrs, web
 
 from limiter.model import Backend
 from limiter.relay.answers import Problem, ProblemRaised, fail
-from limiter.relay.backends import BackendClient, BackendFailed
+from limiter.relay.backends import BackendClient
 from limiter.relay.identity import Identity
 from limiter.relay.metered import RELAY
+from limiter.relay.upstream import BackendFailed
 
 _FRESH_S = 30  # whoever asks without end must not make the operator's key ask without end
 _PATIENCE_S = 10
@@ -89,13 +90,14 @@ def _json(document: Mapping[str, object], identity: Identity) -> web.Response:
 async def _models_of(client: BackendClient) -> list[Model] | None:
     """Ask one backend; None when it gives no list that can be read."""
     try:
-        async with asyncio.timeout(_PATIENCE_S), client.send("models", {}, b"", method=hdrs.METH_GET) as answer:
-            body = bytearray(answer.first)
-            async for chunk in answer.rest:
-                body += chunk
-                if len(body) > _LONGEST_LIST:
-                    return None
-            return [*_read(orjson.loads(body))] if answer.succeeded else None
+        async with asyncio.timeout(_PATIENCE_S):
+            with await client.send("models", {}, b"", method=hdrs.METH_GET) as answer:
+                body = bytearray(answer.first)
+                while chunk := await answer.read():
+                    body += chunk
+                    if len(body) > _LONGEST_LIST:
+                        return None
+                return [*_read(orjson.loads(body))] if answer.succeeded else None
     except (BackendFailed, TimeoutError, ValueError):
         return None
 

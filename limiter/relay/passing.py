@@ -1,7 +1,7 @@
 """A backend's answer on its way to the client, as a stream or whole; what was held for it is committed here."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,9 +12,9 @@ from multidict import CIMultiDict
 
 from limiter.model import Balance
 from limiter.relay.answers import REQUEST_ID, spendable
-from limiter.relay.backends import BackendFailed, Upstream
 from limiter.relay.idempotency import Recording
 from limiter.relay.settlement import OpenHold
+from limiter.relay.upstream import BackendFailed, Upstream
 
 CREDITS_EVENT = "X-Credits-Event"
 _WHOLE_BODY = 1 << 20  # an answer up to this size is read whole, so that a broken one can still become an error
@@ -88,7 +88,7 @@ async def _pass_stream(
         await response.prepare(request)
         await response.write(upstream.first)
         try:
-            async for chunk in upstream.rest:
+            while chunk := await upstream.read():
                 await response.write(chunk)
                 last = chunk
         except BackendFailed as failure:
@@ -126,7 +126,7 @@ async def _pass_body(
         with suppress(ConnectionError):
             await response.prepare(request)
             await response.write(read)
-            async for chunk in upstream.rest:
+            while chunk := await upstream.read():
                 await response.write(chunk)
             await response.write_eof()
     except BackendFailed:
@@ -147,9 +147,8 @@ def broken_off(request: web.Request, response: web.StreamResponse) -> web.Stream
 
 async def _read_up_to(upstream: Upstream, limit: int) -> tuple[bytes, bool]:
     parts, size = [upstream.first], len(upstream.first)
-    rest: AsyncIterator[bytes] = upstream.rest
     while size <= limit:
-        chunk = await anext(rest, b"")
+        chunk = await upstream.read()
         if not chunk:
             return b"".join(parts), True
         parts.append(chunk)
