@@ -1,7 +1,7 @@
 """How log lines look: JSON for machines, columns in a terminal, and never a secret.
 
 It is the one module that knows structlog: every other logs by the standard library, so that who uses this package as a
-library keeps their own set-up.
+library keeps their own set-up. structlog writes the columns; JSON, of which each request is a line, costs a third here.
 """
 
 import hashlib
@@ -9,19 +9,23 @@ import logging
 import re
 import secrets
 import sys
-from collections.abc import Callable, Iterable
-from typing import Literal, TextIO
+from collections.abc import Callable, Iterable, MutableMapping
+from datetime import UTC, datetime
+from typing import Any, Literal, TextIO
 
 import orjson
 import structlog
-from structlog.typing import EventDict, Processor, WrappedLogger
+from structlog.typing import EventDict, WrappedLogger
 
 LogFormat = Literal["auto", "json", "text"]
+Line = MutableMapping[str, Any]
+Clean = Callable[[Line], None]
 _HIDDEN = "***"
 _SECRETS = re.compile(r"(?i:(?<=\bbearer\s))\S+|\beyJ[\w-]{8,}\.[\w-]+\.[\w-]*")  # what stands after Bearer; any JWT
 _LEAST_SECRET = 6  # characters: shorter ones would blot out words
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), 127)} | {ord("\n"): "\\n", ord("\t"): "\\t"}
 _NAME_BYTES = 6
+_OF_EVERY_RECORD = frozenset((*logging.makeLogRecord({}).__dict__, "message", "asctime"))
 
 
 def set_up_logging(
@@ -33,33 +37,13 @@ def set_up_logging(
     """
     stream = stream or sys.stderr
     is_text = style == "text" or (style == "auto" and stream.isatty())
-    render: list[Processor] = [_json_renderer()]
-    if is_text:
-        render = [
-            structlog.dev.ConsoleRenderer(
-                colors=stream.isatty(),
-                timestamp_key="time",
-                sort_keys=False,
-                exception_formatter=structlog.dev.plain_traceback,  # the rich one shows variables, and what is in them
-            )
-        ]
+    hide = [*hide]
+    clean = _cleaner(hide)
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[
-                structlog.stdlib.add_log_level,
-                structlog.stdlib.add_logger_name,
-                structlog.stdlib.ExtraAdder(),
-                structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
-            ],
-            processors=[
-                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                structlog.processors.format_exc_info,  # before the cleaner, which then sees the traceback, too
-                _cleaner(hide),
-                *render,
-            ],
-        )
-    )
+    handler.setFormatter(_columns(clean, colors=stream.isatty()) if is_text else _JsonLines(clean, hide))
+    # What no line shows need not be found out for each; the logging HOWTO of Python says how.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None  # noqa: SLF001
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
@@ -78,16 +62,67 @@ def short_names(key: str = "") -> Callable[[str], str]:
     return short_name
 
 
-def _json_renderer() -> Processor:
-    def render(_logger: WrappedLogger, _method: str, line: EventDict) -> str:
-        first = {name: line.pop(name) for name in ("time", "level", "event") if name in line}
-        return orjson.dumps({**first, **line}, default=repr, option=orjson.OPT_NON_STR_KEYS).decode()
+class _JsonLines(logging.Formatter):
+    """Writes a record as JSON: time, level, event and logger, what the record has beside every record's, the error."""
 
-    return render
+    def __init__(self, clean: Clean, hide: Iterable[str]) -> None:
+        super().__init__()
+        self._clean = clean
+        self._suspicious = ("eyJ", "\\u", "\\n", "\x7f", *(_dumped(value)[1:-1] for value in hide if value))
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: Line = {
+            "time": datetime.fromtimestamp(record.created, UTC),
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+            "logger": record.name,
+        }
+        for name, value in record.__dict__.items():
+            if name not in _OF_EVERY_RECORD:
+                line[name] = value
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        text = _dumped(line)
+        if "bearer" in text.lower() or any(sign in text for sign in self._suspicious):
+            self._clean(line)
+            text = _dumped(line)
+        return text
 
 
-def _cleaner(hide: Iterable[str]) -> Processor:
-    """Make the step that blots out secrets, and control characters: a line's end in a text is not the line's end."""
+def _dumped(value: object) -> str:
+    return orjson.dumps(value, default=repr, option=orjson.OPT_NON_STR_KEYS | orjson.OPT_UTC_Z).decode()
+
+
+def _columns(clean: Clean, *, colors: bool) -> logging.Formatter:
+    """Give the formatter for people."""
+
+    def cleaned(_logger: WrappedLogger, _method: str, line: EventDict) -> EventDict:
+        clean(line)
+        return line
+
+    return structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=[
+            structlog.stdlib.add_log_level,
+            structlog.stdlib.add_logger_name,
+            structlog.stdlib.ExtraAdder(),
+            structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
+        ],
+        processors=[
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            structlog.processors.format_exc_info,  # before the cleaner, which then sees the traceback, too
+            cleaned,
+            structlog.dev.ConsoleRenderer(
+                colors=colors,
+                timestamp_key="time",
+                sort_keys=False,
+                exception_formatter=structlog.dev.plain_traceback,  # the rich one shows variables, and what is in them
+            ),
+        ],
+    )
+
+
+def _cleaner(hide: Iterable[str]) -> Clean:
+    """Make what blots out secrets, and control characters: a line's end in a text is not the line's end."""
     hidden = sorted((value for value in hide if len(value) >= _LEAST_SECRET), key=len, reverse=True)
 
     def is_clean(text: str) -> bool:
@@ -104,12 +139,11 @@ def _cleaner(hide: Iterable[str]) -> Processor:
             text = text.replace(value, _HIDDEN)
         return _SECRETS.sub(_HIDDEN, text)
 
-    def clean(_logger: WrappedLogger, _method: str, line: EventDict) -> EventDict:
+    def clean(line: Line) -> None:
         texts = {name: value for name, value in line.items() if isinstance(value, str)}
         if not is_clean(" ".join(texts.values())):
             for name, text in texts.items():
                 cleaned = clean_text(text)
                 line[name] = cleaned if name == "exception" else cleaned.translate(_CONTROL)
-        return line
 
     return clean

@@ -5,7 +5,6 @@ other request, with the problem noted beforehand. Nothing here knows what is ser
 """
 
 import asyncio
-import uuid
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -14,6 +13,7 @@ from aiohttp.http import RawRequestMessage
 from aiohttp.http_exceptions import LineTooLong
 from multidict import CIMultiDict, CIMultiDictProxy
 
+from limiter.credit_limiter import new_hold_id
 from limiter.relay.answers import REQUEST_ID, Problem, problem_of, problem_response
 
 REFUSED = web.RequestKey("refused", Problem)  # why a request is not to be served, whatever it asks for
@@ -110,7 +110,7 @@ class _Connection(web.RequestHandler):
         if request.writer.output_size or not isinstance(request, web.Request):
             raise ConnectionError("half an answer is not an answer")
         if REQUEST_ID not in request:
-            request[REQUEST_ID] = uuid.uuid4().hex
+            request[REQUEST_ID] = new_hold_id()
         response = problem_response(request, problem_of(RuntimeError()))
         response.force_close()
         return response

@@ -1,11 +1,11 @@
 """The one place where a request that failed becomes an answer, and where those that no route takes are refused."""
 
 import logging
-import uuid
 from collections.abc import Awaitable, Callable, Mapping
 
 from aiohttp import HttpVersion10, hdrs, web
 
+from limiter.credit_limiter import new_hold_id
 from limiter.errors import LimiterError
 from limiter.relay.answers import REQUEST_ID, Problem, ProblemRaised, fail, problem_of, problem_response
 from limiter.relay.connections import REFUSED
@@ -21,7 +21,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 @web.middleware
 async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Give each request its id, refuse what no route takes, and turn every exception into the error object."""
-    request[REQUEST_ID] = uuid.uuid4().hex
+    request[REQUEST_ID] = new_hold_id()
     try:
         if refused := request.get(REFUSED):
             return _answer(request, refused)

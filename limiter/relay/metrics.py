@@ -4,10 +4,9 @@ Every label has a bounded set of values: what a client or a backend makes up is 
 """
 
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from http import HTTPStatus
 from typing import Literal, get_args
 
@@ -58,7 +57,7 @@ class Answered:
 
 
 class Metrics:
-    """The metrics of one relay process.
+    """The metrics of one relay process. under_way: how many requests are; whoever serves them counts it up and down.
 
     tiers, routes: the configured names and the table's patterns; any other is counted as "other".
     """
@@ -67,29 +66,42 @@ class Metrics:
         # Else each counter has a second series, which nobody asks for.
         disable_created_metrics()  # type: ignore[no-untyped-call]  # it has no hints (0.26)
         self._tiers, self._routes = frozenset(tiers), frozenset(routes)
+        self.under_way = 0
         self._registry = registry = CollectorRegistry()
         ProcessCollector(namespace="limiter", registry=registry)
-        self._requests = Counter(
-            "limiter_requests", "Requests that are over.", ["route", "method", "status"], registry=registry
+        # Of what is counted for each request, labels are looked up once: that takes longer than to count.
+        self._requests = cache(
+            Counter(
+                "limiter_requests", "Requests that are over.", ["route", "method", "status"], registry=registry
+            ).labels
         )
-        self._in_flight = Gauge("limiter_requests_in_flight", "Requests under way.", registry=registry)
-        self._decisions = Counter(
-            "limiter_decisions", "Decisions on credits.", ["status", "reason", "tier"], registry=registry
+        in_flight = Gauge("limiter_requests_in_flight", "Requests under way.", registry=registry)
+        in_flight.set_function(lambda: self.under_way)
+        self._decisions = cache(
+            Counter(
+                "limiter_decisions", "Decisions on credits.", ["status", "reason", "tier"], registry=registry
+            ).labels
         )
         self._from_memory = Counter(
             "limiter_decisions_from_memory", "Decisions that Redis was not asked for.", registry=registry
         )
-        self._settlements = Counter(
-            "limiter_settlements", "Commits and releases that are over.", ["kind", "outcome"], registry=registry
+        self._settlements = cache(
+            Counter(
+                "limiter_settlements", "Commits and releases that are over.", ["kind", "outcome"], registry=registry
+            ).labels
         )
-        self._debited = Counter("limiter_credits_debited", "Credits debited.", ["backend"], registry=registry)
+        self._debited = cache(
+            Counter("limiter_credits_debited", "Credits debited.", ["backend"], registry=registry).labels
+        )
         self._settling = Gauge(
             "limiter_settlements_in_flight",
             "Commits and releases under way, with those that wait for Redis.",
             registry=registry,
         )
-        self._calls = Counter(
-            "limiter_backend_calls", "Calls to a backend that are over.", ["backend", "outcome"], registry=registry
+        self._calls = cache(
+            Counter(
+                "limiter_backend_calls", "Calls to a backend that are over.", ["backend", "outcome"], registry=registry
+            ).labels
         )
         self._breakers = Gauge(
             "limiter_breaker_state",
@@ -114,31 +126,24 @@ class Metrics:
             registry=registry,
             buckets=_FIRST_BYTE_BUCKETS_S,
         )
-        self._total_s = Histogram(
-            "limiter_request_seconds",
-            "Time of a request to its end.",
-            ["route"],
-            registry=registry,
-            buckets=_TOTAL_BUCKETS_S,
+        self._total_s = cache(
+            Histogram(
+                "limiter_request_seconds",
+                "Time of a request to its end.",
+                ["route"],
+                registry=registry,
+                buckets=_TOTAL_BUCKETS_S,
+            ).labels
         )
         Gauge("limiter_build_info", "1, with the version.", ["version"], registry=registry).labels(__version__).set(1)
-
-    @contextmanager
-    def under_way(self) -> Iterator[None]:
-        """Count a request as under way until the block ends."""
-        self._in_flight.inc()
-        try:
-            yield
-        finally:
-            self._in_flight.dec()
 
     def answered(self, request: Answered) -> None:
         """Count a request that is over."""
         route = request.route if request.route in self._routes else _OTHER
         method = request.method if request.method in METHODS else _OTHER
         status = str(request.status) if request.status in _STATUSES else f"{request.status // 100}xx"
-        self._requests.labels(route, method, status).inc()
-        self._total_s.labels(route).observe(request.total_s)
+        self._requests(route, method, status).inc()
+        self._total_s(route).observe(request.total_s)
         if request.first_byte_s is not None:
             self._first_byte_s.labels(route).observe(request.first_byte_s)
 
@@ -146,7 +151,7 @@ class Metrics:
         """Count a decision: a `Status`, UNMETERED or UNAVAILABLE."""
         if from_memory:
             self._from_memory.inc()
-        self._decisions.labels(
+        self._decisions(
             status if status in _DECISIONS else _OTHER,
             reason if reason in _REASONS else "" if reason is None else _OTHER,
             tier if tier in self._tiers else _OTHER,
@@ -158,13 +163,13 @@ class Metrics:
 
     def settled(self, kind: SettlementKind, outcome: str, *, backend: Backend | None = None, credits_: int = 0) -> None:
         """Count a settlement: outcome is a `Status`, FAILED or GAVE_UP; the rest is what a commit debited."""
-        self._settlements.labels(kind, outcome if outcome in _OUTCOMES else _OTHER).inc()
+        self._settlements(kind, outcome if outcome in _OUTCOMES else _OTHER).inc()
         if backend is not None:
-            self._debited.labels(backend).inc(credits_)
+            self._debited(backend).inc(credits_)
 
     def backend_called(self, backend: Backend, outcome: Outcome) -> None:
         """Count a call to a backend; `refused` is an answer against the request, that the client gets to see."""
-        self._calls.labels(backend, outcome).inc()
+        self._calls(backend, outcome).inc()
 
     def watch_settlements(self, under_way: Callable[[], int]) -> None:
         """Show how many settlements are under way, as a function tells it."""

@@ -31,20 +31,21 @@ def observe(app: web.Application, metrics: Metrics, short_name: Callable[[str], 
     async def watch(request: web.Request, handler: Handler) -> web.StreamResponse:
         began_s = time.monotonic()
         status = 500  # of an error that nobody answers
-        with metrics.under_way():
-            try:
-                response = await handler(request)
-            except web.HTTPException as error:
-                status = error.status
-                raise
-            except asyncio.CancelledError:
-                status = CLIENT_LEFT
-                raise
-            else:
-                status = response.status
-                return response
-            finally:
-                _note(request, status, began_s, metrics, short_name)
+        metrics.under_way += 1
+        try:
+            response = await handler(request)
+        except web.HTTPException as error:
+            status = error.status
+            raise
+        except asyncio.CancelledError:
+            status = CLIENT_LEFT
+            raise
+        else:
+            status = response.status
+            return response
+        finally:
+            metrics.under_way -= 1
+            _note(request, status, began_s, metrics, short_name)
 
     async def note_first_byte(request: web.Request, _response: web.StreamResponse) -> None:
         request[_FIRST_BYTE_S] = time.monotonic()
