@@ -31,7 +31,7 @@ TOPOLOGY = "LIMITER_TEST_TOPOLOGY"
 MATRIX = (
     ["elsewhere"] if ELSEWHERE in os.environ else os.environ.get(TOPOLOGY, "valkey,redis,sentinel,cluster").split(",")
 )
-ON_EVERY_TOPOLOGY = ("test_scripts_commit", "test_admission_scripts", "test_dump")
+ON_EVERY_TOPOLOGY = ("test_admission_scripts", "test_dump")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

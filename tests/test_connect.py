@@ -12,10 +12,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from limiter import CreditLimiter, LimiterUnavailable, SettingsError, connect
+from limiter.cluster import primaries_of
 from limiter.connection import redacted
 from limiter.redis_url import Address, passwords_of, read_url
 from tests.conftest import TIERS, Closing
-from tests.servers import Server, free_port
+from tests.servers import Server, binaries, free_port
+from tests.topologies import ClusterSetUp, SentinelServer, told
 
 MakeServer = Callable[..., Server]
 SERVERS = pytest.mark.parametrize("binary", ["valkey", "redis"])
@@ -219,3 +221,63 @@ async def test_tls_when_the_certificate_is_trusted_then_decisions_go_over_it_and
 )
 def test_passwords_of_a_url_when_asked_for_then_all_of_them_in_each_spelling(url: str, passwords: set[str]) -> None:
     assert set(passwords_of(url)) == passwords
+
+
+def tls_options(key: Path, certificate: Path) -> dict[str, str]:
+    """Give the settings of a server that speaks TLS with whoever trusts this certificate."""
+    return {
+        "tls-cert-file": str(certificate),
+        "tls-key-file": str(key),
+        "tls-ca-cert-file": str(certificate),
+        "tls-auth-clients": "no",
+    }
+
+
+async def test_tls_when_redis_is_a_cluster_then_each_node_is_spoken_to_over_it(
+    closing: Closing, tmp_path: Path
+) -> None:
+    binary = binaries()["redis"]
+    if binary is None:
+        pytest.skip("Debian's redis-server is not installed (apt-get install redis-server)")
+    key, certificate = write_certificate(tmp_path)
+    options = tls_options(key, certificate) | {"tls-cluster": "yes"}
+    words = (word for name, value in options.items() for word in (f"--{name}", value))
+    cluster = ClusterSetUp(binary, tmp_path, *words, replicas=0)
+    ports = [free_port() for _ in cluster.servers]
+    for server, port in zip(cluster.servers, ports, strict=True):
+        server.extra = ("--tls-port", str(port), *server.extra)
+    closing.callback(cluster.kill)
+    cluster.start()
+    client = await connect(f"rediss+cluster://127.0.0.1:{ports[1]}?ssl_ca_certs={certificate}")
+    closing.push_async_callback(client.aclose)
+    for number in range(20):
+        assert (await CreditLimiter(client, TIERS).debit(f"i-{number}", tier="core", has_hardware=False)).allowed
+    nodes = await primaries_of(client)
+    assert sorted(node.connection_pool.connection_kwargs["port"] for node in nodes) == sorted(ports)
+    assert all(told(server, "DBSIZE") for server in cluster.servers)
+
+
+async def test_tls_when_there_are_sentinels_then_they_and_the_primary_are_spoken_to_over_it(
+    own_server: MakeServer, closing: Closing, tmp_path: Path
+) -> None:
+    key, certificate = write_certificate(tmp_path)
+    options, port = tls_options(key, certificate), free_port()
+    words = (word for name, value in options.items() for word in (f"--{name}", value))
+    primary = own_server("redis", "--tls-port", str(port), *words)
+    sentinel_port = free_port()
+    sentinel = SentinelServer(
+        primary.binary,
+        tmp_path / "sentinel",
+        f"tls-port {sentinel_port}",
+        "tls-replication yes",
+        f"sentinel monitor mymaster 127.0.0.1 {port} 1",
+        *(f"{name} {value}" for name, value in options.items()),
+    )
+    closing.callback(sentinel.kill)
+    sentinel.start()
+    client = await connect(f"rediss+sentinel://127.0.0.1:{sentinel_port}/mymaster?ssl_ca_certs={certificate}")
+    closing.push_async_callback(client.aclose)
+    assert (await CreditLimiter(client, TIERS).debit("a", tier="core", has_hardware=False)).allowed
+    assert told(primary, "DBSIZE") == 1
+    with pytest.raises(LimiterUnavailable, match="certificate verify failed"):
+        await connect(f"rediss+sentinel://127.0.0.1:{sentinel_port}/mymaster")

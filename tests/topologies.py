@@ -188,7 +188,9 @@ class ClusterSetUp:
 
     def _meet(self, server: Server, others: list[Server]) -> None:
         for other in others:  # all of them: the news would take seconds to spread
-            told(server, "CLUSTER", "MEET", "127.0.0.1", other.port, other.extra[-1])
+            # With tls-cluster a node is met at its TLS port: it is what the others tell clients who come by TLS.
+            port = other.extra[other.extra.index("--tls-port") + 1] if "--tls-port" in other.extra else other.port
+            told(server, "CLUSTER", "MEET", "127.0.0.1", port, other.extra[-1])
 
     def _by_port(self, port: int) -> Server:
         return next(server for server in self.servers if server.port == port)
