@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: run test lint types check-lua format lock clean system peers
+.PHONY: run test lint types check-lua format lock clean system peers bench
 
 run: $(READY)
 	@exec $(BIN)/limiter serve
@@ -53,3 +53,8 @@ $(READY): pyproject.toml requirements.lock
 
 clean:
 	rm -rf $(VENV) .cache tests/sdk/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# Half an hour: every benchmark that this machine can run, into benchmarks/RESULTS.md.
+bench: $(READY)
+	tools/system-packages redis-server redis-tools wrk nodejs npm
+	$(BIN)/python -m benchmarks

@@ -8,17 +8,18 @@ that a process takes for a decision is what others disturb least. At the end, pr
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from redis import Redis
 
-from limiter.lua_source import script_names
+from benchmarks.findings import Bar, Finding, as_text, compared
 from tests.servers import Server, binaries
 
 ROUNDS = 7
@@ -27,7 +28,7 @@ AT_ONCE = 256
 MIXES = ("hot", "uniform", "zipf")
 LIMITS = "limits==5.8.0"
 FOLDER = Path(__file__).parent.parent / ".cache" / "limits"
-RACERS, RACED_FOR = 4, 5000
+RACERS, RACED_FOR, RACER_TIMEOUT_S = 4, 5000, 10
 SPENDER_LIMITS = json.dumps({"monthly": RACED_FOR, "gemini_cap": RACED_FOR})
 
 
@@ -72,13 +73,7 @@ def measure(server: Server, kinds: Sequence[str], mix: str, tasks: int, rounds: 
     return runs
 
 
-def ratios(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    """Give the median of the rounds' ratios, and their spread."""
-    each = [mine / other for mine, other in zip(ours, theirs, strict=True)]
-    return f"{statistics.median(each):5.2f} ({min(each):.2f} to {max(each):.2f})"
-
-
-def race(server: Server) -> int:
+def race(server: Server, disturb: Callable[[Server], None]) -> int:
     """Let processes spend one install's credits until none are left; give how many more than there were."""
     with Redis(port=server.port) as redis:
         redis.flushall()
@@ -107,55 +102,89 @@ def race(server: Server) -> int:
         assert racer.stdin  # noqa: S101  for mypy
         racer.stdin.write("\n")
         racer.stdin.flush()
+    disturb(server)
     for racer in racers:
         spent += sum(json.loads(racer.communicate()[0]).values())
     return spent - RACED_FOR
 
 
-def report(server: Server, rounds: int) -> None:
-    """Measure all, and print the tables."""
-    print(
-        f"\n{AT_ONCE} at once       decisions/s     / limits                / evalsha       cpu us each  limits' / ours"
-    )
-    for mix in MIXES:
-        runs = measure(server, ("debit", "reserve", "evalsha", "limits"), mix, AT_ONCE, rounds)
-        for how, mine in runs.items():
-            rates, cpu_us = [run.per_s for run in mine], [run.cpu_us for run in mine]
-            print(
-                f"{mix:8} {how:8} {statistics.median(rates):12.0f}"
-                f"   {ratios(rates, [run.per_s for run in runs['limits']]):22}"
-                f"   {ratios(rates, [run.per_s for run in runs['evalsha']]):22}"
-                f" {statistics.median(cpu_us):8.1f}"
-                f"   {ratios([run.cpu_us for run in runs['limits']], cpu_us)}"
-            )
-    print("\none at a time     median us     cpu us each   / evalsha, time")
-    runs = measure(server, ("debit", "reserve", "evalsha"), "uniform", 1, rounds)
-    for how, mine in runs.items():
-        times = [run.p50_us for run in mine]
-        print(
-            f"uniform  {how:8} {statistics.median(times):10.0f} {statistics.median(run.cpu_us for run in mine):15.1f}"
-            f"   {ratios(times, [run.p50_us for run in runs['evalsha']])}"
-        )
-    over = max(race(server) for _ in range(rounds))
-    print(f"\n{RACERS} processes race for {RACED_FOR} credits, {rounds} times: at most {over} were spent too many")
-
-
-def main() -> None:
-    """Measure against a server of our own."""
+def findings(rounds: int) -> Iterator[Finding]:
+    """Measure all against a server of our own."""
     binary = binaries()["valkey"]
-    if binary is None:
-        sys.exit("that server is not installed")
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
+    assert binary  # noqa: S101  it is a dependency
     install_peer()
     with tempfile.TemporaryDirectory() as folder:
         server = Server(binary, Path(folder), "--appendonly", "no").start()
         try:
-            with Redis(port=server.port) as redis:
-                info = redis.info()
-            print(f"valkey {info.get('valkey_version')}, {len(script_names())} scripts, {rounds} rounds of {SECONDS} s")
-            report(server, rounds)
+            for mix in MIXES:
+                runs = measure(server, ("debit", "reserve", "evalsha", "limits"), mix, AT_ONCE, rounds)
+                for how, peer in product(("reserve", "debit"), ("limits", "evalsha")):
+                    bar = Bar(7, "at least") if (how, peer) == ("debit", "limits") else None
+                    what = f"{how}, {AT_ONCE} at once, installs {mix}"
+                    yield _compared(runs, what, how, peer, lambda run: run.per_s, "/s", bar=bar)
+            runs = measure(server, ("debit", "reserve", "evalsha"), "uniform", 1, rounds)
+            for how in ("reserve", "debit"):
+                bar = Bar(0.9, "at most")
+                yield _compared(runs, f"{how}, one at a time", how, "evalsha", lambda run: run.p50_us, "µs", bar=bar)
+            for tasks in (1, 4, 16, 64, 1024):
+                runs = measure(server, ("reserve", "evalsha"), "uniform", tasks, rounds)
+                what = f"reserve, {tasks} at once"
+                yield _compared(runs, what, "reserve", "evalsha", lambda run: run.per_s, "/s", group="concurrency")
         finally:
             server.stop()
+
+
+def _leave_alone(_server: Server) -> None:
+    """Let them race."""
+
+
+def _stop_and_go(server: Server) -> None:
+    """Stop the server's process in the middle, for longer than the racers wait for an answer."""
+    time.sleep(0.2)
+    server.pause()
+    time.sleep(RACER_TIMEOUT_S + 1)
+    server.resume()
+
+
+def races(rounds: int) -> str:
+    """Let processes race, several times, and tell what was spent too many."""
+    binary = binaries()["valkey"]
+    assert binary  # noqa: S101  it is a dependency
+    said = []
+    with tempfile.TemporaryDirectory() as folder:
+        server = Server(binary, Path(folder), "--appendonly", "no").start()
+        try:
+            for name, disturb in (("undisturbed", _leave_alone), ("with the server stopped meanwhile", _stop_and_go)):
+                over = [race(server, disturb) for _ in range(rounds)]
+                said.append(f"{name} at most {max(over)} too many (and {-min(over)} too few)")
+        finally:
+            server.stop()
+    return f"{RACERS} processes race for {RACED_FOR:,} credits, {rounds} times each: {'; '.join(said)}."
+
+
+def _compared(  # noqa: PLR0917  one place spells it out
+    runs: dict[str, list[Measured]],
+    what: str,
+    how: str,
+    peer: str,
+    fact: Callable[[Measured], float],
+    unit: str,
+    *,
+    bar: Bar | None = None,
+    group: str = "",
+) -> Finding:
+    ours, theirs = ([fact(run) for run in runs[name]] for name in (how, peer))
+    return compared(what, _PEERS[peer], ours, theirs, unit=unit, bar=bar, group=group)
+
+
+_PEERS = {"limits": "limits 5.8, fixed window", "evalsha": "redis-py evalsha"}
+
+
+def main() -> None:
+    """Measure, and print a table."""
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
+    print(as_text(list(findings(rounds))))
+    print(races(rounds))
 
 
 if __name__ == "__main__":

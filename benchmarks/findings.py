@@ -3,10 +3,12 @@
 A ratio is ours over theirs within one round; the machine may be busy, but it was the same for both.
 """
 
+import json
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 Direction = Literal["at least", "at most"]
 
@@ -65,6 +67,11 @@ class Finding:
         ]
 
 
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if abs(number) >= _WHOLE else f"{number:.3g}"
+
+
+_WHOLE = 100
 HEADS = ["what", "against", "ours", "theirs", "unit", "ratio, median (spread)", "bar", ""]
 
 
@@ -94,3 +101,32 @@ def as_text(findings: Iterable[Finding]) -> str:
     lines = [HEADS, *(finding.cells() for finding in findings)]
     widths = [max(len(cells[column]) for cells in lines) for column in range(len(HEADS))]
     return "\n".join("  ".join(f"{cell:{width}}" for cell, width in zip(cells, widths, strict=True)) for cells in lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One section's findings, when they were made, and the machine's load average just before."""
+
+    at: str
+    load: float
+    findings: list[Finding]
+    note: str = ""
+
+
+def write_store(path: Path, sections: Mapping[str, Measured]) -> None:
+    """Keep what was measured, for a later run of other sections and for the plots."""
+    document = {name: asdict(section) for name, section in sections.items()}
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def read_store(path: Path) -> dict[str, Measured]:
+    """Read what `write_store` kept; nothing when there is no such file."""
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    return {
+        name: Measured(**section | {"findings": [_finding(**one) for one in section["findings"]]})
+        for name, section in stored.items()
+    }
+
+
+def _finding(*, ratios: list[float], bar: dict[str, Any] | None, **rest: Any) -> Finding:
+    return Finding(ratios=tuple(ratios), bar=Bar(**bar) if bar else None, **rest)

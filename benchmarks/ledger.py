@@ -7,7 +7,6 @@ and starts a server of its own, with AOF as in production.
 import asyncio
 import json
 import math
-import os
 import random
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import TextIO
 
 from redis import Redis
 
+from benchmarks.findings import Bar, Finding, as_text, compared
 from limiter import CreditLimiter, Tiers, connect
 from limiter.lua_source import compose
 from limiter.model import ROW_MEMBERS
@@ -196,66 +196,64 @@ class Bench:
         return float(self.redis.info("memory")["used_memory_dataset"] - before) / self.count
 
 
-def line(name: str, ours: float, floor: float, unit: str, bar: str) -> None:
-    """Print one line of the table."""
-    print(f"{name:34}{ours:12,.1f}{floor:12,.1f} {unit:8}{ours / floor:8.2f}   {bar}")
+def rounds_of(ours: Callable[[], float], floor: Callable[[], float]) -> tuple[list[float], list[float]]:
+    """Give the seconds of both, of rounds that take turns."""
+    pairs = [(ours(), floor()) for _ in range(ROUNDS)]
+    return [mine for mine, _ in pairs], [below for _, below in pairs]
 
 
-def rates(bench: Bench, ours: Callable[[], float], floor: Callable[[], float]) -> tuple[float, float]:
-    """Give rows per second of both: the medians of rounds that take turns."""
-    pairs = [(floor(), ours()) for _ in range(ROUNDS)]
-    below, mine = (sorted(side)[ROUNDS // 2] for side in zip(*pairs, strict=True))
-    return bench.count / mine, bench.count / below
-
-
-def main() -> None:
-    """Measure, and print a table."""
-    count = int(sys.argv[1].replace("_", "")) if len(sys.argv) > 1 else ROWS
-    binary = binaries()["valkey"]
-    if binary is None:
-        sys.exit("that server is not installed")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        server = Server(binary, folder / "server", "--appendfsync", "everysec").start()
-        try:
-            measure(Bench(server, folder, count))
-        finally:
-            server.kill()
-
-
-def measure(bench: Bench) -> None:
-    """Run everything once, in an order that needs few fillings."""
-    print(f"{bench.count:,} rows, {os.cpu_count()} cores, medians of {ROUNDS}")
-    print(f"{'':34}{'ours':>12}{'floor':>12} {'':8}{'ratio':>8}")
-    memory: dict[str, tuple[float, float]] = {}
+def measure(bench: Bench) -> Iterator[Finding]:
+    """Run everything, in an order that needs few fillings."""
+    memory: dict[str, list[tuple[float, float]]] = {"import": [], "dump": [], "read": []}
+    server_us: dict[str, list[float]] = {"import": [], "pipe": []}
 
     def job(name: str) -> float:
         took_s, *used = bench.job(name)
-        memory[name] = used[0], used[1]
+        memory[name].append((used[0], used[1]))
         return took_s
-
-    server_s: dict[str, float] = {}
 
     def charged(name: str, run: Callable[[], float]) -> float:
         before = bench.server_s()
         took_s = run()
-        server_s[name] = bench.server_s() - before
+        server_us[name].append(1e6 * (bench.server_s() - before) / bench.count)
         return took_s
 
-    line(
-        "import : redis-cli --pipe",
-        *rates(bench, lambda: charged("import", lambda: job("import")), lambda: charged("pipe", bench.pipe)),
-        "rows/s",
-        "bar 0.5",
-    )
-    each = [1e6 * server_s[name] / bench.count for name in ("import", "pipe")]
-    line("of it, the server's processor time", each[0], each[1], "us/row", "hardly depends on other work here")
-    line("dump : bare scan and read", *rates(bench, lambda: job("dump"), lambda: job("read")), "rows/s", "bar 0.7")
+    def per_s(times: list[float]) -> list[float]:
+        return [bench.count / took_s for took_s in times]
+
+    rows_each = f"of {bench.count:,} rows"
+    ours, floor = rounds_of(lambda: charged("import", lambda: job("import")), lambda: charged("pipe", bench.pipe))
+    pipe, read = "redis-cli --pipe of the same HSETs", "a loop that scans and reads"
+    yield compared(f"import {rows_each}", pipe, per_s(ours), per_s(floor), unit="/s", bar=Bar(0.5, "at least"))
+    yield compared("of it, the server's time for a row", pipe, server_us["import"], server_us["pipe"], unit="µs")
+    ours, floor = rounds_of(lambda: job("dump"), lambda: job("read"))
+    yield compared(f"dump {rows_each}", read, per_s(ours), per_s(floor), unit="/s", bar=Bar(0.7, "at least"))
     for name in ("import", "dump"):
-        line(f"{name}, memory at most : at its start", *memory[name], "MiB", "12 to 24 bytes a row more")
-    without, during = asyncio.run(bench.p99_ratio())
-    line("p99 of decisions, dump : none", during, without, "ms", "bar 1.5 or less")
-    line("a row in Redis : its JSON", bench.row_bytes(), bench.json_bytes / bench.count, "bytes", "bar 1.2 or less")
+        most, idle = ([one[at] for one in memory[name]] for at in (0, 1))
+        yield compared(f"{name}, memory at most", "the process at its start", most, idle, unit="MiB")
+    pairs = [asyncio.run(bench.p99_ratio()) for _ in range(ROUNDS)]
+    without, during = ([pair[at] for pair in pairs] for at in (0, 1))
+    yield compared("99 % of decisions during a dump", "without", during, without, unit="ms", bar=Bar(1.5, "at most"))
+    row, json_row = [bench.row_bytes()], [bench.json_bytes / bench.count]
+    yield compared("a row in Redis", "its JSON", row, json_row, unit="bytes", bar=Bar(1.2, "at most"))
+
+
+def findings(count: int) -> list[Finding]:
+    """Measure on a server of our own, with AOF."""
+    binary = binaries()["valkey"]
+    assert binary  # noqa: S101  it is a dependency
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        server = Server(binary, folder / "server", "--appendfsync", "everysec").start()
+        try:
+            return list(measure(Bench(server, folder, count)))
+        finally:
+            server.kill()
+
+
+def main() -> None:
+    """Measure, and print a table."""
+    print(as_text(findings(int(sys.argv[1].replace("_", "")) if len(sys.argv) > 1 else ROWS)))
 
 
 if __name__ == "__main__":

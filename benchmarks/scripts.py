@@ -7,22 +7,23 @@ there are far more rows than requests: 2 in 100 of them meet a row for the secon
 """
 
 import argparse
-import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 from redis import Redis
 
+from benchmarks.findings import Bar, Finding, as_text, compared
 from limiter.lua_source import compose
 from tests.servers import Server, binaries
 
 ROWS = 200_000
 REQUESTS = 10_000
+ROUNDS = 9
 HOLD_ID = "0123456789abcdef0123456789abcdef"
 KEY = "credits:install:__rand_int__"  # redis-benchmark puts 12 digits below the number of rows here
 ARGUMENTS = {
@@ -131,46 +132,47 @@ def pairs(section: str) -> Iterator[tuple[Case, Case]]:
             yield Case(f"reserve, first after {months} months", "reserve", days_ago=months * 31 + 1), awake
 
 
-def measure(bench: Bench, section: str, rounds: int) -> Iterator[str]:
-    """Measure a section's pairs, and give a line of medians and spread for each."""
+def measure(bench: Bench, section: str, rounds: int) -> Iterator[Finding]:
+    """Measure a section's pairs: throughput, where it has a bar, and the server's processor time."""
     for case, against in pairs(section):
-        runs = [(bench.run(against), bench.run(case)) for _ in range(rounds)]
-        cost = [mine.cpu_us / other.cpu_us for other, mine in runs]
-        speed = [mine.per_s / other.per_s for other, mine in runs]
-        yield (
-            f"{case.label:34} against {against.label:31}"
-            f" throughput x {statistics.median(speed):.2f} ({min(speed):.2f} to {max(speed):.2f})"
-            f"  processor time x {statistics.median(cost):.2f} ({min(cost):.2f} to {max(cost):.2f})"
-            f"  {statistics.median(mine.cpu_us for _, mine in runs):.1f} µs"
-        )
+        runs = [(bench.run(case), bench.run(against)) for _ in range(rounds)]
+        speeds = [[run.per_s for run in column] for column in zip(*runs, strict=True)]
+        costs = [[run.cpu_us for run in column] for column in zip(*runs, strict=True)]
+        if section == "decision":
+            yield compared(f"{case.label}, requests", against.label, *speeds, unit="/s", bar=Bar(0.7, "at least"))
+        bar = _COST_BARS.get((section, case.holds))
+        yield compared(f"{case.label}, server's processor time", against.label, *costs, unit="µs", bar=bar)
+
+
+_COST_BARS = {("installs", 0): Bar(1.1, "at most"), ("holds", 64): Bar(1.5, "at most")}
+SECTIONS = ("decision", "installs", "holds", "months")
+
+
+def findings(name: str, rounds: int, sections: Iterable[str] = SECTIONS) -> list[Finding]:
+    """Measure on one server of the matrix; nothing where it is not installed."""
+    binary = binaries()[name]
+    if binary is None:
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        server = Server(binary, Path(folder), "--appendonly", "no").start()
+        try:
+            bench = Bench(server)
+            return list(chain.from_iterable(measure(bench, section, rounds) for section in sections))
+        finally:
+            server.stop()
 
 
 def main() -> None:
     """Measure what is asked for, on the servers that there are."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    sections = ("decision", "installs", "holds", "months")
-    parser.add_argument("sections", nargs="*", metavar="section", help=f"{', '.join(sections)}; all of them without")
+    parser.add_argument("sections", nargs="*", metavar="section", help=f"{', '.join(SECTIONS)}; all of them without")
     parser.add_argument("--server", choices=sorted(binaries()), help="one of the servers; both without")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     asked = parser.parse_args()
-    if unknown := set(asked.sections) - set(sections):
-        parser.error(f"no section {min(unknown)!r}: give {', '.join(sections)}")
-    for name, binary in binaries().items():
-        if binary is None or asked.server not in {None, name}:
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            server = Server(binary, Path(folder), "--appendonly", "no").start()
-            try:
-                bench = Bench(server)
-                about = bench.redis.info("server")
-                print(f"{name} {about.get('valkey_version') or about['redis_version']}, {asked.rounds} rounds")
-                lines = chain.from_iterable(
-                    measure(bench, section, asked.rounds) for section in asked.sections or sections
-                )
-                for line in lines:
-                    print(line, flush=True)
-            finally:
-                server.stop()
+    if unknown := set(asked.sections) - set(SECTIONS):
+        parser.error(f"no section {min(unknown)!r}: give {', '.join(SECTIONS)}")
+    for name in [asked.server] if asked.server else sorted(binaries()):
+        print(f"\n{name}\n{as_text(findings(name, asked.rounds, asked.sections or SECTIONS))}", flush=True)
 
 
 if __name__ == "__main__":
