@@ -64,9 +64,10 @@ class SentinelSetUp:
             replica.extra += ("--replicaof", f"127.0.0.1 {primary.port}", "--repl-diskless-sync-delay", "0")
         watch = (
             f"sentinel monitor {self.NAME} 127.0.0.1 {primary.port} 2",
-            f"sentinel down-after-milliseconds {self.NAME} {down_after_ms}",
+            f"sentinel down-after-milliseconds {self.NAME} {_FORM_S * 2000:.0f}",
             f"sentinel failover-timeout {self.NAME} {max(2_000, 4 * down_after_ms)}",
         )
+        self._down_after_ms = down_after_ms
         self.sentinels = [SentinelServer(binary, folder / f"sentinel-{number}", *watch) for number in range(3)]
 
     @property
@@ -78,6 +79,8 @@ class SentinelSetUp:
         for server in (*self.servers, *self.sentinels):
             server.start()
         wait_until(self._is_whole, within_s=_FORM_S, what="the Sentinels' knowing all of each other")
+        for sentinel in self.sentinels:  # only now: on a busy machine they would replace it while they form
+            told(sentinel, "SENTINEL", "SET", self.NAME, "down-after-milliseconds", self._down_after_ms)
         return self
 
     def primary(self) -> Server:
