@@ -1,6 +1,7 @@
 """Runs one relay process from its settings: opens what it needs, serves until told to stop, closes in reverse order."""
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -25,6 +26,9 @@ from limiter.relay.siblings import Place, render_all, telling
 from limiter.settings import BackendSettings, Settings
 
 _LOG = logging.getLogger("limiter.relay")
+# Python's own (700, 10, 10) look for cycles every few requests, and take a fifth of the processor time. What is in no
+# cycle is freed at once anyway, and that is nearly everything.
+_CYCLES = (10_000, 20, 20)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,7 @@ async def serve(settings: Settings, started: Callable[[Serving], None], place: P
     place: of a worker, which ends with its supervisor, too. Raises SettingsError, LimiterUnavailable when it cannot
     start.
     """
+    gc.set_threshold(*_CYCLES)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
