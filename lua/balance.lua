@@ -2,6 +2,7 @@
 -- Tells what a tier has left on a row, as if it were rolled over now. It writes nothing and creates nothing.
 -- Reply: {status, reason, backend, remaining, gemini_remaining, held, renews_ms, last_renewal_at, now_ms}
 --   status: KNOWN | UNKNOWN_INSTALL (no row: what a new one would have); reason and backend are ""
+local KEYS, ARGV = KEYS, ARGV -- to look up a global costs as much as three sums
 local row_key    = KEYS[1]            -- hash; its fields are listed in include/row.lua
 local counter    = ARGV[1]            -- lifetime | monthly: what the tier's quota counts
 local quota      = ARGV[2] ~= "" and ARGV[2] + 0  -- int >= 0, credits; "" for none

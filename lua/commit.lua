@@ -3,6 +3,7 @@
 -- so that a repeat finds no hold and debits nothing. It never fails for lack of balance: what was delivered is debited.
 -- Reply: {status, tier, backend, cost}
 --   status: COMMITTED | LATE (the hold had lapsed; debited all the same) | GONE (no such hold: committed or released)
+local KEYS, ARGV = KEYS, ARGV -- to look up a global costs as much as three sums
 local row_key        = KEYS[1]            -- hash; its fields are listed in include/row.lua
 local hold_id        = ARGV[1]            -- string, 1..48 bytes
 local used_backend   = ARGV[2]            -- gemini | hardware; "" for the one planned

@@ -4,6 +4,7 @@
 -- Reply: {status, reason, backend, remaining, gemini_remaining, held, renews_ms, last_renewal_at, now_ms}
 --   status: COMMITTED | DENIED | UNKNOWN_INSTALL
 --   reason, of DENIED: out_of_credits | gemini_cap_exceeded_no_hardware | credits_in_flight
+local KEYS, ARGV = KEYS, ARGV -- to look up a global costs as much as three sums
 local row_key        = KEYS[1]            -- hash; its fields are listed in include/row.lua
 local tier_name      = ARGV[1]            -- string, 1..20 bytes
 local counter        = ARGV[2]            -- lifetime | monthly: what the tier's quota counts

@@ -4,6 +4,7 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import Balance, CreditLimiter, UnknownTier
+from limiter.lua_source import compose
 from tests.conftest import Clock, LimiterWith, fields_of
 
 
@@ -89,6 +90,14 @@ async def test_balance_when_more_was_consumed_than_the_quota_now_allows_then_not
     await limiter.debit("a", tier="core", has_hardware=False, cost=9)
     balance = await limiter_with(core={"lifetime": 5, "gemini_cap": 0}).balance("a", tier="core")
     assert (balance.remaining, balance.gemini_remaining) == (0, 0)
+
+
+async def test_balance_when_there_is_no_row_then_the_script_says_so(redis: Redis, limiter: CreditLimiter) -> None:
+    """Python's callers need only the numbers; whoever runs the script by hand sees what they are of."""
+    script, key = compose("balance").text, limiter.keys.install("a")
+    assert (await redis.eval(script, 1, key, "monthly", "9", "", ""))[:3] == [b"UNKNOWN_INSTALL", b"", b""]
+    await limiter.debit("a", tier="core", has_hardware=False)
+    assert (await redis.eval(script, 1, key, "monthly", "9", "", ""))[:3] == [b"KNOWN", b"", b""]
 
 
 async def test_balance_when_the_tier_is_unknown_then_it_is_an_error(limiter: CreditLimiter) -> None:

@@ -1,5 +1,6 @@
 """debit: plan and debit in one step, for callers with nothing to wait for."""
 
+import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Reason, Status
@@ -94,6 +95,17 @@ async def test_debit_when_a_core_row_had_gemini_credits_of_this_month_then_its_p
     await limiter.debit("a", tier="pro", has_hardware=False)
     fields = await fields_of(redis, "a")
     assert (fields["last_renewal_at"], fields["monthly_gemini_consumed"]) == ("2026-05-11T23:02:57.123Z", "3")
+
+
+@pytest.mark.parametrize("snapshot", ["cor", "ore", "c.re", "co-re", "pro,core", "%l"])
+async def test_debit_when_the_last_tier_is_only_like_a_lifetime_one_then_its_period_goes_on(
+    redis: Redis, limiter: CreditLimiter, clock: Clock, snapshot: str
+) -> None:
+    await limiter.debit("a", tier="core", has_hardware=False)
+    await redis.hset("credits:install:a", "tier_snapshot", snapshot)
+    clock.now_ms += 24 * 60 * 60 * 1000
+    await limiter.debit("a", tier="pro", has_hardware=False)
+    assert (await fields_of(redis, "a"))["last_renewal_at"] == "2026-05-11T23:02:57.123Z"
 
 
 async def test_debit_when_the_tier_drops_to_core_then_what_was_left_of_the_lifetime_quota_is_spent(

@@ -74,7 +74,10 @@ async def test_put_row_when_it_merges_within_one_period_then_the_larger_counters
         ROW, lifetime_consumed=3, lifetime_gemini_consumed=3, monthly_consumed=31, monthly_gemini_consumed=7
     )
     assert await limiter.put_row(other, mode="merge") is Status.MERGED
-    assert await limiter.row("a") == replace(ROW, lifetime_gemini_consumed=3, monthly_consumed=31)
+    merged = replace(ROW, lifetime_gemini_consumed=3, monthly_consumed=31)
+    assert await limiter.row("a") == merged
+    assert await limiter.put_row(replace(merged, monthly_consumed=30), mode="merge") is Status.SAME
+    assert await limiter.row("a") == merged
 
 
 async def test_put_row_when_it_merges_a_later_period_then_that_wins_whole(limiter: CreditLimiter) -> None:

@@ -12,10 +12,11 @@ local function first_day(month)
     + (days - days % 5) / 5 - 719468
 end
 
--- The renewal of a month: on the anniversary day, or on the last day of a shorter month.
+-- The renewal of a month: on the anniversary day, or on the last day of a shorter month; and that day.
 local function renewal_ms(month, anniversary_day, ms_of_day)
   local first = first_day(month)
-  return (first + math.min(anniversary_day, first_day(month + 1) - first) - 1) * 86400000 + ms_of_day
+  local day = math.min(anniversary_day, first_day(month + 1) - first)
+  return (first + day - 1) * 86400000 + ms_of_day, day
 end
 
 -- The month, the day of the month and the milliseconds of that day, without those below a second, of a time as

@@ -1,8 +1,7 @@
 -- The debit of a row. The first monthly debit of a row whose last tier was a lifetime tier promotes it: the billing
 -- period is anchored to now, unless the running one was used already, or a credit spent under core would buy a fresh month.
--- Takes: counter, consumed, gemini_consumed, cost, backend, lifetime_tiers, tier_snapshot, changes, now_ms, iso
--- Gives: consumed, gemini_consumed, changes, now_iso (all after the debit), promoted
-local now_iso = iso(now_ms)
+-- Takes: counter, consumed, gemini_consumed, cost, backend, lifetime_tiers, tier_snapshot, changes, now_iso
+-- Gives: consumed, gemini_consumed, changes (all after the debit), promoted
 local promoted = counter == "monthly" and consumed == 0 and gemini_consumed == 0
   and string.find("," .. lifetime_tiers .. ",", "," .. tier_snapshot .. ",", 1, true)
 if promoted then

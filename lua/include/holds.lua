@@ -19,8 +19,8 @@ if hold then
   held_cost, lapses_ms = held_cost + 0, lapses_ms + 0
 end
 
-local alone = hold and held and string.sub(held, 1, 4)
-if (hold or held) and alone ~= "1 0 " and alone ~= "0 1 " then
+local alone = hold and held and string.sub(held, 1, 4) == "1 0 "
+if (hold or held) and not alone then
   others = { string.match(held or "", "^(%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+)$") }
   if not others[7] or others[7] + 0 <= now_ms or hold and others[2] ~= "0" then
     -- Nobody wrote it, or a hold lapsed since. Or the clock stepped back: then this hold may be live again that is

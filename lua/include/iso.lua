@@ -1,11 +1,12 @@
--- Epoch milliseconds as JavaScript's toISOString prints them. Pure. Centuries, then years of March to February, then
+-- Now as JavaScript's toISOString prints them. Pure. Centuries, then years of March to February, then
 -- months come out of the day as the remainders of three divisions (Neri and Schneider, "Euclidean affine functions").
 -- Digit by digit into string.char takes a third of the time of string.format.
--- Takes: nothing
--- Gives: iso
-local function iso(ms)
-  local ms_of_day = ms % 86400000
-  local quarters = 4 * (ms - ms_of_day) / 86400000 + 2877875 -- four times the days since 0000-03-01, and 3
+-- Takes: now_ms
+-- Gives: now_iso
+local now_iso
+do
+  local ms_of_day = now_ms % 86400000
+  local quarters = 4 * (now_ms - ms_of_day) / 86400000 + 2877875 -- four times the days since 0000-03-01, and 3
   local rest = quarters % 146097
   local century = (quarters - rest) / 146097
   quarters = rest - rest % 4 + 3
@@ -25,7 +26,7 @@ local function iso(ms)
   minute, second = minute % 60, second % 60
   local c0, y0, m0, d0 = century % 10, year % 10, month % 10, day % 10
   local h0, n0, s0, t0, t1 = hour % 10, minute % 10, second % 10, thousandth % 10, thousandth % 100
-  return string.char(48 + (century - c0) / 10, 48 + c0, 48 + (year - y0) / 10, 48 + y0, 45,
+  now_iso = string.char(48 + (century - c0) / 10, 48 + c0, 48 + (year - y0) / 10, 48 + y0, 45,
     48 + (month - m0) / 10, 48 + m0, 45, 48 + (day - d0) / 10, 48 + d0, 84, 48 + (hour - h0) / 10, 48 + h0, 58,
     48 + (minute - n0) / 10, 48 + n0, 58, 48 + (second - s0) / 10, 48 + s0, 46,
     48 + (thousandth - t1) / 100, 48 + (t1 - t0) / 10, 48 + t0, 90)

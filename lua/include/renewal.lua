@@ -1,5 +1,5 @@
 -- The rows that include/row.lua leaves: each field checked by itself, without a row a new one of now, rolled over to now.
--- Takes: row_key, now_ms, f, broken, iso, civil, renewal_ms
+-- Takes: row_key, now_ms, f, broken, now_iso, civil, renewal_ms
 -- Gives: lifetime, lifetime_gemini, monthly, monthly_gemini, began, anniversary_day, renews_ms, created (if there is no
 --   row), changes (fields and values, if there is something to store)
 for i, name in ipairs({ "lifetime_consumed", "lifetime_gemini_consumed", "monthly_consumed",
@@ -10,7 +10,7 @@ for i, name in ipairs({ "lifetime_consumed", "lifetime_gemini_consumed", "monthl
 end
 lifetime, lifetime_gemini, monthly, monthly_gemini = f[1] or "0", f[2] or "0", f[3] or "0", f[4] or "0"
 
-if not f[5] and redis.call("EXISTS", row_key) == 0 then created, began = true, iso(now_ms) end
+if not f[5] and redis.call("EXISTS", row_key) == 0 then created, began = true, now_iso end
 local month, day, ms_of_day = civil(began)
 if not month then return broken(row_key, "last_renewal_at", began, "a time like 2026-05-11T23:02:57.123Z") end
 anniversary_day = tonumber(f[6] and (string.match(f[6], "^%d+$") or "0") or day)
@@ -24,8 +24,14 @@ if due then
   -- Month arithmetic, over any number of missed months at once: by the mean month now's is at most one off, and the
   -- latest renewal is in that one or in the one before, so that there are three steps back at most.
   local latest = math.floor(now_ms / 2629746000) + 23641
-  while renewal_ms(latest, anniversary_day, ms_of_day) > now_ms do latest = latest - 1 end
-  began, monthly, monthly_gemini = iso(renewal_ms(latest, anniversary_day, ms_of_day)), "0", "0"
+  local latest_ms, latest_day = renewal_ms(latest, anniversary_day, ms_of_day)
+  while latest_ms > now_ms do
+    latest = latest - 1
+    latest_ms, latest_day = renewal_ms(latest, anniversary_day, ms_of_day)
+  end
+  began = string.format("%04d-%02d-%02d%s.000Z", (latest - latest % 12) / 12, latest % 12 + 1, latest_day,
+    string.sub(began, 11, 19))
+  monthly, monthly_gemini = "0", "0"
   renews_ms = renewal_ms(latest + 1, anniversary_day, ms_of_day)
 end
 if created or due or not f[6] then
