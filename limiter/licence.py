@@ -9,7 +9,8 @@ import hashlib
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeGuard
 
@@ -23,6 +24,7 @@ _PREFIX = "ed25519:"
 _ALGORITHM = "EdDSA"
 _LEEWAY_S = 30  # clocks of the issuer and of the relays may differ by this much
 _MAX_TOKEN = 4096
+_MOST_KNOWN = 1024  # licences that need not be verified again: a few megabytes at most
 _LAST_S = 253_402_300_799  # the last second of the year 9999
 
 
@@ -50,9 +52,15 @@ class Licences:
         for text in public_keys:
             key = _read_public_key(text)
             self._keys[key_id(key)] = key
+        self._known = lru_cache(maxsize=_MOST_KNOWN)(self._read)
 
     def check(self, token: str) -> Licence:
         """Give what the licence says; an expired one is given with `expired` set. Raises InvalidLicence."""
+        licence = self._known(token)
+        return replace(licence, expired=True) if licence.expires_s + _LEEWAY_S <= time.time() else licence
+
+    def _read(self, token: str) -> Licence:
+        """Verify and read a licence, whether or not it has expired: the only thing in it that changes with time."""
         if len(token) > _MAX_TOKEN:
             raise InvalidLicence(f"the licence is longer than {_MAX_TOKEN} characters")
         if not token.isascii():
@@ -91,7 +99,7 @@ def _licence(claims: dict[str, object], kid: str) -> Licence:
         raise InvalidLicence("the licence is not valid: installs must be a whole number above 0")
     if not 0 <= expires_s <= _LAST_S:
         raise InvalidLicence("the licence is not valid: its exp is no date")
-    return Licence(tier, subject, expires_s, installs, kid, expired=expires_s + _LEEWAY_S <= time.time())
+    return Licence(tier, subject, expires_s, installs, kid, expired=False)
 
 
 def _is_integer(value: object) -> TypeGuard[int]:

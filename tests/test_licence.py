@@ -61,6 +61,22 @@ def test_licence_when_just_expired_then_a_clock_may_be_half_a_minute_off(licence
     assert licences.check(licence_for("pro", KEY, valid_s=-31)).expired
 
 
+def test_licence_when_it_expires_after_a_check_then_the_next_one_says_so(
+    licences: Licences, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token, then_s = licence_for("pro", KEY), time.time() + DAY_S + 31
+    assert not licences.check(token).expired
+    monkeypatch.setattr(time, "time", lambda: then_s)
+    assert licences.check(token).expired
+
+
+def test_licence_when_it_is_refused_then_it_is_refused_again(licences: Licences) -> None:
+    token = licence_for("pro", OTHER_KEY)
+    for _ in range(2):
+        with pytest.raises(InvalidLicence):
+            licences.check(token)
+
+
 def test_keys_when_rotated_then_licences_of_both_are_valid() -> None:
     both = Licences([public_key_text(OTHER_KEY.public_key()), PUBLIC_KEY])
     assert both.check(licence_for("pro", KEY)).kid == key_id(KEY.public_key())
