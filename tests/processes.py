@@ -36,15 +36,17 @@ def limiter(
 
 
 class Relay:
-    """A `limiter serve` process on a free port."""
+    """A `limiter serve` process on a free port. log: where its log goes, with what it prints if nothing is said."""
 
-    def __init__(self, cwd: Path, *arguments: str, settings: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, cwd: Path, *arguments: str, settings: Mapping[str, str] | None = None, log: int = subprocess.STDOUT
+    ) -> None:
         self.process = subprocess.Popen(
             [LIMITER, "serve", "--port", "0", *arguments],
             cwd=cwd,
             env=environment(settings),
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=log,
             text=True,
             start_new_session=True,  # a Ctrl-C of the test's own is for the tests
         )
