@@ -38,6 +38,8 @@ class AtomicFile:
         self.path = path.resolve()  # a link stays a link: what it points to is replaced
         if self.path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if self.path.exists() and not self.path.is_file():  # root could put a file in the place of /dev/null
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
         _sweep(self.path)
         descriptor, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.", suffix=".tmp")
         self._temp: Path | None = Path(name)

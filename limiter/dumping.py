@@ -102,7 +102,7 @@ async def dump(
     Redis goes away.
     """
     time = iso_from_ms(await moment_ms(limiter))
-    with ListFile(path.with_name(f"{path.name}.broken.json"), "broken") as broken_file, LedgerWriter(path) as file:
+    with ListFile(path.parent / f"{path.name}.broken.json", "broken") as broken_file, LedgerWriter(path) as file:
         run = _Dump(limiter, path, broken_file, time, writer)
         found = await run.find(last)
         await run.scan(file)

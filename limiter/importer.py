@@ -83,7 +83,7 @@ async def import_file(
     LimiterUnavailable when Redis goes away, after which the same import can be repeated.
     """
     now_ms = await moment_ms(limiter)
-    rejected_path = path.with_name(f"{path.name}.rejected.json")
+    rejected_path = path.parent / f"{path.name}.rejected.json"
     with LedgerFile(path) as file, ListFile(rejected_path, "rejected") as rejected_file:
         run = _Import(limiter, file, now_ms, None if dry_run else rejected_file, on_progress)
         await run.check()

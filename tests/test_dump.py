@@ -2,6 +2,7 @@
 import asyncio
 import base64
 import json
+import os
 import stat
 import subprocess
 from collections.abc import Callable
@@ -155,6 +156,18 @@ async def test_dump_when_its_folder_is_missing_then_it_says_so(limiter: CreditLi
 async def test_dump_when_its_folder_cannot_be_written_then_it_says_so(limiter: CreditLimiter) -> None:
     with pytest.raises(LedgerFileError, match="cannot be written: "):
         await dump(limiter, Path("/proc/credits.json"))  # not even root can make a file there
+
+
+async def test_dump_when_its_file_is_a_pipe_or_a_folder_then_it_says_so_and_leaves_it(
+    limiter: CreditLimiter, path: Path
+) -> None:
+    os.mkfifo(path)
+    await limiter.debit("i-1", tier="pro", has_hardware=True)
+    for taken, cause in ((path, "it is no regular file"), (Path("/"), "Is a directory"), (Path(), "Is a directory")):
+        with pytest.raises(LedgerFileError, match=f"cannot be written: {cause}"):
+            await dump(limiter, taken)
+    assert path.is_fifo()
+    assert names(path.parent) == [path.name]
 
 
 async def test_dump_when_redis_goes_away_midway_then_the_old_file_stays(

@@ -278,6 +278,14 @@ async def test_import_when_the_file_is_missing_then_it_says_so(limiter: CreditLi
         await do(limiter, tmp_path / "none.json")
 
 
+@pytest.mark.parametrize("folder", [Path(), Path("/")])
+async def test_import_when_the_file_is_a_folder_without_a_name_then_it_says_so(
+    limiter: CreditLimiter, folder: Path
+) -> None:
+    with pytest.raises(LedgerFileError, match="Is a directory"):
+        await do(limiter, folder)
+
+
 # Into a Redis that has rows
 
 
