@@ -9,7 +9,7 @@ import logging
 import re
 import secrets
 import sys
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
@@ -37,10 +37,10 @@ def set_up_logging(
     """
     stream = stream or sys.stderr
     is_text = style == "text" or (style == "auto" and stream.isatty())
-    hide = [*hide]
-    clean = _cleaner(hide)
+    hidden = sorted((value for value in hide if len(value) >= _LEAST_SECRET), key=len, reverse=True)
+    clean = _cleaner(hidden)
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(_columns(clean, colors=stream.isatty()) if is_text else _JsonLines(clean, hide))
+    handler.setFormatter(_columns(clean, colors=stream.isatty()) if is_text else _JsonLines(clean, hidden))
     # What no line shows need not be found out for each; the logging HOWTO of Python says how.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None  # noqa: SLF001
@@ -65,10 +65,10 @@ def short_names(key: str = "") -> Callable[[str], str]:
 class _JsonLines(logging.Formatter):
     """Writes a record as JSON: time, level, event and logger, what the record has beside every record's, the error."""
 
-    def __init__(self, clean: Clean, hide: Iterable[str]) -> None:
+    def __init__(self, clean: Clean, hidden: Sequence[str]) -> None:
         super().__init__()
         self._clean = clean
-        self._suspicious = ("eyJ", "\\u", "\\n", "\x7f", *(_dumped(value)[1:-1] for value in hide if value))
+        self._suspicious = ("eyJ", "\\u", "\\n", "\x7f", *(_dumped(value)[1:-1] for value in hidden))
 
     def format(self, record: logging.LogRecord) -> str:
         line: Line = {
@@ -121,9 +121,8 @@ def _columns(clean: Clean, *, colors: bool) -> logging.Formatter:
     )
 
 
-def _cleaner(hide: Iterable[str]) -> Clean:
+def _cleaner(hidden: Sequence[str]) -> Clean:
     """Make what blots out secrets, and control characters: a line's end in a text is not the line's end."""
-    hidden = sorted((value for value in hide if len(value) >= _LEAST_SECRET), key=len, reverse=True)
 
     def is_clean(text: str) -> bool:
         """Tell at little cost that there is nothing to do, as for nearly every line."""

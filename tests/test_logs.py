@@ -133,3 +133,11 @@ def test_short_name_when_there_is_no_key_then_each_process_has_its_own_names() -
     install_id = new_install()
     names = short_names()
     assert names(install_id) == names(install_id) != short_names()(install_id)
+
+
+def test_hide_when_a_value_has_characters_that_json_escapes_then_it_is_blotted_out_all_the_same(
+    stream: io.StringIO,
+) -> None:
+    set_up_logging(stream=stream, style="json", hide=['my"own\\key'])
+    logging.getLogger("limiter").warning('sent my"own\\key')
+    assert json.loads(stream.getvalue())["event"] == "sent ***"
