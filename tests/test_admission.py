@@ -312,7 +312,8 @@ async def test_command_when_it_lists_and_frees_seats_then_they_are_those_in_redi
         await node.ask(install_id, X_Seats="2")
 
     def command(*arguments: str) -> tuple[int, str, str]:
-        answer = limiter("licence", "seats", SUBJECT, "--redis", redis_url, *arguments, cwd=tmp_path)
+        words = ("licence", "seats", SUBJECT, "--redis", redis_url, *arguments)
+        answer = limiter(*words, cwd=tmp_path, settings={"COLUMNS": "80"})
         return answer.returncode, answer.stdout, answer.stderr
 
     _, table, _ = await asyncio.to_thread(command)

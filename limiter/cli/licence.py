@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from limiter.cli.terminal import OUT, ConfigOption, JsonOption, RedisOption, print_json, run, settings_of
+from limiter.cli.terminal import OUT, ConfigOption, JsonOption, RedisOption, print_json, print_table, run, settings_of
 from limiter.errors import LimiterError, UnknownTier
 from limiter.keys import normalise_install_id
 from limiter.licence import InvalidLicence, Licences, issue, make_key, public_key_text, read_key
@@ -125,7 +125,7 @@ def seats(
     table = Table("install", "seated at", "last used at", box=None, pad_edge=False)
     for seat in taken:
         table.add_row(seat.install_id, iso_from_ms(seat.seated_ms), iso_from_ms(seat.used_ms))
-    OUT.print(table)
+    print_table(table)
 
 
 async def _seats(settings: Settings, subject: str, free: str | None) -> list[Seat]:

@@ -2,7 +2,7 @@
 
 from rich.table import Table
 
-from limiter.cli.terminal import OUT, ConfigOption, JsonOption, print_json
+from limiter.cli.terminal import ConfigOption, JsonOption, print_json, print_table
 from limiter.settings import load_settings
 
 
@@ -15,9 +15,10 @@ def config(config: ConfigOption = None, json: JsonOption = False) -> None:
     if json:
         print_json([{"name": item.name, "value": item.value, "origin": item.origin} for item in settings])
         return
-    table = Table("setting", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("setting", no_wrap=True)
     table.add_column("value", overflow="fold")
     table.add_column("from", overflow="fold")
     for item in settings:
         table.add_row(item.name, item.value, item.origin)
-    OUT.print(table)
+    print_table(table)

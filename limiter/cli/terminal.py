@@ -11,6 +11,7 @@ import orjson
 import typer
 import uvloop
 from rich.console import Console
+from rich.table import Table
 
 from limiter.logs import set_up_logging
 from limiter.redis_url import passwords_of
@@ -19,6 +20,7 @@ from limiter.settings import Settings, Values, load_settings
 T = TypeVar("T")
 OUT = Console(highlight=False)
 ERRORS = Console(stderr=True, highlight=False)
+_TABLE_WIDTH = 120
 
 ConfigOption = Annotated[
     Path | None,
@@ -57,6 +59,11 @@ def run(main: Coroutine[Any, Any, T]) -> T:
 def print_json(document: object) -> None:
     """Print a document for programs."""
     typer.echo(orjson.dumps(document, option=orjson.OPT_INDENT_2).decode())
+
+
+def print_table(table: Table) -> None:
+    """Print a table whole, for it is copied from: in a narrow terminal its lines run on in the next."""
+    Console(highlight=False, width=max(OUT.width, _TABLE_WIDTH)).print(table)
 
 
 def program() -> str:
