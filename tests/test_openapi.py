@@ -83,11 +83,13 @@ def codes_in_source() -> Iterator[tuple[int, str]]:
             if isinstance(node, ast.Call) and len(node.args) > 1:
                 name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
                 status, code = node.args[:2]
-                if name in {"Problem", "fail", "_problem"} and isinstance(status, ast.Constant):
+                if name not in {"Problem", "fail", "_problem"} or not isinstance(status, ast.Constant):
+                    continue
+                if isinstance(status.value, int):  # else it is another function of that name, with a text first
                     if isinstance(code, ast.Attribute):
-                        yield status.value, str(getattr(Reason, code.attr))  # type: ignore[misc]
+                        yield status.value, str(getattr(Reason, code.attr))
                     elif isinstance(code, ast.Constant):
-                        yield status.value, str(code.value)  # type: ignore[misc]
+                        yield status.value, str(code.value)
 
 
 # The document
