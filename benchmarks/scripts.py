@@ -23,7 +23,7 @@ from tests.servers import Server, binaries
 
 ROWS = 200_000
 REQUESTS = 10_000
-ROUNDS = 9
+ROUNDS = 5
 HOLD_ID = "0123456789abcdef0123456789abcdef"
 KEY = "credits:install:__rand_int__"  # redis-benchmark puts 12 digits below the number of rows here
 ARGUMENTS = {

@@ -82,14 +82,16 @@ def codes_in_source() -> Iterator[tuple[int, str]]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and len(node.args) > 1:
                 name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-                status, code = node.args[:2]
-                if name not in {"Problem", "fail", "_problem"} or not isinstance(status, ast.Constant):
+                if (at := _STATUS_AT.get(name)) is None:
                     continue
-                if isinstance(status.value, int):  # else it is another function of that name, with a text first
-                    if isinstance(code, ast.Attribute):
-                        yield status.value, str(getattr(Reason, code.attr))
-                    elif isinstance(code, ast.Constant):
-                        yield status.value, str(code.value)
+                status, code = node.args[at : at + 2]
+                if isinstance(status, ast.Constant) and isinstance(code, ast.Attribute):
+                    yield status.value, str(getattr(Reason, code.attr))  # type: ignore[misc]
+                elif isinstance(status, ast.Constant) and isinstance(code, ast.Constant):
+                    yield status.value, str(code.value)  # type: ignore[misc]
+
+
+_STATUS_AT = {"Problem": 0, "fail": 0, "problem_of_backend": 1}  # which argument of these the status is
 
 
 # The document
