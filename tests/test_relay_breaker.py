@@ -164,6 +164,37 @@ async def test_gemini_when_it_is_dead_then_requests_go_straight_to_hardware_unti
 
 
 @ONE_SERVER
+async def test_breaker_when_it_opens_and_closes_then_each_is_logged_once_with_its_cause(
+    start_relay: StartRelay,
+    gemini: Backend,
+    hardware: Backend,
+    seconds: Seconds,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    relay = await start_relay(
+        client_of("gemini", gemini.url, breaker=Breaker(failures=2, reset_s=10, clock=seconds)),
+        client_of("hardware", hardware.url),
+    )
+
+    async def logged(asked: int) -> list[str]:
+        caplog.clear()
+        for _ in range(asked):
+            assert (await relay.ask()).status == 200
+        return caplog.messages
+
+    gemini.always = "status:403"
+    failed = "The backend 'gemini' refuses this relay (403)."
+    fell_back = f"{failed} Falling back to hardware."
+    opened = f"The backend 'gemini' rests, its breaker is open: {failed}"
+    assert await logged(5) == [fell_back, opened, fell_back]  # and nothing for those that were not sent
+    seconds.now_s += 10
+    assert await logged(3) == [fell_back]  # a probe
+    gemini.always = ""
+    seconds.now_s += 10
+    assert await logged(3) == ["The backend 'gemini' is back, its breaker is closed"]
+
+
+@ONE_SERVER
 async def test_backend_when_it_is_the_only_one_and_rests_then_502_at_once_with_retry_after(
     start_relay: StartRelay, seconds: Seconds
 ) -> None:
@@ -178,7 +209,7 @@ async def test_backend_when_it_is_the_only_one_and_rests_then_502_at_once_with_r
 
 
 @ONE_SERVER
-@pytest.mark.parametrize("model", ["status:400", "status:404", "status:429", "status:401", "bad-request", "redirect"])
+@pytest.mark.parametrize("model", ["status:400", "status:404", "status:429", "bad-request", "redirect"])
 async def test_backend_when_it_answers_but_not_well_then_its_breaker_stays_closed(
     start_relay: StartRelay, gemini: Backend, model: str
 ) -> None:
@@ -190,7 +221,9 @@ async def test_backend_when_it_answers_but_not_well_then_its_breaker_stays_close
 
 
 @ONE_SERVER
-@pytest.mark.parametrize("model", ["status:500", "status:503", "break-before", "break-head", "empty", "switch"])
+@pytest.mark.parametrize(
+    "model", ["status:500", "status:503", "status:401", "status:403", "break-before", "break-head", "empty", "switch"]
+)
 async def test_backend_when_it_fails_then_its_breaker_opens(
     start_relay: StartRelay, gemini: Backend, model: str
 ) -> None:

@@ -275,8 +275,32 @@ async def test_fallback_when_gemini_does_not_listen_then_hardware_serves(
     assert await relay.spent() == (1, 0)
 
 
-@pytest.mark.parametrize("model", ["status:400", "status:404", "status:401", "status:403"])
-async def test_fallback_when_gemini_refuses_then_there_is_none(
+@pytest.mark.parametrize("status", [401, 402, 403, 407])
+async def test_fallback_when_gemini_refuses_the_operator_then_hardware_serves_and_the_log_says_why(
+    start_relay: StartRelay, gemini: Backend, hardware: Backend, caplog: pytest.LogCaptureFixture, status: int
+) -> None:
+    relay = await start_relay(
+        client_of("gemini", gemini.url, models={"m": f"status:{status}"}), client_of("hardware", hardware.url)
+    )
+    answer = await relay.ask("m")
+    assert (answer.status, answer.headers["X-Credits-Backend"]) == (200, "hardware")
+    assert (len(gemini.seen), len(hardware.seen)) == (1, 1)
+    assert f"The backend 'gemini' refuses this relay ({status}). Falling back to hardware." in caplog.messages
+    assert await relay.spent() == (1, 0)
+
+
+async def test_backend_when_it_refuses_the_operator_and_is_the_only_one_then_the_log_says_so(
+    start_relay: StartRelay, gemini: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
+    relay = await start_relay(client_of("gemini", gemini.url))
+    answer = await relay.ask("status:401")
+    (record,) = caplog.records
+    assert record.getMessage() == "The backend 'gemini' refuses this relay (401)."
+    assert record.__dict__["request_id"] == answer.headers["X-Request-Id"]
+
+
+@pytest.mark.parametrize("model", ["status:400", "status:404"])
+async def test_fallback_when_gemini_refuses_the_request_then_there_is_none(
     relay: RunningRelay, gemini: Backend, hardware: Backend, model: str
 ) -> None:
     assert (await relay.ask(model)).status >= 400

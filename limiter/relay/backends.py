@@ -5,6 +5,7 @@ A backend's credentials stay in here, and so do a client's out there: headers pa
 
 import asyncio
 import io
+import logging
 import zlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
@@ -19,9 +20,10 @@ from yarl import URL
 from limiter.errors import SettingsError
 from limiter.model import Backend as BackendName
 from limiter.relay.answers import Problem, ProblemRaised, retry_seconds
-from limiter.relay.breaker import Breaker, CircuitOpen
+from limiter.relay.breaker import Attempt, Breaker, CircuitOpen
 from limiter.relay.upstream import FAILURES, SUCCESS, BackendFailed, Outcome, Upstream, failed, problem_of_backend
 
+_LOG = logging.getLogger("limiter.relay")
 _CONNECTIONS = 1000
 _REQUEST_HEADERS = (hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.CONTENT_TYPE, "OpenAI-Beta")
 _TRACE_HEADERS = ("traceparent", "tracestate")  # for the operator's own server; a third party has no use for them
@@ -168,13 +170,20 @@ class BackendClient:
         try:
             upstream = await self._asked(method, path, headers, body)
         except BackendFailed as failure:
-            attempt.succeed() if failure.alive else attempt.fail()
+            if failure.alive:
+                self._works(attempt)
+            elif attempt.fail():
+                _LOG.error("The backend %r rests, its breaker is open: %s", self.name, failure)
             raise
         else:
-            attempt.succeed()
+            self._works(attempt)
             return upstream
         finally:
             attempt.end()
+
+    def _works(self, attempt: Attempt) -> None:
+        if attempt.succeed():
+            _LOG.warning("The backend %r is back, its breaker is closed", self.name)
 
     async def _asked(self, method: str, path: str, headers: Mapping[str, str], body: bytes | Streamed) -> Upstream:
         outgoing = self._outgoing(headers, body)
@@ -275,9 +284,8 @@ class BackendClient:
         """Keep to ourselves what is between the backend and its operator; the rest is the client's to read."""
         status = response.status
         if status in _OPERATORS_FAULT:
-            # Its text is for the operator: about a key, an account or a place.
-            problem = self._problem(f"refuses this relay ({status})")
-            raise BackendFailed(problem, passing=False, alive=True)
+            # Its text is for the operator: about a key, an account or a place. The next try will end the same way.
+            raise BackendFailed(self._problem(f"refuses this relay ({status})"))
         if status in _REDIRECT or status < SUCCESS.start:
             problem = self._problem(f"answered {status}, which leads elsewhere")
             raise BackendFailed(problem, alive=True)

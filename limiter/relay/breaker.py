@@ -59,12 +59,13 @@ class Breaker:
         self._probe = Attempt(self, self._period)
         return self._probe
 
-    def _tell(self, attempt: "Attempt", *, good: bool) -> None:
+    def _tell(self, attempt: "Attempt", *, good: bool) -> bool:
+        """Count a call; tell whether the breaker opened or closed by it, and not whether it stays open."""
         if attempt.period != self._period:
-            return
+            return False
         if attempt is self._probe:
             self._change(None if good else self._clock() + self._reset_s)
-            return
+            return good
         now = int(self._clock())
         while self._seconds and self._seconds[0].at <= now - WINDOW_S:
             self._seconds.popleft()
@@ -73,8 +74,10 @@ class Breaker:
         self._seconds[-1].good += good
         self._seconds[-1].bad += not good
         bad = sum(second.bad for second in self._seconds)
-        if not good and 0 < self._failures <= bad and bad >= sum(second.good for second in self._seconds):
+        opens = not good and 0 < self._failures <= bad and bad >= sum(second.good for second in self._seconds)
+        if opens:
             self._change(self._clock() + self._reset_s)
+        return opens
 
     def _change(self, opens_until: float | None) -> None:
         self._opens_until, self._probe = opens_until, None
@@ -94,19 +97,20 @@ class Attempt:
     def __init__(self, breaker: Breaker, period: int) -> None:
         self._breaker, self.period, self._told = breaker, period, False
 
-    def succeed(self) -> None:
-        """Tell that the backend works."""
-        self._tell(good=True)
+    def succeed(self) -> bool:
+        """Tell that the backend works. Gives whether that closed the breaker."""
+        return self._tell(good=True)
 
-    def fail(self) -> None:
-        """Tell that the backend failed."""
-        self._tell(good=False)
+    def fail(self) -> bool:
+        """Tell that the backend failed. Gives whether that opened the breaker."""
+        return self._tell(good=False)
 
     def end(self) -> None:
         """Give the probe's place free, if this was the probe."""
         self._breaker._leave(self)  # noqa: SLF001  one class in two parts
 
-    def _tell(self, *, good: bool) -> None:
-        if not self._told:
-            self._told = True
-            self._breaker._tell(self, good=good)  # noqa: SLF001  one class in two parts
+    def _tell(self, *, good: bool) -> bool:
+        if self._told:
+            return False
+        self._told = True
+        return self._breaker._tell(self, good=good)  # noqa: SLF001  one class in two parts

@@ -121,6 +121,7 @@ async def _answer(call: _Call, body: bytes | None) -> web.StreamResponse:
         await _remember_missed(call, body)
         return await _serve_unmetered(call)
     except BackendFailed as failure:
+        _warn(call.request[REQUEST_ID], failure)
         raise ProblemRaised(failure.problem, call.identity.headers()) from failure
 
 
@@ -202,11 +203,16 @@ async def _forward(relay: Relay, asked: Asked, decision: Decision, facts: Facts)
     try:
         return await _send(relay.backends[planned], asked)
     except BackendFailed as failure:
-        if planned == "hardware" or not relay.has_hardware or not failure.passing or not asked.replayable:
+        if planned == "hardware" or not relay.has_hardware or not asked.replayable:
             raise
-        _LOG.warning("%s: %s Falling back to hardware.", decision.hold_id, failure)
+        _warn(decision.hold_id, failure, " Falling back to hardware.")
     facts.backend, facts.fell_back = "hardware", True
     return await _send(relay.backends["hardware"], asked)
+
+
+def _warn(request_id: str, failure: BackendFailed, then: str = "") -> None:
+    if failure.outcome != "breaker_open":  # which was logged when it opened
+        _LOG.warning("%s%s", failure, then, extra={"request_id": request_id})
 
 
 async def _send(client: BackendClient, asked: Asked) -> Upstream:

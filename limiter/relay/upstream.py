@@ -21,16 +21,12 @@ SUCCESS = range(200, 300)
 class BackendFailed(Exception):  # noqa: N818  reads as what happened
     """A backend gave nothing that the client should see.
 
-    passing: another backend may be tried. alive: it answered, if not well, so that nothing speaks against the next try.
-    outcome: what the call is counted as.
+    alive: it answered, if not well, so that nothing speaks against the next try. outcome: what the call is counted as.
     """
 
-    def __init__(
-        self, problem: Problem, *, passing: bool = True, alive: bool = False, outcome: Outcome = "failed"
-    ) -> None:
+    def __init__(self, problem: Problem, *, alive: bool = False, outcome: Outcome = "failed") -> None:
         super().__init__(problem.detail)
         self.problem = problem
-        self.passing = passing
         self.alive = alive
         self.outcome = outcome
 
