@@ -1,5 +1,6 @@
 """The status table of the relay: each status with its one error object, which serves RFC 9457 and OpenAI's SDKs."""
 
+import asyncio
 import io
 import logging
 import re
@@ -225,8 +226,10 @@ async def test_row_when_it_is_broken_then_500_tells_the_client_nothing_of_it(
     assert_problem(answer, 500, "broken_row")
     assert "many" not in answer.body.decode()
     assert "credits:" not in answer.body.decode()
-    assert [record.levelno for record in caplog.records] == [logging.ERROR]
-    assert key in caplog.text
+    (record,) = caplog.records
+    assert record.levelno == logging.ERROR
+    assert record.getMessage().startswith(key)
+    assert record.__dict__["request_id"] == answer.headers["X-Request-Id"]
 
 
 async def test_fault_when_it_is_ours_then_500_and_only_the_log_says_why(
@@ -241,6 +244,25 @@ async def test_fault_when_it_is_ours_then_500_and_only_the_log_says_why(
     assert_problem(answer, 500, "internal_error")
     assert "fault" not in answer.body.decode()
     assert f"fault {relay.install_id}" in caplog.text
+    (record,) = caplog.records
+    assert record.getMessage() == "unexpected"
+    assert record.__dict__["request_id"] == answer.headers["X-Request-Id"]
+
+
+async def test_settlement_when_it_fails_then_its_line_names_the_request_in_a_field(
+    relay: RunningRelay, gemini: Backend, redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    asking = asyncio.ensure_future(relay.ask("wait"))
+    await gemini.arrived.wait()
+    key = relay.limiter.keys.install(relay.install_id)
+    await redis.hset(key, "lifetime_consumed", "many")
+    gemini.go_on.set()
+    answer = await asking
+    await relay.settled()
+    (record,) = caplog.records
+    assert record.getMessage() == "commit of a hold cannot be settled"
+    assert record.__dict__["request_id"] == answer.headers["X-Request-Id"]
+    await redis.delete(key)
 
 
 async def test_health_when_all_is_well_then_ready_says_which_backends(relay: RunningRelay, gemini: Backend) -> None:

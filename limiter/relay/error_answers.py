@@ -37,11 +37,11 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     except (LimiterError, web.HTTPException) as error:
         problem = problem_of(error)
         if problem.status >= _SERVER_ERROR and not isinstance(error, RedisAway):  # which was logged when it went
-            _LOG.error("%s: %s", request[REQUEST_ID], error)
+            _LOG.error("%s", error, extra={"request_id": request[REQUEST_ID]})
         headers = {"Allow": error.headers["Allow"]} if isinstance(error, web.HTTPMethodNotAllowed) else None
         return _answer(request, problem, headers)
     except Exception as error:  # noqa: BLE001  the last resort: the client gets an answer, the log the traceback
-        _LOG.exception("%s: unexpected", request[REQUEST_ID])
+        _LOG.exception("unexpected", extra={"request_id": request[REQUEST_ID]})
         return _answer(request, problem_of(error))
 
 

@@ -30,7 +30,7 @@ from limiter.relay.recording import Answer, Recording
 from limiter.relay.stores import Claimed, ClaimStatus, Stores
 
 __all__ = ["Idempotency", "Recording", "idempotency_key"]
-Start = Callable[[str, Callable[[], Awaitable[object]]], "asyncio.Task[None]"]  # Settlements.start
+Start = Callable[[str, str, Callable[[], Awaitable[object]]], "asyncio.Task[None]"]  # Settlements.start
 KEY_HEADER = "Idempotency-Key"
 REPLAYED_HEADER = "Idempotency-Replayed"
 _RETRY_HEADER = "x-stainless-retry-count"  # the OpenAI SDKs count in it: "0" for a first attempt
@@ -176,11 +176,12 @@ class Idempotency:
         def done(_task: "asyncio.Task[None]") -> None:
             self._undos -= 1
 
-        self._start(f"drop of what may be the claim of {owner}", drop).add_done_callback(done)
+        self._start("drop of what may be a claim", owner, drop).add_done_callback(done)
 
     def _note_begun(self, slot: _Slot, owner: str) -> None:
         self._start(
-            f"note of the stream of {owner}",
+            "note of a stream",
+            owner,
             lambda: self._stores.keep(
                 slot.key, owner, slot.fingerprint, keep_ms=self._lasting_ms(slot), busy_ms=self._claim_ms
             ),
@@ -192,12 +193,13 @@ class Idempotency:
 
     def _note_end(self, slot: _Slot, owner: str, recording: Recording) -> None:
         if not recording.debit_stands:
-            self._start(f"drop of the claim of {owner}", lambda: self._stores.drop(slot.key, owner))
+            self._start("drop of a claim", owner, lambda: self._stores.drop(slot.key, owner))
             return
         answer = recording.answer()
         packed = answer.packed() if answer else b""
         self._start(
-            f"record of the answer of {owner}",
+            "record of an answer",
+            owner,
             lambda: self._stores.keep(slot.key, owner, slot.fingerprint, keep_ms=slot.keep_ms, answer=packed),
         )
 

@@ -32,10 +32,16 @@ class Settlements:
         return OpenHold(self._limiter, self, install_id, hold_id)
 
     def start(
-        self, what: str, settle: Callable[[], Awaitable[object]], *, kind: SettlementKind | None = None
+        self,
+        what: str,
+        hold_id: str,
+        settle: Callable[[], Awaitable[object]],
+        *,
+        kind: SettlementKind | None = None,
     ) -> "asyncio.Task[None]":
         """Settle in the background, repeated while Redis is away until the hold lapses. kind: what to count it as."""
-        task = asyncio.get_running_loop().create_task(self._until_settled(what, settle, kind), name=what)
+        settling = self._until_settled(what, hold_id, settle, kind)
+        task = asyncio.get_running_loop().create_task(settling, name=f"{what} {hold_id}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
@@ -48,11 +54,14 @@ class Settlements:
             return await self._limiter.release(install_id, hold_id)  # of nothing, it is nothing
 
         if self._undos == _MOST_UNDOS:
-            _LOG.warning("hold %s, if there is one, is left to lapse: too many like it are being released", hold_id)
+            _LOG.warning(
+                "the hold, if there is one, is left to lapse: too many like it are being released",
+                extra={"request_id": hold_id},
+            )
             self._metrics.settled("undo", GAVE_UP)
             return
         self._undos += 1
-        self.start(f"release of what may be hold {hold_id}", release, kind="undo").add_done_callback(self._undone)
+        self.start("release of what may be a hold", hold_id, release, kind="undo").add_done_callback(self._undone)
 
     def under_way(self) -> int:
         """Tell how many settlements are under way."""
@@ -70,18 +79,19 @@ class Settlements:
             await asyncio.gather(*left, return_exceptions=True)
 
     async def _until_settled(
-        self, what: str, settle: Callable[[], Awaitable[object]], kind: SettlementKind | None
+        self, what: str, hold_id: str, settle: Callable[[], Awaitable[object]], kind: SettlementKind | None
     ) -> None:
         done: object = FAILED
+        named = {"request_id": hold_id}
         try:
             done = await self._repeat_until_settled(settle)
         except LimiterUnavailable as error:
-            _LOG.error("%s was not settled before its hold lapsed: %s", what, error)
+            _LOG.error("%s was not settled before its hold lapsed: %s", what, error, extra=named)
             done = GAVE_UP
         except LimiterError:
-            _LOG.exception("%s cannot be settled", what)
+            _LOG.exception("%s cannot be settled", what, extra=named)
         except asyncio.CancelledError:
-            _LOG.error("gave up at shutdown: %s", what)
+            _LOG.error("gave up at shutdown: %s", what, extra=named)
             done = GAVE_UP
         finally:
             if kind is not None:
@@ -132,4 +142,4 @@ class OpenHold:
     ) -> None:
         if not self._settled:
             self._settled = True
-            self._owner.start(f"{what} of hold {self._hold_id}", lambda: operation(self._limiter), kind=what)
+            self._owner.start(f"{what} of a hold", self._hold_id, lambda: operation(self._limiter), kind=what)
