@@ -5,7 +5,8 @@
 -- that looks the same has numbers of its own.
 -- Reply: {status, answer}
 --   status: CLAIMED | RUNNING (another attempt has it) | KEPT (it was served: answer is what it said) | SPENT (it was
---   served, and its answer not kept) | REUSED (it was for another request); answer is "" but for KEPT
+--   served, and its answer not kept) | BUSY (another attempt has it, for another request) | REUSED (it was served, for
+--   another request); answer is "" but for KEPT
 local claim_key   = KEYS[1]            -- hash: owner, fingerprint, begun_ms, busy_until_ms, answer, attempt, taker; has a TTL
 local owner       = ARGV[1]            -- string, 1..64 bytes: this attempt
 local fingerprint = ARGV[2]            -- string, 1..64 bytes: what is asked for
@@ -27,8 +28,9 @@ if theirs and attempt and f[6] ~= owner then -- the taker asks again when its re
   theirs = not (taken or older)
 end
 if theirs then
-  if f[2] ~= fingerprint then return { "REUSED", "" } end
-  if (tonumber(f[3]) or 0) > now_ms then return { "RUNNING", "" } end
+  local runs = (tonumber(f[3]) or 0) > now_ms
+  if f[2] ~= fingerprint then return { runs and "BUSY" or "REUSED", "" } end
+  if runs then return { "RUNNING", "" } end
   if attempt then redis.call("HSET", claim_key, "attempt", number, "taker", owner) end
   if (f[4] or "") ~= "" then return { "KEPT", f[4] } end
   return { "SPENT", "" }

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import aiohttp
 import pytest
@@ -23,7 +23,7 @@ from limiter.relay.idempotency import Idempotency, Recording
 from limiter.relay.metrics import Metrics
 from limiter.relay.redis_mode import RedisAway, RedisMode
 from limiter.relay.settlement import Settlements
-from limiter.relay.stores import Stores
+from limiter.relay.stores import Claimed, ClaimStatus, Stores
 from tests.conftest import text_of
 from tests.relaying import ONE_SERVER
 from tests.servers import Server, eventually
@@ -302,6 +302,41 @@ async def test_key_when_used_for_another_request_then_422(nodes: Nodes, backend:
         assert "Retry-After" not in answer.headers
     assert backend.calls == 1
     assert await nodes[0].spent() == 1
+
+
+async def test_key_when_its_attempt_failed_and_the_claim_is_about_to_be_dropped_then_another_request_is_served(
+    nodes: Nodes, backend: Backend
+) -> None:
+    """The drop runs behind the answer: a client may be faster than it, also on another node."""
+    found = asyncio.Event()
+
+    class Held(Stores):
+        async def drop(self, claim_key: str, owner: str) -> ClaimStatus:
+            await found.wait()
+            return await super().drop(claim_key, owner)
+
+    class Noted(Stores):
+        async def claim(self, *args: Any, **more: Any) -> Claimed:
+            claimed = await super().claim(*args, **more)
+            found.set()
+            return claimed
+
+    one, other = nodes
+    one.idempotency = Idempotency(Held(one.limiter), one.settlements.start)
+    other.idempotency = Idempotency(Noted(other.limiter), other.settlements.start)
+    assert (await one.ask("fail")).status == 502
+    assert (await other.ask("plain")).status == 201
+    assert backend.calls == 2
+    assert await one.spent() == 1
+
+
+async def test_key_when_its_attempt_still_runs_then_another_request_is_422(nodes: Nodes, backend: Backend) -> None:
+    asking = asyncio.ensure_future(nodes[0].ask("wait"))
+    await backend.arrived.wait()
+    assert (await nodes[1].ask("plain")).code == "idempotency_key_reused"
+    backend.go_on.set()
+    assert (await asking).status == 201
+    assert backend.calls == 1
 
 
 async def test_key_when_another_install_has_it_too_then_it_gets_nothing_of_the_first(

@@ -47,11 +47,11 @@ async def test_claim_when_repeated_after_a_lost_reply_then_it_is_claimed_again(s
     assert (await claim(stores, "one")).status is ClaimStatus.CLAIMED
 
 
-async def test_claim_when_another_runs_then_running_or_reused_and_nothing_changes(stores: Stores, redis: Redis) -> None:
+async def test_claim_when_another_runs_then_running_or_busy_and_nothing_changes(stores: Stores, redis: Redis) -> None:
     await claim(stores, "one")
     before = await fields(redis)
     assert (await claim(stores, "two")).status is ClaimStatus.RUNNING
-    assert (await claim(stores, "two", "another request")).status is ClaimStatus.REUSED
+    assert (await claim(stores, "two", "another request")).status is ClaimStatus.BUSY
     assert await fields(redis) == before
 
 

@@ -38,7 +38,8 @@ _LONGEST_KEY = 255
 _PRINTABLE = frozenset(string.ascii_letters + string.digits + string.punctuation + " ")
 _QUOTED = re.compile(r'"((?:[^"\\]|\\["\\])*)"')  # a string of RFC 9651
 _CLAIM_OUTLIVES_HOLD_MS = 60_000  # or an attempt that takes its whole time would be joined by another
-_PATIENCE_S = (0.02, 0.05, 0.1, 0.2)  # an answer may reach its client before the note of it reaches Redis
+_PATIENCE_S = (0.02, 0.05, 0.1, 0.2)  # an answer may reach its client before the note of it, or its drop, reaches Redis
+_UNDECIDED = frozenset((ClaimStatus.RUNNING, ClaimStatus.BUSY))
 _MOST_UNDOS = 256  # at once: each keeps asking a Redis that is away
 _MOST_MISSED = 10_000  # remembered by this node
 _MOST_DIGITS = 3  # of a retry count: no SDK tries so often
@@ -148,7 +149,7 @@ class Idempotency:
                 if not isinstance(error, LimiterUnavailable) or error.executed is not False:
                     self._undo(slot, owner, claiming)
                 raise
-            if claimed.status is not ClaimStatus.RUNNING:
+            if claimed.status not in _UNDECIDED:
                 self._missed_s.pop(slot.key, None)  # from here on the record knows of it
                 break
             await asyncio.sleep(pause_s)
@@ -254,7 +255,7 @@ def _replayed(request: web.Request, claimed: Claimed) -> web.Response:
             retry_after_s=1,
         )
         raise ProblemRaised(problem)
-    if claimed.status is ClaimStatus.REUSED:
+    if claimed.status in (ClaimStatus.BUSY, ClaimStatus.REUSED):
         _fail_reused()
     answer = Answer.unpacked(claimed.answer) if claimed.status is ClaimStatus.KEPT else None
     if answer is None:

@@ -23,6 +23,7 @@ class ClaimStatus(StrEnum):
     RUNNING = "RUNNING"
     KEPT = "KEPT"
     SPENT = "SPENT"
+    BUSY = "BUSY"
     REUSED = "REUSED"
     LOST = "LOST"
     DROPPED = "DROPPED"
