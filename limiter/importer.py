@@ -199,7 +199,8 @@ class _Import:
                 self._tell("write", rows)
                 still_ours()
         except LimiterError as error:
-            error.args = (f"{error}. Of {self.good:,} rows {rows:,} or more are in, each whole: import the file again",)
+            told = str(error).rstrip(".")
+            error.args = (f"{told}. Of {self.good:,} rows {rows:,} or more are in, each whole: import the file again",)
             raise
         finally:
             for _, task in sent:

@@ -85,6 +85,9 @@ def test_licence_from_keygen_to_show(tmp_path: Path) -> None:
     assert (document["tier"], document["sub"], document["installs"]) == ("pro", "alice", 3)
     assert (document["expired"], document["known_tier"]) == (False, True)
 
+    nobody = limiter("licence", "issue", "--tier", "pro", "--sub", " ", cwd=tmp_path)
+    assert (nobody.returncode, nobody.stdout) == (2, "")
+    assert "--sub must name somebody" in nobody.stderr
     unknown = limiter("licence", "issue", "--tier", "gold", "--sub", "alice", cwd=tmp_path)
     assert (unknown.returncode, "unknown tier 'gold'" in unknown.stderr) == (1, True)
     broken = limiter("licence", "show", issued.stdout.strip()[:-4] + "AAAA", cwd=tmp_path)

@@ -83,6 +83,7 @@ def test_import_when_it_is_killed_at_random_points_and_repeated_then_the_end_is_
     options = [mode] if mode else []
     whole = limiter("import", str(ledger), "--redis", url_of(server), *options, cwd=ledger.parent)
     assert (whole.returncode, "7 rows were rejected" in whole.stderr) == (1, True), whole.stderr
+    assert re.search(r"^rejected: row '[^']+': ", whole.stderr, re.MULTILINE), "each says its id once"
     wanted = rows_of(server)
     assert len(wanted) == ROWS + 400
     server.flushall()
@@ -180,6 +181,7 @@ async def test_import_when_the_server_goes_away_then_the_error_says_what_is_in_a
 
 def said_to_be_in(error: Exception) -> int:
     """Give how many rows an error says are in, at least."""
+    assert ".." not in str(error)
     found = re.search(r" rows ([\d,]+) or more are in", str(error))
     assert found
     return int(found[1].replace(",", ""))

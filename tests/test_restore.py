@@ -120,8 +120,19 @@ async def test_restore_when_redis_has_other_rows_then_it_refuses_unless_it_is_to
     assert await consumed(core) == {"a": 3, "b": 4}
 
 
-async def test_restore_when_there_is_no_terminal_then_it_wants_yes(redis_url: str, redis: Redis, path: Path) -> None:
+async def test_restore_when_the_file_is_missing_then_it_says_that_before_it_wants_a_terminal(
+    redis_url: str, redis: Redis, path: Path
+) -> None:
     await redis.ping()
+    ran = await restore(redis_url, path, "nofile")
+    assert ran.returncode == 1
+    assert "nofile cannot be read: No such file or directory" in ran.stderr
+
+
+async def test_restore_when_there_is_no_terminal_then_it_wants_yes(
+    core: CreditLimiter, redis_url: str, path: Path
+) -> None:
+    await dump(core, path)
     ran = await restore(redis_url, path)
     assert ran.returncode == 2
     assert "add --yes" in ran.stderr

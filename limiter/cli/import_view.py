@@ -125,6 +125,6 @@ def _print(report: ImportReport) -> None:
     if report.dry_run:
         OUT.print("\nThis was a dry run: nothing was written.")
     for row in report.first_rejected:
-        ERRORS.print(f"rejected {row.install_id}: {row.reason}", markup=False, soft_wrap=True)
+        ERRORS.print(f"rejected: {row.reason}", markup=False, soft_wrap=True)
     if report.rejected_file is not None:
         ERRORS.print(f"limiter: {report.rejected:,} rows were rejected: see {report.rejected_file}", soft_wrap=True)

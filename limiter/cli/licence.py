@@ -50,6 +50,8 @@ def issue_(
 
     Example: limiter licence issue --tier pro --sub alice@example.org --days 31
     """
+    if not subject.strip():
+        raise typer.BadParameter("--sub must name somebody: the seats of a licence are counted by it")
     if math.isnan(days):
         raise typer.BadParameter("--days must be a number")
     tiers = settings_of(config).limits()

@@ -51,9 +51,9 @@ def restore(
     if merge and replace:
         raise typer.BadParameter("give --merge or --replace, not both")
     settings = settings_of(config, redis=redis)
+    found = _chosen(file, settings)
     if not yes and not sys.stdin.isatty():
         raise typer.BadParameter("there is no terminal to ask in: add --yes to restore without a question")
-    found = _chosen(file, settings)
     mode: PutMode = "merge" if merge else "replace" if replace else "create"
     report = run(_restore(settings, found, mode, yes=yes))
     print_report(report, as_json=json)
