@@ -29,6 +29,13 @@ from limiter.errors import SettingsError
 from limiter.model import MAX_COST, Tiers
 
 DEFAULT_FILE = Path("limiter.toml")
+METERED_PATHS = (  # what a request can cost credits for; the relay serves these
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/v1/responses",
+    "/v1/audio/transcriptions",
+)
 _PREFIX = "LIMITER_"
 _NOT_SETTINGS = ("LIMITER_CONFIG", "LIMITER_TEST_")  # the file itself; the tests' own
 Values = dict[str, Any]  # a TOML document
@@ -306,7 +313,10 @@ def _no_json() -> str:
 
 
 def _check_costs(settings: Settings) -> None:
+    known = ["default", *METERED_PATHS]
     for name, cost in settings.costs.items():
+        if name not in known:
+            raise SettingsError(f"costs.{name} is no path that costs credits{_nearest(name, known)}")
         if not 1 <= cost <= MAX_COST:
             raise SettingsError(f"costs.{name} is {cost}, want an integer from 1 to {MAX_COST} credits")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from limiter.errors import SettingsError
-from limiter.settings import DEFAULT_TIERS, Setting, Settings, load_settings
+from limiter.settings import DEFAULT_TIERS, METERED_PATHS, Setting, Settings, load_settings
 
 SECRET = "the-secret-value"  # noqa: S105  is to be found nowhere
 
@@ -292,6 +292,26 @@ def test_keys_when_the_environment_gives_a_list_then_it_is_read(monkeypatch: pyt
 @pytest.mark.parametrize("cost", [0, -1, 1_000_001])
 def test_costs_when_out_of_bounds_then_refused(cost: int) -> None:
     assert refused(f'[costs]\n"/v1/embeddings" = {cost}').startswith(f"costs./v1/embeddings is {cost}, want ")
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("/v1/embedding", "; did you mean /v1/embeddings?"),
+        ("/v1/chat/completion", "; did you mean /v1/chat/completions?"),
+        ("defualt", "; did you mean default?"),
+        ("gemini", ": known are /v1/audio/transcriptions, "),
+    ],
+)
+def test_costs_when_they_are_for_no_metered_path_then_refused(path: str, told: str) -> None:
+    assert refused(f'[costs]\n"{path}" = 2').startswith(f"costs.{path} is no path that costs credits{told}")
+
+
+def test_costs_when_a_path_is_metered_then_it_can_have_its_own() -> None:
+    from limiter.relay.app import _ROUTES  # noqa: PLC0415  a table of the module
+    from limiter.relay.metered import serve_metered, serve_upload  # noqa: PLC0415
+
+    assert tuple(path for _, path, serve in _ROUTES if serve in (serve_metered, serve_upload)) == METERED_PATHS
 
 
 def test_costs_when_only_one_is_said_then_the_default_stays() -> None:
