@@ -68,6 +68,17 @@ async def test_install_when_it_is_no_uuid_then_400(relay: RunningRelay, gemini: 
     assert gemini.seen == []
 
 
+async def test_install_when_there_are_two_different_ones_then_400(relay: RunningRelay) -> None:
+    other = new_install()
+    for second, status in ((other, 400), (relay.install_id.upper(), 200)):
+        received = await relay.raw(
+            b"GET /v1/credits HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n"
+            b"X-Install-Id: %s\r\nX-Install-Id: %s\r\n\r\n" % (relay.install_id.encode(), second.encode())
+        )
+        assert received.startswith(b"HTTP/1.1 %d " % status)
+        assert (b'"code":"invalid_install_id"' in received) == (status == 400)
+
+
 @pytest.mark.parametrize(
     "headers", [{}, {"X-Install-Id": ""}, {"Authorization": "Basic YTpi"}, {"Authorization": "Bearer "}]
 )
@@ -130,6 +141,13 @@ async def test_licence_when_it_is_none_of_ours_then_401_and_no_row(
     assert token not in answer.body.decode()
     assert await licensed.limiter.row(licensed.install_id) is None
     assert gemini.seen == []
+
+
+@pytest.mark.parametrize("token", ["garbage", "sk-1234567890abcdef", "5f0c1c1e-8d3a-4a53-9a0e-0d8f2f6f3c1"])
+async def test_bearer_when_it_is_neither_a_uuid_nor_a_licence_then_401_says_so(relay: RunningRelay, token: str) -> None:
+    answer = await relay.ask(headers={"Authorization": f"Bearer {token}"})
+    assert (answer.status, answer.code) == (401, "invalid_licence")
+    assert answer.document["detail"].startswith("The Bearer token is neither a UUID nor a licence. Send ")
 
 
 async def test_licence_when_its_bytes_are_no_text_then_401(licensed: RunningRelay) -> None:

@@ -153,6 +153,13 @@ def test_taken_port_is_a_clear_error(relays: list[Relay], tmp_path: Path) -> Non
     assert chat(relay, str(uuid.uuid4()))[0] == 200
 
 
+def test_host_that_does_not_resolve_is_a_clear_error(tmp_path: Path) -> None:
+    answer = limiter("serve", "--port", "0", "--host", "256.1.1.1", cwd=tmp_path)
+    assert answer.returncode == 1
+    assert re.search(r"cannot listen on 256\.1\.1\.1:0: \w[\w ]+; give another --host", answer.stderr)
+    assert "Unknown error" not in answer.stderr
+
+
 def test_redis_that_is_away_at_the_start_is_a_clear_error(tmp_path: Path) -> None:
     answer = limiter("serve", "--port", "0", "--redis", "redis://127.0.0.1:1/0", cwd=tmp_path)
     assert answer.returncode == 1

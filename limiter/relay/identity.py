@@ -10,6 +10,7 @@ from limiter.model import CORE, Tiers
 from limiter.relay.answers import fail
 
 _BEARER = "bearer "
+_DOTS = 2  # in a signed token
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,10 @@ def identify(request: web.Request, licences: Licences, tiers: Tiers) -> Identity
     Raises ProblemRaised: 400 for a missing or odd install id, 401 for a token that is no licence of ours.
     """
     token = _bearer(request)
-    install_id = request.headers.get("X-Install-Id", "").strip()
+    install_ids = {each.strip().lower() for each in request.headers.getall("X-Install-Id", ())}
+    if len(install_ids) > 1:
+        fail(400, "invalid_install_id", "Invalid install id", "Send one X-Install-Id: these are different ones.")
+    install_id = install_ids.pop() if install_ids else ""
     licence: Licence | None = None
     if token and is_uuid(token):
         install_id = install_id or token
@@ -39,11 +43,12 @@ def identify(request: web.Request, licences: Licences, tiers: Tiers) -> Identity
         try:
             licence = licences.check(token)
         except InvalidLicence as error:
+            what = error if token.count(".") == _DOTS else "The Bearer token is neither a UUID nor a licence"
             fail(
                 401,
                 "invalid_licence",
                 "Invalid licence",
-                f"{error}. Send a licence, or your install id, as the Bearer token.",
+                f"{what}. Send a licence, or your install id, as the Bearer token.",
             )
     if not install_id:
         fail(400, "missing_install_id", "Missing install id", "Send your install id, a UUID, as X-Install-Id.")

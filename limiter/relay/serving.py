@@ -140,7 +140,9 @@ async def _listen(app: web.Application, settings: Settings, place: Place | None,
         else:
             await web.SockSite(runner, socket.socket(fileno=place.listener)).start()
     except OSError as error:
-        cause = os.strerror(error.errno) if error.errno else error.strerror
+        # asyncio puts words of its own before the system's; the resolver's errors have numbers of their own.
+        by_number = error.errno and not isinstance(error, socket.gaierror)
+        cause = os.strerror(error.errno or 0) if by_number else error.strerror
         raise SettingsError(
             f"cannot listen on {relay.host}:{relay.port}: {cause}; give another --host or --port"
         ) from None
