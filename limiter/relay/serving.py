@@ -141,8 +141,7 @@ async def _listen(app: web.Application, settings: Settings, place: Place | None,
             await web.SockSite(runner, socket.socket(fileno=place.listener)).start()
     except OSError as error:
         # asyncio puts words of its own before the system's; the resolver's errors have numbers of their own.
-        by_number = error.errno and not isinstance(error, socket.gaierror)
-        cause = os.strerror(error.errno or 0) if by_number else error.strerror
+        cause = error.strerror if isinstance(error, socket.gaierror) or not error.errno else os.strerror(error.errno)
         raise SettingsError(
             f"cannot listen on {relay.host}:{relay.port}: {cause}; give another --host or --port"
         ) from None
