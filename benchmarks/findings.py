@@ -58,8 +58,8 @@ class Finding:
         return [
             self.what,
             self.against,
-            f"{self.ours:,.4g}",
-            f"{self.theirs:,.4g}",
+            _short(self.ours),
+            _short(self.theirs),
             self.unit,
             spread,
             bar,

@@ -46,7 +46,8 @@ def draw_cost(sections: Sections, path: Path) -> None:
     for panel, title, bar in ((panels[0], "installs, against 1,000", 1.1), (panels[1], "other live holds", 1.5)):
         panel.axhline(bar, color="gray", linestyle="--", linewidth=1)
         panel.set(xscale="log", title=title, ylim=(0, 3))
-        panel.legend(fontsize=8)
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(fontsize=8)
     panels[0].set_ylabel("server's processor time, ratio")
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})

@@ -47,10 +47,11 @@ class QuickBackend(asyncio.Protocol):
 
     async def _stream(self) -> None:
         self._transport.write(_HEAD)
-        for _ in range(CHUNKS):
-            self._transport.write(_CHUNK)
+        for part in [_CHUNK] * CHUNKS + [b"0\r\n\r\n"]:
+            if self._transport.is_closing():
+                return
+            self._transport.write(part)
             await asyncio.sleep(GAP_S)
-        self._transport.write(b"0\r\n\r\n")
 
 
 async def main() -> None:

@@ -1,6 +1,7 @@
 """Real servers for the tests: start, stop, kill, pause and restart one on a folder and port of its own."""
 
 import asyncio
+import random
 import shutil
 import signal
 import socket
@@ -19,9 +20,17 @@ def binaries() -> dict[str, Path | None]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    """Give a port that nobody listens on, below those that the kernel gives to outgoing connections.
+
+    One of these could be taken by anybody's connection before the server that it is for has started.
+    """
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
         return port
 
 
