@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks import decisions, ledger, relay, scripts
-from benchmarks.findings import Finding, Measured, as_markdown, read_store, write_store
+from benchmarks.findings import PLOTS, Finding, Measured, as_markdown, read_store, write_store
 from tests.servers import binaries
 
 HERE = Path(__file__).parent
@@ -49,8 +49,9 @@ def _write(sections: dict[str, Measured]) -> None:
             parts.append(f"\n## {title}\n\n{section.at}, load average before it {section.load:.1f}.\n\n")
             parts.append(as_markdown(section.findings))
             parts.append(f"\n{section.note}\n" if section.note else "")
-    parts.append("\n![Cost of a decision against installs and live holds](cost.svg)\n")
-    parts.append("\n![Decisions a second against how many at once](concurrency.svg)\n")
+    for file, (title, needs) in PLOTS.items():
+        if sections.keys() & needs:
+            parts.append(f"\n![{title}]({file})\n")
     (HERE / "RESULTS.md").write_text("".join(parts))
 
 

@@ -130,3 +130,10 @@ def read_store(path: Path) -> dict[str, Measured]:
 
 def _finding(*, ratios: list[float], bar: dict[str, Any] | None, **rest: Any) -> Finding:
     return Finding(ratios=tuple(ratios), bar=Bar(**bar) if bar else None, **rest)
+
+
+# What is drawn: the file's name, its title, and the sections of which one at least must be known.
+PLOTS = {
+    "cost.svg": ("Cost of a decision against installs and live holds", {"scripts-valkey", "scripts-redis"}),
+    "concurrency.svg": ("Decisions a second against how many at once", {"decisions"}),
+}

@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 
-from benchmarks.findings import Finding, Measured, read_store
+from benchmarks.findings import PLOTS, Finding, Measured, read_store
 
 mpl.use("svg")
 mpl.rcParams["svg.hashsalt"] = "limiter"  # the same findings give the same file
@@ -70,5 +70,6 @@ def draw_concurrency(sections: Sections, path: Path) -> None:
 if __name__ == "__main__":
     store = Path(sys.argv[1])
     known = read_store(store)
-    draw_cost(known, store.with_name("cost.svg"))
-    draw_concurrency(known, store.with_name("concurrency.svg"))
+    for file, draw in (("cost.svg", draw_cost), ("concurrency.svg", draw_concurrency)):
+        if known.keys() & PLOTS[file][1]:
+            draw(known, store.with_name(file))
