@@ -26,8 +26,8 @@ from limiter.scripts import PutMode, mapped
 from limiter.store import scan_keys
 
 Phase = Literal["check", "compare", "write"]
-BATCH_ROWS = 100  # in one call: others wait for it, less than a millisecond
-_BATCHES_SENT = 16  # at once: on a busy machine neither side then waits for the other to be scheduled
+BATCH_ROWS = 500  # read at once, before others on this loop have their turn
+_BATCHES_SENT = 4  # at once: on a busy machine neither side then waits for the other to be scheduled
 _REASONS_KEPT = 20
 
 
@@ -143,7 +143,7 @@ class _Import:
         is_intact = await in_thread(_is_intact, self._file.path)
         for entry in self._file.entries():
             self.total += 1
-            if entry.groups is None:
+            if not entry.is_regular:
                 try:
                     entry.row(now_ms=self._now_ms)
                 except LedgerFileError as error:
@@ -211,7 +211,7 @@ class _Import:
         batch: list[Item] = []
         for entry in self._file.entries():
             try:
-                batch.append(Item(entry, entry.row(now_ms=self._now_ms) if entry.groups is None else None))
+                batch.append(Item(entry, None if entry.is_regular else entry.row(now_ms=self._now_ms)))
             except LedgerFileError:  # the check has noted it
                 continue
             if len(batch) == BATCH_ROWS:

@@ -5,12 +5,12 @@ duplicates are told. What it gives up, it gives up with line, column and cause, 
 """
 
 import os
+import re
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import BinaryIO, NamedTuple, NoReturn, Self
 
 from limiter.errors import InvalidInstallId, LedgerFileError
 from limiter.keys import normalise_install_id
@@ -22,36 +22,46 @@ from limiter.seen import SeenTexts
 __all__ = ["Entry", "LedgerFile", "row_from_member", "undated_fields"]
 
 _MAX_NAMES = 64  # of the file itself: rows, meta, and whatever else somebody keeps there
+_ROW_BYTES = 300  # of most rows: so many ids are expected
 _MAX_OTHER_BYTES = 8 * 1024 * 1024  # of each of those
 _KINDS = {"{": "an object", "[": "a list", '"': "a text", "t": "true", "f": "false", "n": "null"}
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One member of `rows`.
 
-    groups: what `ledger_row.REGULAR_ROW` found in it; None for any other form. value: the others as the file has them.
+    found: where `ledger_row.REGULAR_ROW` found it; None for any other form. value: the others as the file has them.
     """
 
     install_id: str
-    groups: tuple[str, ...] | None
+    found: "re.Match[str] | None"
     value: object
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether it is of the regular form, which needs no checking."""
+        return self.found is not None
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The values of ROW_MEMBERS, of one of the regular form; else none."""
+        return () if self.found is None else self.found.groups()
 
     @property
     def member(self) -> object:
         """The member as the file has it: numbers are int or Decimal."""
-        return self.value if self.groups is None else row_from_groups(self.groups).as_dict()
+        return row_from_groups(self.groups).as_dict() if self.is_regular else self.value
 
     @property
     def undated(self) -> frozenset[str]:
         """The fields of its row that the file says nothing of; see `ledger_row.undated_fields`."""
-        return undated_fields(self.value) if self.groups is None else frozenset()
+        return frozenset() if self.is_regular else undated_fields(self.value)
 
     def row(self, *, now_ms: int) -> Row:
         """Give its row. now_ms: where a row without a period begins. Raises LedgerFileError."""
-        if self.groups is None:
-            return row_from_member(self.install_id, self.value, now_ms=now_ms)
-        return row_from_groups(self.groups)
+        if self.is_regular:
+            return row_from_groups(self.groups)
+        return row_from_member(self.install_id, self.value, now_ms=now_ms)
 
 
 class LedgerFile:
@@ -63,6 +73,7 @@ class LedgerFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.meta: object = None  # known after a whole reading
+        self._ids_differ = False  # the same
         try:
             # Without O_NONBLOCK the open of a pipe would wait for its writer.
             self._stream: BinaryIO = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", 0)
@@ -132,6 +143,7 @@ class LedgerFile:
         if "rows" not in names:
             text.fail("it has no member rows")
         self._check_unchanged()
+        self._ids_differ = True
 
     def _check_unchanged(self) -> None:
         now = os.fstat(self._stream.fileno())
@@ -146,24 +158,37 @@ class LedgerFile:
             text.fail(want.format(_KINDS.get(mark, "a number" if mark.isdigit() or mark == "-" else "no JSON")))
 
     def _rows(self, text: LedgerText) -> Iterator[Entry]:
-        seen = SeenTexts()
+        # Once all of it was read they are known to differ.
+        is_new = _is_new if self._ids_differ else SeenTexts(self.size_bytes // _ROW_BYTES).add
         match = REGULAR_ROW.match
         text.expect("{", "an object")
         after = "," if text.mark() != "}" else text.expect("}", "}")
         while after == ",":
             # Nearly all rows are of one form, which needs no parser; each takes its comma along.
             while found := match(text.window, text.at):
-                self._check_new(text, seen, found[1], found[1])
+                install_id = found[1]
+                if not is_new(install_id):
+                    _fail_twice(text, install_id)
                 text.at = found.end()
-                yield Entry(found[1], found.groups(), None)
+                yield Entry(install_id, found, None)
             install_id = text.name()
-            try:
-                self._check_new(text, seen, install_id, normalise_install_id(install_id))
-            except InvalidInstallId:
-                self._check_new(text, seen, install_id, install_id)
+            if not is_new(_stored_id(install_id)):
+                _fail_twice(text, install_id)
             yield Entry(install_id, None, text.value(f"row {install_id[:80]!r}"))
             after = text.expect(",}", "a comma or }")
 
-    def _check_new(self, text: LedgerText, seen: SeenTexts, install_id: str, stored_id: str) -> None:
-        if not seen.add(stored_id):
-            text.fail(f"the install id {install_id[:80]!r} is there twice; a UUID is the same in upper and lower case")
+
+def _stored_id(install_id: str) -> str:
+    """Give the id as Redis would have it; of one that it would not take, itself."""
+    try:
+        return normalise_install_id(install_id)
+    except InvalidInstallId:
+        return install_id
+
+
+def _is_new(_install_id: str) -> bool:
+    return True
+
+
+def _fail_twice(text: LedgerText, install_id: str) -> NoReturn:
+    text.fail(f"the install id {install_id[:80]!r} is there twice; a UUID is the same in upper and lower case")

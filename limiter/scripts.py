@@ -146,9 +146,9 @@ class Scripts:
         reply = await self.call("put_row", row_key, mode, *stored_values(row))
         return _STATUS[reply[0]]
 
-    async def create_rows(self, row_keys: Sequence[str], values: Sequence[Argument]) -> list[Status]:
-        """Run create_rows.lua. values: the `stored_values` of each row."""
-        evalsha = command("EVALSHA", compose("create_rows").sha, len(row_keys), *row_keys, *values)
+    async def create_rows(self, row_keys: Sequence[str], texts: Sequence[str]) -> list[Status]:
+        """Run create_rows.lua. texts: the `stored_text` of each row."""
+        evalsha = command("EVALSHA", compose("create_rows").sha, len(row_keys), *row_keys, *texts)
         reply = await self._sent("create_rows", row_keys[0], evalsha)
         return [_STATUS[word] for word in reply]
 
@@ -199,7 +199,7 @@ async def plain(command: Awaitable[T], key: str, *, timeout_ms: int) -> T:
 
 
 def stored_values(row: Row) -> tuple[str | int, ...]:
-    """Give what put_row.lua and create_rows.lua store of a row, in their order."""
+    """Give what put_row.lua stores of a row, in its order."""
     return (
         row.tier_snapshot,
         row.lifetime_consumed,
@@ -211,6 +211,11 @@ def stored_values(row: Row) -> tuple[str | int, ...]:
         row.last_active_at,
         row.extra,
     )
+
+
+def stored_text(row: Row) -> str:
+    """Give what create_rows.lua stores of a row: the same values, a line each."""
+    return "\n".join(map(str, stored_values(row)))
 
 
 def status_of(reply: list[bytes]) -> Status:

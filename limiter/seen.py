@@ -2,39 +2,50 @@
 
 from array import array
 
+_FEWEST_SLOTS = 1024
+
 
 class SeenTexts:
-    """Texts seen before, by 64 bits of their hash: 12 to 24 bytes each, which a set of texts exceeds tenfold."""
+    """Texts seen before, by 64 bits of their hash: 12 to 24 bytes each, which a set of texts exceeds tenfold.
 
-    __slots__ = ("_count", "_slots")
+    expected: how many there will be; with more it grows, which takes longer.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_count", "_mask", "_room", "_slots")
+
+    def __init__(self, expected: int = 0) -> None:
         self._count = 0
-        self._slots = array("Q", bytes(8 * 1024))
+        self._make_slots(max(_FEWEST_SLOTS, 1 << (expected * 3 // 2).bit_length()))
 
     def __len__(self) -> int:
         return self._count
 
     def add(self, text: str | bytes) -> bool:
         """Remember it; False when it was there."""
-        if not _insert(self._slots, hash(text) & 0xFFFF_FFFF_FFFF_FFFF or 1):
-            return False
+        value = hash(text) & 0xFFFF_FFFF_FFFF_FFFF or 1
+        slots, mask = self._slots, self._mask
+        index = value & mask
+        while found := slots[index]:
+            if found == value:
+                return False
+            index = (index + 1) & mask
+        slots[index] = value
         self._count += 1
-        if self._count * 3 > len(self._slots) * 2:
-            larger = array("Q", bytes(16 * len(self._slots)))
-            for value in self._slots:
-                if value:
-                    _insert(larger, value)
-            self._slots = larger
+        if self._count > self._room:
+            self._grow()
         return True
 
+    def _grow(self) -> None:
+        values = self._slots
+        self._make_slots(2 * len(values))
+        slots, mask = self._slots, self._mask
+        for value in values:
+            if value:
+                index = value & mask
+                while slots[index]:
+                    index = (index + 1) & mask
+                slots[index] = value
 
-def _insert(slots: "array[int]", value: int) -> bool:
-    mask = len(slots) - 1
-    index = value & mask
-    while slots[index]:
-        if slots[index] == value:
-            return False
-        index = (index + 1) & mask
-    slots[index] = value
-    return True
+    def _make_slots(self, count: int) -> None:
+        self._slots = array("Q", bytes(8 * count))
+        self._mask, self._room = count - 1, count * 2 // 3

@@ -4,22 +4,26 @@
 -- a row that a relay makes meanwhile is never overwritten. The values are stored as they come: the caller checked them.
 -- Reply: {status, …}, one for each row   status: CREATED | EXISTS
 local row_keys = KEYS  -- hashes; their fields are listed in include/row.lua
-local values   = ARGV  -- nine for each row: put_row's from tier_snapshot to extra, in its order
+local texts    = ARGV  -- one for each row: put_row's values from tier_snapshot to extra, in its order, a line each
 
-if #row_keys == 0 or #values ~= 9 * #row_keys then
-  return redis.error_reply("BADARG create_rows wants nine values for each row")
+if #row_keys == 0 or #texts ~= #row_keys then
+  return redis.error_reply("BADARG create_rows wants a text for each row")
 end
+-- A row is one argument: each of a call's arguments is an object to the server, and nine of them cost it more than this.
+local lines, rows = "^" .. string.rep("([^\n]*)\n", 8) .. "(.*)$", {}
+for i, text in ipairs(texts) do
+  rows[i] = { string.match(text, lines) }
+  if not rows[i][1] then return redis.error_reply("BADARG create_rows wants nine lines for each row") end
+end
+local all_new = redis.call("EXISTS", unpack(row_keys)) == 0
 local none, statuses = {}, {}
-for i, row_key in ipairs(row_keys) do
-  if redis.call("EXISTS", row_key) == 1 then
+for i, row in ipairs(rows) do
+  if not all_new and redis.call("EXISTS", row_keys[i]) == 1 then
     statuses[i] = "EXISTS"
   else
-    local at = 9 * i - 8
-    local extra = values[at + 8]
-    redis.call("HSET", row_key, "tier_snapshot", values[at], "lifetime_consumed", values[at + 1],
-      "lifetime_gemini_consumed", values[at + 2], "last_renewal_at", values[at + 3], "anniversary_day", values[at + 4],
-      "monthly_consumed", values[at + 5], "monthly_gemini_consumed", values[at + 6], "last_active_at", values[at + 7],
-      unpack(extra == "" and none or { "extra", extra }))
+    redis.call("HSET", row_keys[i], "tier_snapshot", row[1], "lifetime_consumed", row[2], "lifetime_gemini_consumed",
+      row[3], "last_renewal_at", row[4], "anniversary_day", row[5], "monthly_consumed", row[6],
+      "monthly_gemini_consumed", row[7], "last_active_at", row[8], unpack(row[9] == "" and none or { "extra", row[9] }))
     statuses[i] = "CREATED"
   end
 end

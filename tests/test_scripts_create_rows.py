@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Row, ScriptContractError, Status
-from limiter.scripts import Scripts, stored_values
+from limiter.scripts import Scripts, stored_text
 from tests.conftest import fields_of
 
 ROW = Row("a", "pro", 11, 12, "2026-05-01T08:00:00.000Z", 14, 15, 16, "2026-05-10T09:30:00.000Z")
@@ -11,8 +13,7 @@ OTHER = Row("b", "core", 1, 0, "2026-05-02T08:00:00.000Z", 2, 0, 0, "2026-05-02T
 
 async def create(limiter: CreditLimiter, *rows: Row) -> list[Status]:
     keys = [limiter.keys.install(row.install_id) for row in rows]
-    values = [value for row in rows for value in stored_values(row)]
-    return await Scripts(limiter.wire, timeout_ms=1000).create_rows(keys, values)
+    return await Scripts(limiter.wire, timeout_ms=1000).create_rows(keys, [stored_text(row) for row in rows])
 
 
 async def test_create_rows_when_they_are_new_then_each_is_what_put_row_makes_of_it(
@@ -42,12 +43,24 @@ async def test_create_rows_when_the_key_is_no_row_then_it_is_left_alone(redis: R
     assert await redis.get("credits:install:a") == b"x"
 
 
-@pytest.mark.parametrize("left_out", [1, 9])
-async def test_create_rows_when_values_are_missing_then_it_is_refused_and_nothing_stored(
-    redis: Redis, limiter: CreditLimiter, left_out: int
+@pytest.mark.parametrize(
+    "texts",
+    [[], [stored_text(ROW)], [stored_text(ROW), ""], [stored_text(ROW), stored_text(OTHER).replace("\n", " ", 1)]],
+    ids=["none", "one for two rows", "an empty one", "one of eight lines"],
+)
+async def test_create_rows_when_texts_are_not_whole_then_it_is_refused_and_nothing_stored(
+    redis: Redis, limiter: CreditLimiter, texts: list[str]
 ) -> None:
-    values = [value for row in (ROW, OTHER) for value in stored_values(row)]
     keys = [limiter.keys.install(row.install_id) for row in (ROW, OTHER)]
     with pytest.raises(ScriptContractError, match="BADARG create_rows"):
-        await Scripts(limiter.wire, timeout_ms=1000).create_rows(keys, values[:-left_out])
+        await Scripts(limiter.wire, timeout_ms=1000).create_rows(keys, texts)
     assert await redis.dbsize() == 0
+
+
+async def test_create_rows_when_some_are_there_then_an_extra_with_line_ends_is_stored_as_it_is(
+    limiter: CreditLimiter,
+) -> None:
+    spaced = replace(OTHER, extra='{\n"x": 1\n}\n')
+    await create(limiter, ROW)
+    assert await create(limiter, ROW, spaced) == [Status.EXISTS, Status.CREATED]
+    assert await limiter.row("b") == spaced
