@@ -11,7 +11,8 @@ from limiter.model import Reason, Status
 from limiter.relay.breaker import State as BreakerState
 from limiter.relay.metrics import FAILED, GAVE_UP, Answered, Metrics, SettlementKind
 from limiter.relay.upstream import Outcome
-from limiter.settings import DEFAULT_TIERS, load_settings
+from limiter.settings import DEFAULT_TIERS
+from limiter.settings_sources import load_settings
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 

@@ -8,7 +8,7 @@ from limiter.errors import SettingsError
 from limiter.relay.backends import BackendClient
 from limiter.relay.serving import open_backends
 from limiter.relay.upstream import BackendFailed
-from limiter.settings import load_settings
+from limiter.settings_sources import load_settings
 from tests.backend import Backend
 
 pytest_plugins = ["tests.relay_fixtures"]

@@ -10,7 +10,7 @@ import orjson
 import pytest
 
 from limiter.relay.serving import open_backends
-from limiter.settings import load_settings
+from limiter.settings_sources import load_settings
 from tests.backend import CHUNK, Backend
 from tests.relaying import CHAT, ONE_SERVER, Answer, RunningRelay, StartRelay, client_of, eventually, new_install, tiers
 from tests.servers import free_port

@@ -15,7 +15,8 @@ from rich.table import Table
 
 from limiter.logs import set_up_logging
 from limiter.redis_url import passwords_of
-from limiter.settings import Settings, Values, load_settings
+from limiter.settings import Settings, Values
+from limiter.settings_sources import load_settings
 
 T = TypeVar("T")
 OUT = Console(highlight=False)

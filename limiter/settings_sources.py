@@ -1,0 +1,228 @@
+"""The one module that reads settings: a TOML file, then the environment, then the command line, the later the stronger.
+
+Unknown keys are errors that name the nearest known one. Secrets are shown as `***` wherever a setting is printed.
+"""
+
+import difflib
+import json
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_origin
+
+from pydantic import BaseModel, SecretStr, ValidationError
+from pydantic_settings import EnvSettingsSource
+from pydantic_settings import SettingsError as NoJsonError
+
+from limiter.connection import redacted
+from limiter.errors import SettingsError
+from limiter.model import MAX_COST
+from limiter.settings import METERED_PATHS, VARIABLE_PREFIX, ModelNames, RelaySettings, Settings, TierSettings, Values
+
+DEFAULT_FILE = Path("limiter.toml")
+_NOT_SETTINGS = ("LIMITER_CONFIG", "LIMITER_TEST_")  # the file itself; the tests' own
+_NAMED_TABLES: dict[str, type[BaseModel]] = {"tiers": TierSettings, "models": ModelNames}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting as `limiter config` shows it; a secret's value is already masked."""
+
+    name: str
+    value: str
+    origin: str
+
+
+def load_settings(file: Path | None = None, command_line: Values | None = None) -> tuple[Settings, list[Setting]]:
+    """Read the settings, and where each came from.
+
+    file: a TOML file that must exist; without one `limiter.toml`, if it is there. Raises SettingsError.
+    """
+    path = file or Path(os.environ.get("LIMITER_CONFIG", DEFAULT_FILE))
+    must_exist = file is not None or "LIMITER_CONFIG" in os.environ
+    document = _read_toml(path, must_exist=must_exist)
+    given = command_line or {}
+    values: Any = {"file": document, "command_line": given}  # settings_customise_sources takes them apart
+    _check_environment()
+    try:
+        settings = Settings(**values)
+        settings.limits()
+        _check_costs(settings)
+        _check_hold(settings)
+        _check_bodies(settings.relay)
+        _check_on_redis_down(settings)
+    except ValidationError as error:
+        raise SettingsError(_explain(error, path)) from None
+    except NoJsonError:
+        raise SettingsError(f"the environment's {_no_json()} is no JSON, as a list or a table must be there") from None
+    return settings, list(_origins(settings, document, given, path))
+
+
+def _read_toml(path: Path, *, must_exist: bool) -> Values:
+    try:
+        with path.open("rb") as handle:
+            return tomllib.load(handle)
+    except FileNotFoundError:
+        if must_exist:
+            raise SettingsError(f"there is no settings file {path}") from None
+        return {}
+    except OSError as error:
+        raise SettingsError(f"the settings file {path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} is no TOML: {error}") from None
+
+
+def _check_environment() -> None:
+    """Refuse a misspelt section, which pydantic-settings would pass over; it checks the keys of known sections."""
+    sections, tables = list(Settings.model_fields), _given_as_json()
+    for name, value in os.environ.items():
+        if not name.upper().startswith(VARIABLE_PREFIX) or name.startswith(_NOT_SETTINGS):
+            continue
+        section, separator, _ = name.lower().removeprefix(VARIABLE_PREFIX.lower()).partition("__")
+        if section in sections and (separator or section in tables or value.lstrip().startswith("{")):
+            continue
+        known = [VARIABLE_PREFIX + key.upper().replace(".", "__") for key in _known_names()]
+        raise SettingsError(f"the environment's {name} is no setting{_nearest(name, known)}")
+
+
+def _no_json() -> str:
+    """Give the variable that pydantic-settings could not read; its own error names the section only."""
+    structured = (*_given_as_json(), *_known_sections())
+    for name in sorted(os.environ):
+        field = name.lower().removeprefix(VARIABLE_PREFIX.lower()).replace("__", ".")
+        if name.upper().startswith(VARIABLE_PREFIX) and field in structured:
+            try:
+                json.loads(os.environ[name])
+            except ValueError:
+                return name
+    return f"{VARIABLE_PREFIX}*"
+
+
+def _check_costs(settings: Settings) -> None:
+    known = ["default", *METERED_PATHS]
+    for name, cost in settings.costs.items():
+        if name not in known:
+            raise SettingsError(f"costs.{name} is no path that costs credits{_nearest(name, known)}")
+        if not 1 <= cost <= MAX_COST:
+            raise SettingsError(f"costs.{name} is {cost}, want an integer from 1 to {MAX_COST} credits")
+
+
+def _check_hold(settings: Settings) -> None:
+    """Refuse holds that lapse while a backend still works: their credits would be spent twice."""
+    backends = settings.backends
+    longest_s = settings.relay.upload_s + backends.gemini.timeout_s + backends.hardware.timeout_s
+    if settings.relay.hold_s <= longest_s:
+        raise SettingsError(
+            f"relay.hold_s is {settings.relay.hold_s}, want more than {longest_s:g}: what relay.upload_s, "
+            "backends.gemini.timeout_s and backends.hardware.timeout_s are together"
+        )
+
+
+def _check_on_redis_down(settings: Settings) -> None:
+    """Refuse to count on hardware that is not there; without any backend, the echo is both."""
+    backends = settings.backends
+    if settings.redis.on_redis_down == "hardware" and not backends.hardware.url and backends.gemini.api_key:
+        raise SettingsError(
+            "redis.on_redis_down is hardware, but backends.hardware.url is not set: set it, or let requests be refused "
+            "while Redis is away (deny)"
+        )
+
+
+def _check_bodies(relay: RelaySettings) -> None:
+    """Refuse a body limit that no body can come near."""
+    if relay.bodies_in_memory_mb < relay.body_limit_mb:
+        raise SettingsError(
+            f"relay.bodies_in_memory_mb is {relay.bodies_in_memory_mb}, want at least relay.body_limit_mb, which is "
+            f"{relay.body_limit_mb}: no larger body could be read"
+        )
+
+
+def _explain(error: ValidationError, path: Path) -> str:
+    """Say the first problem in a line: which setting, what is wrong, what is near; never the value, a secret maybe."""
+    problem = error.errors(include_input=False, include_url=False)[0]
+    name = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = [*_known_names(), *_known_sections()]
+        table = _NAMED_TABLES.get(name.partition(".")[0])
+        if table and name.count(".") > 1:
+            known = [f"{name.rpartition('.')[0]}.{key}" for key in table.model_fields]
+        return f"{name} is no setting{_nearest(name, known)} (looked in {path} and {VARIABLE_PREFIX}*)"
+    return f"setting {name}: {problem['msg'][0].lower()}{problem['msg'][1:]} (looked in {path} and {VARIABLE_PREFIX}*)"
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f": known are {', '.join(sorted(known))}"
+
+
+def _given_as_json(model: type[BaseModel] = Settings, prefix: str = "") -> list[str]:
+    """List the lists, and the tables of whatever names: a variable holds one as JSON."""
+    names: list[str] = []
+    for name, info in model.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            names += _given_as_json(kind, f"{prefix}{name}.")
+        elif get_origin(kind) in (list, dict):
+            names.append(prefix + name)
+    return names
+
+
+def _known_sections(model: type[BaseModel] = Settings, prefix: str = "") -> list[str]:
+    names: list[str] = []
+    for name, info in model.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            names += [prefix + name, *_known_sections(kind, f"{prefix}{name}.")]
+    return names
+
+
+def _known_names(model: type[BaseModel] = Settings, prefix: str = "") -> list[str]:
+    names: list[str] = []
+    for name, info in model.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            names += _known_names(kind, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def _origins(settings: Settings, document: Values, given: Values, path: Path) -> Iterator[Setting]:
+    in_file, on_line, in_environment = (
+        dict(_flat(document)),
+        dict(_flat(given)),
+        dict(_flat(EnvSettingsSource(Settings)())),
+    )
+    for name, value in _flat(settings.model_dump()):
+        origin = "default"
+        if name in on_line:
+            origin = "command line"
+        elif name in in_environment:
+            origin = _variable(name)
+        elif name in in_file:
+            origin = str(path)
+        yield Setting(name, _shown(name, value), origin)
+
+
+def _variable(name: str) -> str:
+    """Give the environment's variable that holds a setting, by itself or inside its table's JSON."""
+    variables = {variable.upper(): variable for variable in os.environ}
+    parts = name.upper().split(".")
+    spellings = (VARIABLE_PREFIX + "__".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return next((variables[spelling] for spelling in spellings if spelling in variables), f"{VARIABLE_PREFIX}*")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        elif value is not None:
+            yield prefix + name, value
+
+
+def _shown(name: str, value: object) -> str:
+    if isinstance(value, SecretStr):
+        return "***" if value.get_secret_value() else ""
+    return redacted(str(value)) if name.endswith(".url") else str(value)
