@@ -23,7 +23,8 @@ from limiter.generations import KEEP, generation_name, prune, set_aside_name
 from limiter.importer import moment_ms
 from limiter.lease import Lease, Leased
 from limiter.ledger import LedgerFile
-from limiter.ledger_row import STORED_FIELDS, line_from_row, line_from_values
+from limiter.ledger_regular import STORED_FIELDS, line_from_values
+from limiter.ledger_row import line_from_row
 from limiter.ledger_seal import Seal, SealedFile, check_seal, read_seal
 from limiter.ledger_writer import LedgerWriter, ListFile
 from limiter.scripts import mapped

@@ -1,4 +1,4 @@
-"""credits.json, read as a whole. The format's other parts: `ledger_row`, `ledger_writer` and `ledger_seal`.
+"""credits.json, read as a whole. Its other parts: `ledger_row`, `ledger_regular`, `ledger_writer`, `ledger_seal`.
 
 No Redis here. It streams: memory does not grow with the file, but for 12 to 24 bytes an install id, by which
 duplicates are told. What it gives up, it gives up with line, column and cause, and before anybody wrote anything.
@@ -14,7 +14,8 @@ from typing import BinaryIO, NamedTuple, NoReturn, Self
 
 from limiter.errors import InvalidInstallId, LedgerFileError
 from limiter.keys import normalise_install_id
-from limiter.ledger_row import REGULAR_ROW, row_from_groups, row_from_member, undated_fields
+from limiter.ledger_regular import REGULAR_ROW, row_from_groups
+from limiter.ledger_row import row_from_member, undated_fields
 from limiter.ledger_text import LedgerText
 from limiter.model import Row
 from limiter.seen import SeenTexts
@@ -30,7 +31,7 @@ _KINDS = {"{": "an object", "[": "a list", '"': "a text", "t": "true", "f": "fal
 class Entry(NamedTuple):
     """One member of `rows`.
 
-    found: where `ledger_row.REGULAR_ROW` found it; None for any other form. value: the others as the file has them.
+    found: where `ledger_regular.REGULAR_ROW` found it; None for any other form. value: the others as the file has them.
     """
 
     install_id: str

@@ -1,11 +1,12 @@
 """One row of credits.json: from the file's JSON to a Row, by the rules of the old ledger, and from a Row to its line.
 
 Pure: no file, no Redis, no clock. The rules are those of credits.js, which loads and migrates a file when it starts.
+Nearly all rows need none of them: `ledger_regular` knows those at a look.
 """
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from operator import attrgetter
@@ -15,6 +16,7 @@ import orjson
 
 from limiter.errors import InvalidInstallId, LedgerFileError
 from limiter.keys import normalise_install_id
+from limiter.ledger_regular import COMMON_TIME
 from limiter.model import CORE, MAX_COUNT, ROW_MEMBERS, TIER_NAME, Row
 from limiter.timestamps import iso_from_ms
 
@@ -25,38 +27,7 @@ _MONTH = re.compile(r"(\d{4})-(\d{2})", re.ASCII)
 _TIME = re.compile(
     r"(\d{4})(?:-(\d\d)(?:-(\d\d)(?:T(\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,9}))?)?(Z|[+-]\d\d:\d\d))?)?)?", re.ASCII
 )
-# The stored form, but for 29 February: valid as it stands. Nearly all times are, so nothing else is looked at.
-_COMMON = re.compile(
-    r"(?:19[7-9]\d|2\d{3})-(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1\d|2[0-8])|(?:0[13-9]|1[0-2])-(?:29|30)|(?:0[13578]|1[02])-31)"
-    r"T(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d\.\d{3}Z",
-    re.ASCII,
-)
-_COUNT = r"(0|[1-9]\d{0,14})"
-# A member of `rows` as both ledgers write nearly all of them, with its comma: valid as it stands, and read in one look.
-# The groups are the values of ROW_MEMBERS.
-REGULAR_ROW = re.compile(
-    rf'"([a-z0-9._-]{{1,64}})":{{"install_id":"\1","tier_snapshot":"({TIER_NAME.pattern})",'
-    rf'"lifetime_consumed":{_COUNT},"lifetime_gemini_consumed":{_COUNT},"last_renewal_at":"({_COMMON.pattern})",'
-    rf'"anniversary_day":([1-9]|[12]\d|3[01]),"monthly_consumed":{_COUNT},"monthly_gemini_consumed":{_COUNT},'
-    rf'"last_active_at":"({_COMMON.pattern})"}},\n?',
-    re.ASCII,
-)
-# A whole row of the commonest form, its stored values a line each: what `line_from_row` would check, in one look.
-_COMMON_TIME = _COMMON.pattern.encode()
-_COMMON_ROW = re.compile(
-    rb"[a-z0-9._-]{1,64}\n[A-Za-z0-9_-]{1,20}\n(?:(?:0|[1-9]\d{0,14})\n){2}%b\n(?:[1-9]|[12]\d|3[01])\n"
-    rb"(?:(?:0|[1-9]\d{0,14})\n){2}%b" % (_COMMON_TIME, _COMMON_TIME)
-)
-STORED_FIELDS = (*ROW_MEMBERS[1:], "extra")
 _FIRST_YEAR, _LAST_YEAR = 1970, 9998  # the calendar of the scripts counts from 1970, and renews within four digits
-_COMMON_LINE = (
-    b'"%b":{"install_id":"%b",'
-    + b",".join(
-        b'"%b":%b' % (name.encode(), b"%b" if name.endswith(("_consumed", "_day")) else b'"%b"')
-        for name in ROW_MEMBERS[1:]
-    )
-    + b"}"
-)
 _FIRST_ISO, _END_ISO = f"{_FIRST_YEAR}-", f"{_LAST_YEAR + 1}-"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
@@ -74,13 +45,6 @@ def row_from_member(install_id: str, member: object, *, now_ms: int) -> Row:
         return _row(install_id, member, now_ms)
     except (ValueError, InvalidInstallId) as cause:
         raise LedgerFileError(f"row {install_id[:80]!r}: {cause}") from None
-
-
-def row_from_groups(groups: Sequence[str]) -> Row:
-    """Give the row of what REGULAR_ROW found."""
-    key, tier, lifetime, lifetime_gemini, began, day, monthly, monthly_gemini, active = groups
-    counts = int(lifetime), int(lifetime_gemini)
-    return Row(key, tier, *counts, began, int(day), int(monthly), int(monthly_gemini), active)
 
 
 def undated_fields(member: object) -> frozenset[str]:
@@ -104,19 +68,6 @@ def line_from_row(row: Row) -> bytes:
         return _line(row)
     except (ValueError, InvalidInstallId) as cause:
         raise LedgerFileError(f"row {row.install_id[:80]!r}: {cause}") from None
-
-
-def line_from_values(install_id: bytes, values: Sequence[bytes | None]) -> bytes | None:
-    """Give the line of a row as Redis has it, if it needs no second look; None for any other, which may be as good.
-
-    values: of STORED_FIELDS. It is what `line_from_row` gives in ten times as long; nearly all rows are of this form.
-    """
-    *own, extra = values
-    if extra is not None or None in own:
-        return None
-    if not _COMMON_ROW.fullmatch(b"\n".join((install_id, *own))):  # type: ignore[arg-type]  # None was seen to
-        return None
-    return _COMMON_LINE % (install_id, install_id, *own)
 
 
 def merged_extra(stored: str, given: str) -> str:
@@ -238,7 +189,7 @@ def _month_start(member: Mapping[str, object]) -> str | None:
 
 def _time(member: Mapping[str, object], name: str) -> str:
     value = member[name]
-    if isinstance(value, str) and _COMMON.fullmatch(value):
+    if isinstance(value, str) and COMMON_TIME.fullmatch(value):
         return value
     moment = _moment(value) if isinstance(value, str) else None
     if moment is None:

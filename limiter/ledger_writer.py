@@ -7,7 +7,7 @@ No Redis here. The form, which JSON.parse reads as the old ledger's:
     "<install id>":{…}
     }, "meta": {…}}
 
-`ledger_row` gives the lines, `ledger_seal` the last of them.
+`ledger_regular` and `ledger_row` give the lines, `ledger_seal` the last of them.
 """
 
 import hashlib

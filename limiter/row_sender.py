@@ -15,7 +15,8 @@ from redis.exceptions import ClusterCrossSlotError, RedisError
 from limiter.credit_limiter import CreditLimiter
 from limiter.errors import BrokenRow, ScriptContractError
 from limiter.ledger import Entry
-from limiter.ledger_row import merged_extra, row_from_groups
+from limiter.ledger_regular import row_from_groups
+from limiter.ledger_row import merged_extra
 from limiter.model import Row, Status
 from limiter.scripts import PutMode, Scripts, mapped, status_of, stored_text, stored_values
 from limiter.store import Fields, decode_row
