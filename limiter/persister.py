@@ -13,11 +13,12 @@ from typing import Self
 from limiter.atomic_file import in_thread
 from limiter.cancelling import CancelWatch
 from limiter.credit_limiter import CreditLimiter
-from limiter.dumping import DumpReport, Writer, dump
+from limiter.dumping import DumpReport, dump
 from limiter.errors import LimiterError
 from limiter.generations import KEEP
 from limiter.lease import Lease, Leased
 from limiter.ledger_seal import Seal, SealedFile, read_seal
+from limiter.publishing import Writer
 from limiter.settings import PersisterSettings
 
 OnChange = Callable[[Mapping[str, object]], None]

@@ -1,0 +1,132 @@
+"""How a dump takes the place of the file that is there: whether it may, and under which name that one stays.
+
+A file is replaced only by one that was scanned after it: whoever was paused meanwhile finds another file there, or
+another writer's lease, and gives up. What is replaced stays: as a generation, or set aside when it may have what Redis
+has not. Rows never expire, so a file that has more is one that was not imported, or Redis has lost its data.
+"""
+
+import errno
+from dataclasses import dataclass
+from pathlib import Path
+
+from limiter.atomic_file import FolderLock, in_thread
+from limiter.cancelling import CancelWatch
+from limiter.errors import LedgerFileError
+from limiter.generations import generation_name, set_aside_name
+from limiter.lease import Lease, Leased
+from limiter.ledger import LedgerFile
+from limiter.ledger_seal import Seal, SealedFile, check_seal, read_seal
+from limiter.ledger_writer import LedgerWriter
+
+_LEAST_SHARE = 0.9  # a dump with fewer of the last one's rows than that sets the last one aside
+_LOCK_S = 10.0  # another writer holds the folder's lock for a rename: for so long only one that is paused
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """A persister's right to replace a file: its lease, and what was answered when it took it."""
+
+    lease: Lease
+    leased: Leased
+
+
+class Publication:
+    """One dump's way to its name at `path`. time: the dump's. writer: None for one without a lease."""
+
+    def __init__(self, path: Path, time: str, writer: Writer | None) -> None:
+        self.path = path.resolve()
+        self._time, self._writer = time, writer
+        self._cancel = CancelWatch()
+
+    async def find(self, last: SealedFile | None) -> SealedFile | None:
+        """Look at the file that is there; None when there is none. One that is not `last` is read as a whole."""
+        try:
+            if last is not None and last.is_still(self.path.stat()):
+                return last
+            return await in_thread(check_seal, self.path)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise LedgerFileError(
+                f"{self.path} cannot be read: {error.strerror or error}; nothing was replaced"
+            ) from error
+
+    async def has_rows(self) -> bool:
+        """Tell whether there is anything in the file to lose; one that cannot be read may have it."""
+        return await in_thread(_has_rows, self.path)
+
+    async def name_for(self, found: SealedFile | None, rows: int, last: SealedFile | None) -> tuple[Path | None, bool]:
+        """Give the name under which the replaced file stays, and whether it is set aside for good."""
+        if found is None:
+            return None, False
+        if found.seal is None or not found.is_intact:
+            is_foreign = await self.has_rows()
+            return (set_aside_name(self.path, self._time), True) if is_foreign else (None, False)
+        is_own = found is last or self._writer is None or found.seal.checksum == self._writer.leased.checksum
+        if is_own and rows >= found.seal.rows * _LEAST_SHARE:
+            return generation_name(self.path, found.seal), False
+        return set_aside_name(self.path, self._time), True
+
+    async def publish(
+        self, file: LedgerWriter, rows_digest: bytes, found: SealedFile | None, *, kept: Path | None, broken: int
+    ) -> SealedFile:
+        """Replace the file, if it is still the one that was found and the lease is still ours.
+
+        kept: its name from now on. broken: rows that were left out.
+        """
+        before = found.seal if found is not None else None
+        seal = await file.seal(
+            epoch=self._writer.leased.epoch if self._writer is not None else before.epoch if before else 0,
+            sequence=before.sequence + 1 if before else 1,
+            time=self._time,
+            broken=broken,
+        )
+        with FolderLock(self.path) as lock:
+            await self._lock(lock)
+            if self._writer is not None:
+                await self._ask_again(self._writer, seal)
+            self._check_still(found)
+            self._cancel.check()
+            return await file.publish(rows_digest, keep_as=kept)
+
+    async def _lock(self, lock: FolderLock) -> None:
+        try:
+            await in_thread(lock.acquire, within_s=_LOCK_S)
+        except BlockingIOError as error:
+            raise LedgerFileError(
+                f"{self.path} was not written: another process has held {lock.path} for {_LOCK_S:g} s"
+            ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:  # the lease still keeps writers apart that are not paused in a rename
+                raise LedgerFileError(
+                    f"{lock.path} cannot be locked: {error.strerror}; nothing was replaced"
+                ) from error
+
+    async def _ask_again(self, writer: Writer, seal: Seal) -> None:
+        leased = await writer.lease.take(least_epoch=seal.epoch, checksum=seal.checksum)
+        if not leased.is_mine or leased.epoch != seal.epoch:
+            raise LedgerFileError(
+                f"{self.path} was not written: this persister's lease (epoch {seal.epoch}) lapsed during the dump, and "
+                f"{'another took it' if not leased.is_mine else 'was taken anew'} (epoch {leased.epoch})"
+            )
+
+    def _check_still(self, found: SealedFile | None) -> None:
+        try:
+            status = self.path.stat()
+        except FileNotFoundError:
+            return  # moved away: nothing is replaced
+        except OSError as error:
+            raise LedgerFileError(f"{self.path} cannot be read: {error.strerror}; nothing was replaced") from error
+        if found is None or not found.is_still(status):
+            there = read_seal(self.path)
+            what = f"a dump of epoch {there.epoch}, number {there.sequence}" if there else "another file"
+            raise LedgerFileError(f"{self.path} was not written: {what} has come there during this dump")
+
+
+def _has_rows(path: Path) -> bool:
+    try:
+        with LedgerFile(path) as file:
+            return file.size_bytes > 0 and next(file.members(), None) is not None
+    except LedgerFileError:
+        return True
