@@ -53,3 +53,11 @@ class SettingsError(LimiterError):
 
 class LedgerFileError(LimiterError):
     """A credits.json cannot be read or written. The message gives the line or the install id, and the cause."""
+
+
+class LedgerRowError(LedgerFileError):
+    """One row of it cannot be taken. fault: what is wrong, in the same words for all rows with that fault."""
+
+    def __init__(self, install_id: str, cause: str, fault: str) -> None:
+        super().__init__(f"row {install_id[:80]!r}: {cause}")
+        self.fault = fault

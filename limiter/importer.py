@@ -5,7 +5,7 @@ It reads files through `ledger` and never decides what a row means.
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,7 +15,7 @@ from redis.exceptions import RedisError
 from limiter.atomic_file import in_thread
 from limiter.cancelling import CancelWatch
 from limiter.credit_limiter import CreditLimiter
-from limiter.errors import LedgerFileError, LimiterError
+from limiter.errors import LedgerFileError, LedgerRowError, LimiterError
 from limiter.ledger import Entry, LedgerFile
 from limiter.ledger_seal import check_seal
 from limiter.ledger_writer import ListFile
@@ -29,6 +29,7 @@ Phase = Literal["check", "compare", "write"]
 BATCH_ROWS = 500  # read at once, before others on this loop have their turn
 _BATCHES_SENT = 4  # at once: on a busy machine neither side then waits for the other to be scheduled
 _REASONS_KEPT = 20
+_FAULTS_KEPT = 50  # their words are ours, but some name a member of the file's
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +54,8 @@ class Rejected:
 class ImportReport:
     """What an import did, or with dry_run would do, to the `total` rows of the file.
 
-    changed: merged or replaced. rejected: how many did not go in; the first of them, and the file with all of them,
-    which a dry run does not write.
+    changed: merged or replaced. rejected: how many did not go in; faults: what is wrong with how many of these, the
+    most frequent first; then the first of them, and the file with all of them, which a dry run does not write.
     """
 
     total: int
@@ -62,6 +63,7 @@ class ImportReport:
     same: int
     changed: int
     rejected: int
+    faults: Mapping[str, int]
     first_rejected: tuple[Rejected, ...]
     rejected_file: Path | None
     dry_run: bool
@@ -103,6 +105,7 @@ async def import_file(
             same=answers[Status.SAME],
             changed=answers[Status.MERGED] + answers[Status.REPLACED],
             rejected=run.rejected,
+            faults=dict(run.faults.most_common()),
             first_rejected=tuple(run.first_rejected),
             rejected_file=None if dry_run else await rejected_file.publish(),
             dry_run=dry_run,
@@ -133,6 +136,7 @@ class _Import:
     ) -> None:
         self.total = self.rejected = self.good = 0
         self.first_rejected: list[Rejected] = []
+        self.faults: Counter[str] = Counter()
         self._limiter, self._file, self._now_ms = limiter, file, now_ms
         self._rejected_file, self._on_progress = rejected_file, on_progress
         self._sender = RowSender(limiter, self._reject)
@@ -146,8 +150,8 @@ class _Import:
             if not entry.is_regular:
                 try:
                     entry.row(now_ms=self._now_ms)
-                except LedgerFileError as error:
-                    await self._reject(entry, str(error))
+                except LedgerRowError as error:
+                    await self._reject(entry, str(error), error.fault)
             if self.total % BATCH_ROWS == 0:
                 self._tell("check", self.total)
                 await asyncio.sleep(0)  # others on this loop have their turn, and a cancellation is seen
@@ -220,8 +224,9 @@ class _Import:
         if batch:
             yield batch
 
-    async def _reject(self, entry: Entry, reason: str) -> None:
+    async def _reject(self, entry: Entry, reason: str, fault: str) -> None:
         self.rejected += 1
+        self.faults[fault if fault in self.faults or len(self.faults) < _FAULTS_KEPT else "other faults"] += 1
         if len(self.first_rejected) < _REASONS_KEPT:
             self.first_rejected.append(Rejected(entry.install_id, reason))
         if self._rejected_file is not None:

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import orjson
 
-from limiter.errors import InvalidInstallId, LedgerFileError
+from limiter.errors import InvalidInstallId, LedgerFileError, LedgerRowError
 from limiter.keys import normalise_install_id
 from limiter.ledger_regular import COMMON_TIME
 from limiter.model import CORE, MAX_COUNT, ROW_MEMBERS, TIER_NAME, Row
@@ -35,16 +35,28 @@ _VALUES = attrgetter(*ROW_MEMBERS)
 _SHOWN_CHARACTERS = 60
 
 
+class _Unusable(ValueError):  # noqa: N818  a value that is
+    """What a row cannot have. fault: the same words without the value, so that faults can be counted."""
+
+    def __init__(self, what: str, value: str, want: str) -> None:
+        super().__init__(f"{what} {value}, want {want}")
+        self.fault = f"{what.rpartition(' ')[0]}: want {want}"
+
+
 def row_from_member(install_id: str, member: object, *, now_ms: int) -> Row:
     """Read one member of `rows`, migrating what an old ledger may hold.
 
     member: JSON as Python values; a number may be a Decimal. now_ms: where a row without any period is anchored.
-    Raises LedgerFileError, which names the install id and the cause.
+    Raises LedgerRowError, which names the install id and the cause.
     """
     try:
         return _row(install_id, member, now_ms)
-    except (ValueError, InvalidInstallId) as cause:
-        raise LedgerFileError(f"row {install_id[:80]!r}: {cause}") from None
+    except InvalidInstallId as cause:
+        raise LedgerRowError(install_id, str(cause), "the install id is not usable") from None
+    except _Unusable as cause:
+        raise LedgerRowError(install_id, str(cause), cause.fault) from None
+    except ValueError as cause:
+        raise LedgerRowError(install_id, str(cause), str(cause)) from None
 
 
 def undated_fields(member: object) -> frozenset[str]:
@@ -85,7 +97,7 @@ def extra_text(members: Mapping[str, object]) -> str:
         return ""
     text = json_bytes(members)
     if len(text) > MAX_EXTRA_BYTES:
-        raise ValueError(f"its other members are {len(text)} bytes of JSON, want at most {MAX_EXTRA_BYTES}")
+        raise _Unusable("its other members are", f"{len(text)} bytes of JSON", f"at most {MAX_EXTRA_BYTES}")
     return text.decode()
 
 
@@ -114,16 +126,16 @@ def kind_of(value: object) -> str:
 
 def _row(install_id: str, member: object, now_ms: int) -> Row:
     if not isinstance(member, dict):
-        raise ValueError(f"it is {kind_of(member)}, want an object")  # noqa: TRY004  a fault of the file, not of a caller
+        raise _Unusable("it is", kind_of(member), "an object")
     key = normalise_install_id(install_id)
     named = member.get("install_id")
     if named is not None and named != install_id and (not isinstance(named, str) or normalise_install_id(named) != key):
-        raise ValueError(f"install_id is {_shown(named)}, which is not its key")
+        raise _Unusable("install_id is", _shown(named), "its key")
     tier = member.get("tier_snapshot")
     if tier is None:
         tier = CORE
     elif not isinstance(tier, str) or not TIER_NAME.fullmatch(tier):
-        raise ValueError(f"tier_snapshot is {_shown(tier)}, want 1 to 20 characters of A-Z a-z 0-9 _ -")
+        raise _Unusable("tier_snapshot is", _shown(tier), "1 to 20 characters of A-Z a-z 0-9 _ -")
     others = member.keys() - _OWN
     if _is_undated(member):
         began = _month_start(member) or iso_from_ms(now_ms)
@@ -155,7 +167,7 @@ def _counter(member: Mapping[str, object], name: str) -> int:
     # Bounds before int(): a Decimal of 1e999999999 has that many digits. 3.0 is an integer to JavaScript.
     if isinstance(value, float | Decimal) and 0 <= value <= MAX_COUNT and value == int(value):
         return int(value)
-    raise ValueError(f"{name} is {_shown(value)}, want an integer from 0 to 2^53 - 1")
+    raise _Unusable(f"{name} is", _shown(value), "an integer from 0 to 2^53 - 1")
 
 
 def _day(value: object) -> int | None:
@@ -163,7 +175,7 @@ def _day(value: object) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal) or not 1 <= value <= 31:  # noqa: PLR2004
         return None
     if value != int(value):
-        raise ValueError(f"anniversary_day is {_shown(value)}, want an integer from 1 to 31")
+        raise _Unusable("anniversary_day is", _shown(value), "an integer from 1 to 31")
     return int(value)
 
 
@@ -183,7 +195,7 @@ def _month_start(member: Mapping[str, object]) -> str | None:
     years, index = divmod(index, 12)
     year += years + (1900 if year <= 99 else 0)  # noqa: PLR2004  Date.UTC takes years 0 to 99 for 1900 to 1999
     if not _FIRST_YEAR <= year <= _LAST_YEAR:
-        raise ValueError(f"month is {_shown(month)}, want a year from {_FIRST_YEAR} to {_LAST_YEAR}")
+        raise _Unusable("month is", _shown(month), f"a year from {_FIRST_YEAR} to {_LAST_YEAR}")
     return f"{year}-{index + 1:02d}-01T00:00:00.000Z"
 
 
@@ -193,9 +205,9 @@ def _time(member: Mapping[str, object], name: str) -> str:
         return value
     moment = _moment(value) if isinstance(value, str) else None
     if moment is None:
-        raise ValueError(f"{name} is {_shown(value)}, want a time like 2026-05-11T23:02:57.123Z")
+        raise _Unusable(f"{name} is", _shown(value), "a time like 2026-05-11T23:02:57.123Z")
     if not _FIRST_YEAR <= moment.year <= _LAST_YEAR:
-        raise ValueError(f"{name} is {_shown(value)}, want a year from {_FIRST_YEAR} to {_LAST_YEAR}")
+        raise _Unusable(f"{name} is", _shown(value), f"a year from {_FIRST_YEAR} to {_LAST_YEAR}")
     return iso_from_ms((moment - _EPOCH) // _MILLISECOND)
 
 
@@ -223,7 +235,7 @@ def _line(row: Row) -> bytes:
     if normalise_install_id(row.install_id) != row.install_id:
         raise ValueError("its key is not in lower case")
     if not TIER_NAME.fullmatch(row.tier_snapshot):
-        raise ValueError(f"tier_snapshot is {_shown(row.tier_snapshot)}, want 1 to 20 characters of A-Z a-z 0-9 _ -")
+        raise _Unusable("tier_snapshot is", _shown(row.tier_snapshot), "1 to 20 characters of A-Z a-z 0-9 _ -")
     for time in (row.last_renewal_at, row.last_active_at):
         if not _FIRST_ISO <= time < _END_ISO:
             raise ValueError(f"it has the time {time}, want a year from {_FIRST_YEAR} to {_LAST_YEAR}")

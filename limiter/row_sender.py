@@ -23,6 +23,7 @@ from limiter.store import Fields, decode_row
 
 _ROWS_IN_A_CALL = 20  # others wait for them, less than half a millisecond
 _TIMEOUT_MS = 30_000  # the server may be busy with others, and no client waits for an import
+Reject = Callable[[Entry, str, str], Awaitable[None]]  # the reason, and what of it all such rows have in common
 
 
 class Item(NamedTuple):
@@ -48,7 +49,7 @@ class RowSender:
     Methods raise LimiterUnavailable: then some rows of the batch may be in, each of them whole.
     """
 
-    def __init__(self, limiter: CreditLimiter, reject: Callable[[Entry, str], Awaitable[None]]) -> None:
+    def __init__(self, limiter: CreditLimiter, reject: Reject) -> None:
         self._limiter, self._reject = limiter, reject
         self._scripts = Scripts(limiter.wire, timeout_ms=_TIMEOUT_MS)
 
@@ -88,13 +89,13 @@ class RowSender:
                 status = status_of(reply)
                 answers[status] += 1
                 if status is Status.EXISTS and not asks:
-                    await self._reject(item.entry, "Redis got another row of this install meanwhile")
+                    await self._reject(item.entry, *2 * ("Redis got another row of this install meanwhile",))
             elif not isinstance(reply, BrokenRow):
                 raise reply
             elif asks and mode == "create":
                 answers[Status.EXISTS] += 1
             else:
-                await self._reject(item.entry, f"its row in Redis is broken: {reply}")
+                await self._reject(item.entry, f"its row in Redis is broken: {reply}", "its row in Redis is broken")
         return answers
 
     async def _settled(self, batch: Sequence[Item], mode: PutMode) -> list[tuple[Item, Row]]:
@@ -122,7 +123,7 @@ class RowSender:
             try:
                 settled.append((item, row if known is None else _filled(item, row, known, mode)))
             except ValueError as cause:
-                await self._reject(item.entry, f"it cannot be merged: {cause}")
+                await self._reject(item.entry, f"it cannot be merged: {cause}", "it cannot be merged")
         return settled
 
     def _stored(self, key: str, fields: "Fields | Exception") -> Row | None:

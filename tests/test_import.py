@@ -230,7 +230,26 @@ async def test_import_when_some_rows_are_bad_then_the_good_ones_are_in_and_the_b
     assert [(each["install_id"], each["row"]) for each in told] == list(bad.items())
     assert [each["reason"] for each in told] == [each.reason for each in report.first_rejected]
     assert told[0]["reason"] == "row 'b-1': monthly_consumed is -1, want an integer from 0 to 2^53 - 1"
+    assert report.faults == {
+        "monthly_consumed: want an integer from 0 to 2^53 - 1": 1,
+        "the install id is not usable": 1,
+        "it: want an object": 1,
+        "last_active_at: want a time like 2026-05-11T23:02:57.123Z": 1,
+    }
     assert await limiter.row("b-1") is None
+
+
+async def test_dry_run_when_rows_are_bad_then_what_is_wrong_is_counted_the_most_frequent_first(
+    limiter: CreditLimiter, ledger: Ledger
+) -> None:
+    bad = {f"m-{number}": member(monthly_consumed=-number - 1) for number in range(3)} | {
+        f"t-{number}": member(tier_snapshot=f"t {number}") for number in range(5)
+    }
+    report = await import_file(limiter, ledger(many(2) | bad), mode="create", dry_run=True)
+    assert list(report.faults.items()) == [
+        ("tier_snapshot: want 1 to 20 characters of A-Z a-z 0-9 _ -", 5),
+        ("monthly_consumed: want an integer from 0 to 2^53 - 1", 3),
+    ]
 
 
 async def test_import_when_most_rows_are_bad_then_all_are_in_the_file_and_the_first_in_the_report(

@@ -4,6 +4,7 @@ import asyncio
 import time
 from pathlib import Path
 
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -111,6 +112,7 @@ def _document(report: ImportReport) -> dict[str, object]:
         "same": report.same,
         "changed": report.changed,
         "rejected": report.rejected,
+        "faults": report.faults,
         "first_rejected": [{"install_id": row.install_id, "reason": row.reason} for row in report.first_rejected],
         "rejected_file": None if report.rejected_file is None else str(report.rejected_file),
         "dry_run": report.dry_run,
@@ -122,6 +124,11 @@ def _print(report: ImportReport) -> None:
     table = Table("rows", new, "same", changed, "rejected", box=None, pad_edge=False)
     table.add_row(*(f"{n:,}" for n in (report.total, report.new, report.same, report.changed, report.rejected)))
     OUT.print(table)
+    if report.faults:
+        faults = Table("rejected", "why", box=None, pad_edge=False)
+        for fault, rows in report.faults.items():
+            faults.add_row(f"{rows:,}", escape(fault))
+        OUT.print("", faults)
     if report.dry_run:
         OUT.print("\nThis was a dry run: nothing was written.")
     for row in report.first_rejected:
