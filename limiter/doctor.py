@@ -7,7 +7,7 @@ import asyncio
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -145,16 +145,25 @@ def _configuration(info: Mapping[str, Any], settings: Settings, where: str) -> l
         findings.append(Finding("warning", where, text, "CONFIG SET appendonly yes, and the same in its configuration"))
     elif info.get("aof_last_write_status", "ok") != "ok":
         findings.append(Finding("problem", where, "its last write of the AOF failed", "look at its disk and its log"))
+    return [*findings, *_replication(info, settings, where)]
+
+
+def _replication(info: Mapping[str, Any], settings: Settings, where: str) -> Iterator[Finding]:
     if info.get("role") == "slave":
         advice = "give the primary's URL, or redis+sentinel://"
-        findings.append(Finding("problem", where, "it is a replica, which takes no writes", advice))
-    elif _place(settings.redis.url)[0] != "single" and not info.get("connected_slaves"):
+        yield Finding("problem", where, "it is a replica, which takes no writes", advice)
+        return
+    replicas, wanted = int(info.get("connected_slaves", 0)), settings.redis.wait_replicas
+    if _place(settings.redis.url)[0] != "single" and not replicas:
         text = "it has no replica: nobody takes its place when it fails"
-        findings.append(Finding("warning", where, text, "add one"))
-    elif info.get("connected_slaves") and "min_slaves_good_slaves" not in info:
+        yield Finding("warning", where, text, "add one")
+    elif replicas and "min_slaves_good_slaves" not in info:
         text = "it takes writes also when it is cut off from its replicas, and such writes are lost in a failover"
-        findings.append(Finding("warning", where, text, "CONFIG SET min-replicas-to-write 1"))
-    return findings
+        yield Finding("warning", where, text, "CONFIG SET min-replicas-to-write 1")
+    if replicas < wanted:
+        text = f"it has {replicas} replicas, and redis.wait_replicas is {wanted}"
+        advice = "add replicas, or lower it: imports, restores and freed seats wait for them in vain"
+        yield Finding("warning", where, text, advice)
 
 
 async def _appendfsync(node: Any, info: Mapping[str, Any], where: str) -> Finding:

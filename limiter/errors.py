@@ -27,6 +27,13 @@ class Overloaded(LimiterUnavailable):
         super().__init__(f"{max_waiting} calls wait for Redis already", executed=False)
 
 
+class NotReplicated(LimiterError):  # noqa: N818  names the thing, as UnknownTier does
+    """What was asked for is done, but too few replicas have it: a failover may lose it. Look at them, and repeat it."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"it is done, but a failover may lose it: {problem}")
+
+
 class UnknownTier(LimiterError):  # noqa: N818  named in the public interface
     """The tier is not among the configured ones. Nothing was planned or debited."""
 

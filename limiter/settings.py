@@ -66,6 +66,7 @@ class RedisSettings(_Section):
     allow_eviction: bool = False
     on_redis_down: OnRedisDown = "deny"
     deny_cache_ms: Whole = Field(default=1000, ge=0, le=1000)
+    wait_replicas: Whole = Field(default=0, ge=0, le=100)
 
 
 class RelaySettings(_Section):

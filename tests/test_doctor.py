@@ -19,6 +19,7 @@ from limiter.licence import issue, public_key_text
 from limiter.persister import Persister
 from limiter.redis_url import Kind
 from limiter.relay.stores import MintStatus, Stores
+from limiter.replication import replicated
 from limiter.settings import (
     BackendsSettings,
     HardwareSettings,
@@ -130,6 +131,9 @@ async def test_user_of_the_printed_line_when_there_are_several_servers_then_noth
     for number in range(10):
         assert (await credit_limiter.debit(f"i-{number}", tier="pro", has_hardware=True)).allowed
     assert (await dump(credit_limiter, tmp_path / "credits.json")).rows == 10
+    if kind == "sentinel":  # the cluster has no replicas
+        async with replicated(redis, 2):
+            await credit_limiter.debit("i-0", tier="pro", has_hardware=True)
     assert [denied(server) for server in servers.servers] == [[]] * len(servers.servers)
 
 
@@ -212,6 +216,8 @@ async def test_doctor_when_redis_is_set_up_badly_then_it_says_what_to_do(own_ser
     assert "of maxmemory are used" in told_of
     accepted = RedisSettings(url=server.url, allow_eviction=True)
     assert "warning it may evict rows" in worst(await found(server.url, redis=accepted))["redis"]
+    waiting = RedisSettings(url=server.url, wait_replicas=1)
+    assert "warning it has 0 replicas, and redis.wait_replicas is 1" in worst(await found("", redis=waiting))["redis"]
     told(server, "CONFIG", "SET", "maxmemory", "0")
     told(server, "CONFIG", "SET", "maxmemory-policy", "noeviction")
     told(server, "CONFIG", "SET", "appendfsync", "no")

@@ -9,6 +9,7 @@ from limiter.cli.import_view import import_shown, print_report
 from limiter.cli.terminal import ConfigOption, JsonOption, RedisOption, run, settings_of
 from limiter.importer import ImportReport
 from limiter.opening import open_limiter
+from limiter.replication import replicated
 from limiter.scripts import PutMode
 from limiter.settings import Settings
 
@@ -40,12 +41,14 @@ def import_(
     if merge and replace:
         raise typer.BadParameter("give --merge or --replace, not both")
     mode: PutMode = "merge" if merge else "replace" if replace else "create"
-    report = run(_import(settings_of(config, redis=redis), file, mode, dry_run=dry_run))
-    print_report(report, as_json=json)
+    report = run(_import(settings_of(config, redis=redis), file, mode, dry_run=dry_run, as_json=json))
     if report.rejected:
         raise typer.Exit(1)
 
 
-async def _import(settings: Settings, file: Path, mode: PutMode, *, dry_run: bool) -> ImportReport:
-    async with open_limiter(settings) as limiter:
-        return await import_shown(limiter, file, mode=mode, dry_run=dry_run)
+async def _import(settings: Settings, file: Path, mode: PutMode, *, dry_run: bool, as_json: bool) -> ImportReport:
+    wanted = 0 if dry_run else settings.redis.wait_replicas
+    async with open_limiter(settings) as limiter, replicated(limiter.redis, wanted):
+        report = await import_shown(limiter, file, mode=mode, dry_run=dry_run)
+        print_report(report, as_json=as_json)
+    return report

@@ -13,6 +13,7 @@ from limiter.keys import normalise_install_id
 from limiter.licence import InvalidLicence, Licences, issue, make_key, public_key_text, read_key
 from limiter.opening import open_limiter
 from limiter.relay.stores import Seat, Stores
+from limiter.replication import replicated
 from limiter.settings import Settings
 from limiter.timestamps import iso_from_ms
 
@@ -105,8 +106,20 @@ def seats(
     serving it for up to a minute.
     Example: limiter licence seats alice@example.org --free 5f0c1c1e-8d3a-4a53-9a0e-0d8f2f6f3c11
     """
-    taken = run(_seats(settings_of(config, redis=redis), subject, free))
-    if json:
+    run(_seats(settings_of(config, redis=redis), subject, free, as_json=json))
+
+
+async def _seats(settings: Settings, subject: str, free: str | None, *, as_json: bool) -> None:
+    wanted = 0 if free is None else settings.redis.wait_replicas
+    async with open_limiter(settings) as limiter, replicated(limiter.redis, wanted):
+        stores = Stores(limiter, timeout_ms=settings.redis.timeout_ms)
+        if free is not None and not await stores.free(subject, normalise_install_id(free)):
+            raise LimiterError(f"{free} has no seat of {subject}")
+        _print_seats(subject, await stores.seats(subject), as_json=as_json)
+
+
+def _print_seats(subject: str, taken: list[Seat], *, as_json: bool) -> None:
+    if as_json:
         print_json(
             {
                 "sub": subject,
@@ -128,11 +141,3 @@ def seats(
     for seat in taken:
         table.add_row(seat.install_id, iso_from_ms(seat.seated_ms), iso_from_ms(seat.used_ms))
     print_table(table)
-
-
-async def _seats(settings: Settings, subject: str, free: str | None) -> list[Seat]:
-    async with open_limiter(settings) as limiter:
-        stores = Stores(limiter, timeout_ms=settings.redis.timeout_ms)
-        if free is not None and not await stores.free(subject, normalise_install_id(free)):
-            raise LimiterError(f"{free} has no seat of {subject}")
-        return await stores.seats(subject)

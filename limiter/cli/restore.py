@@ -13,6 +13,7 @@ from limiter.errors import LedgerFileError, SettingsError
 from limiter.generations import set_aside
 from limiter.importer import ImportReport, import_file
 from limiter.opening import open_limiter
+from limiter.replication import replicated
 from limiter.restoring import alone, has_rows, newest_good
 from limiter.scripts import PutMode
 from limiter.settings import Settings
@@ -55,8 +56,7 @@ def restore(
     if not yes and not sys.stdin.isatty():
         raise typer.BadParameter("there is no terminal to ask in: add --yes to restore without a question")
     mode: PutMode = "merge" if merge else "replace" if replace else "create"
-    report = run(_restore(settings, found, mode, yes=yes))
-    print_report(report, as_json=json)
+    report = run(_restore(settings, found, mode, yes=yes, as_json=json))
     if report.rejected:
         raise typer.Exit(1)
 
@@ -80,8 +80,8 @@ def _pass_over(report: VerifyReport) -> None:
     _say(f"{report.path} is passed over: {report.faults[0]}")
 
 
-async def _restore(settings: Settings, found: VerifyReport, mode: PutMode, *, yes: bool) -> ImportReport:
-    async with open_limiter(settings) as limiter:
+async def _restore(settings: Settings, found: VerifyReport, mode: PutMode, *, yes: bool, as_json: bool) -> ImportReport:
+    async with open_limiter(settings) as limiter, replicated(limiter.redis, settings.redis.wait_replicas):
         if mode == "create" and await has_rows(limiter):
             await import_file(limiter, found.path, mode=mode, dry_run=True)  # refuses, unless it is a repeat
         _say(_what_it_means(found))
@@ -89,7 +89,9 @@ async def _restore(settings: Settings, found: VerifyReport, mode: PutMode, *, ye
             typer.confirm("Restore it?", abort=True, err=True)
         checksum = found.seal.checksum if found.seal is not None else ""
         async with alone(limiter, lease_s=settings.persister.lease_s, checksum=checksum):
-            return await import_shown(limiter, found.path, mode=mode)
+            report = await import_shown(limiter, found.path, mode=mode)
+        print_report(report, as_json=as_json)
+    return report
 
 
 def _what_it_means(found: VerifyReport) -> str:
