@@ -14,28 +14,30 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks import decisions, ledger, relay, scripts
+from benchmarks import decisions, ledger, races, relay, scripts
 from benchmarks.findings import PLOTS, Finding, Measured, as_markdown, read_store, write_store
 from tests.servers import binaries
 
 HERE = Path(__file__).parent
 _STORE = HERE / "findings.json"
 _PLOTS = HERE.parent / ".cache" / "matplotlib"
-RACES = 3
 _TITLES = {
     "scripts-valkey": "The scripts in Valkey: the server's cost of a decision",
     "scripts-redis": "The scripts in Redis",
     "decisions": "Decisions of one Python process",
+    "races": "Races for one install's credits",
     "relay": "The relay",
     "ledger": "credits.json",
 }
 
 
-def _sections(rows: int) -> dict[str, Callable[[], list[Finding]]]:
+def _sections(rows: int) -> dict[str, Callable[[], list[Finding] | str]]:
+    """Give what measures each section: findings, or a text for one that has nothing to compare."""
     return {
         "scripts-valkey": lambda: scripts.findings("valkey", scripts.ROUNDS),
         "scripts-redis": lambda: scripts.findings("redis", scripts.ROUNDS),
         "decisions": lambda: list(decisions.findings(decisions.ROUNDS)),
+        "races": lambda: races.table(races.ROUNDS),
         "relay": lambda: relay.measure(relay.ROUNDS, peers=True),
         "ledger": lambda: ledger.findings(rows),
     }
@@ -45,10 +47,10 @@ def _write(sections: dict[str, Measured]) -> None:
     write_store(_STORE, sections)
     parts = [_HEAD.format(cores=os.cpu_count(), machine=platform.machine(), **_versions())]
     for name, title in _TITLES.items():
-        if (section := sections.get(name)) and section.findings:
-            parts.append(f"\n## {title}\n\n{section.at}, load average before it {section.load:.1f}.\n\n")
-            parts.append(as_markdown(section.findings))
-            parts.append(f"\n{section.note}\n" if section.note else "")
+        if (section := sections.get(name)) and (section.findings or section.note):
+            parts.append(f"\n## {title}\n\n{section.at}, load average before it {section.load:.1f}.\n")
+            parts.append(f"\n{as_markdown(section.findings)}" if section.findings else "")
+            parts.append(f"\n{section.note.rstrip()}\n" if section.note else "")
     for file, (title, needs) in PLOTS.items():
         if sections.keys() & needs:
             parts.append(f"\n![{title}]({file})\n")
@@ -95,12 +97,12 @@ def main() -> None:
     if unknown := set(asked.sections) - set(_TITLES):
         parser.error(f"no section {min(unknown)!r}: give {', '.join(_TITLES)}")
     known = read_store(_STORE)
-    for name, findings in _sections(asked.rows).items():
+    for name, measure in _sections(asked.rows).items():
         if not asked.sections or name in asked.sections:
             print(f"{name} …", flush=True)
             at, load = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), os.getloadavg()[0]
-            found = findings()
-            known[name] = Measured(at, load, found, decisions.races(RACES) if name == "decisions" else "")
+            found = measure()
+            known[name] = Measured(at, load, [], found) if isinstance(found, str) else Measured(at, load, found)
             _write(known)
     _plot()
     print(f"written: {HERE / 'RESULTS.md'}")

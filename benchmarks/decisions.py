@@ -3,7 +3,7 @@
 Run it as `python -m benchmarks.decisions [ROUNDS]`. It starts a server of its own, and installs `limits` into
 .cache/limits, beside the redis-py of our own environment, which both use. All run on uvloop. The rounds are
 interleaved, and what counts is the ratio within a round: the machine may be busy with other things. The processor time
-that a process takes for a decision is what others disturb least. At the end, processes race for one install's credits.
+that a process takes for a decision is what others disturb least.
 """
 
 import json
@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -28,8 +27,6 @@ AT_ONCE = 256
 MIXES = ("hot", "uniform", "zipf")
 LIMITS = "limits==5.8.0"
 FOLDER = Path(__file__).parent.parent / ".cache" / "limits"
-RACERS, RACED_FOR, STOPPED_S = 4, 5000, 3
-SPENDER_LIMITS = json.dumps({"monthly": RACED_FOR, "gemini_cap": RACED_FOR})
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,41 +70,6 @@ def measure(server: Server, kinds: Sequence[str], mix: str, tasks: int, rounds: 
     return runs
 
 
-def race(server: Server, disturb: Callable[[Server], None]) -> int:
-    """Let processes spend one install's credits until none are left; give how many more than there were."""
-    with Redis(port=server.port) as redis:
-        redis.flushall()
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "tests.spender",
-        server.url,
-        "raced",
-        "pro",
-        SPENDER_LIMITS,
-        "1",
-        "0.2",
-    ]
-    racers = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)  # noqa: S603
-        for _ in range(RACERS)
-    ]
-    for racer in racers:
-        assert racer.stdout  # noqa: S101  for mypy
-        racer.stdout.readline()
-    spent = 0
-    for racer in racers:
-        assert racer.stdin  # noqa: S101  for mypy
-        racer.stdin.write("\n")
-        racer.stdin.flush()
-    disturb(server)
-    for racer in racers:
-        spent += sum(json.loads(racer.communicate()[0]).values())
-    return spent - RACED_FOR
-
-
 def findings(rounds: int) -> Iterator[Finding]:
     """Measure all against a server of our own."""
     binary = binaries()["valkey"]
@@ -134,34 +96,6 @@ def findings(rounds: int) -> Iterator[Finding]:
             server.stop()
 
 
-def _leave_alone(_server: Server) -> None:
-    """Let them race."""
-
-
-def _stop_and_go(server: Server) -> None:
-    """Stop the server's process in the middle: every racer's calls wait."""
-    time.sleep(0.2)
-    server.pause()
-    time.sleep(STOPPED_S)
-    server.resume()
-
-
-def races(rounds: int) -> str:
-    """Let processes race, several times, and tell what was spent too many."""
-    binary = binaries()["valkey"]
-    assert binary  # noqa: S101  it is a dependency
-    said = []
-    with tempfile.TemporaryDirectory() as folder:
-        server = Server(binary, Path(folder), "--appendonly", "no").start()
-        try:
-            for name, disturb in (("undisturbed", _leave_alone), ("with the server stopped meanwhile", _stop_and_go)):
-                over = [race(server, disturb) for _ in range(rounds)]
-                said.append(f"{name} at most {max(over)} too many (and {-min(over)} too few)")
-        finally:
-            server.stop()
-    return f"{RACERS} processes race for {RACED_FOR:,} credits, {rounds} times each: {'; '.join(said)}."
-
-
 def _compared(  # noqa: PLR0917  one place spells it out
     runs: dict[str, list[Measured]],
     what: str,
@@ -184,7 +118,6 @@ def main() -> None:
     """Measure, and print a table."""
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
     print(as_text(list(findings(rounds))))
-    print(races(rounds))
 
 
 if __name__ == "__main__":

@@ -92,8 +92,12 @@ def compared(
 
 def as_markdown(findings: Iterable[Finding]) -> str:
     """Write a table for RESULTS.md."""
-    lines = [HEADS, ["---"] * len(HEADS), *(finding.cells() for finding in findings)]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return markdown_table(HEADS, [finding.cells() for finding in findings])
+
+
+def markdown_table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Write a table of any columns."""
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (heads, ["---"] * len(heads), *lines))
 
 
 def as_text(findings: Iterable[Finding]) -> str:
@@ -105,7 +109,7 @@ def as_text(findings: Iterable[Finding]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One section's findings, when they were made, and the machine's load average just before."""
+    """One section's findings, when they were made, and the machine's load average just before. note: Markdown."""
 
     at: str
     load: float

@@ -3,7 +3,8 @@
     python -m tests.spender URL INSTALL TIER LIMITS HAS_HARDWARE GIVE_BACK
 
 LIMITS: the tier's limits, as JSON. GIVE_BACK: the share of the holds that are released instead of committed. It
-waits for a line on stdin, so that all nodes begin together.
+waits for a line on stdin, so that all nodes begin together. Prints credits by backend, and those of repeated commits
+as GONE.
 """
 
 import asyncio
@@ -12,7 +13,7 @@ import random
 import sys
 from collections import Counter
 
-from limiter import CreditLimiter, Reason, Tiers, connect
+from limiter import CreditLimiter, Reason, Status, Tiers, connect
 
 TASKS = 64
 LASTING = (Reason.OUT_OF_CREDITS, Reason.GEMINI_CAP)
@@ -32,6 +33,9 @@ async def spend(
             await limiter.release(install_id, decision.hold_id)
             continue
         settlement = await limiter.commit(install_id, decision.hold_id)
+        if settlement.status is Status.GONE:  # it was debited when it was sent first, and the answer was lost
+            spent[settlement.status] += 1
+            continue
         assert settlement.backend
         spent[settlement.backend] += settlement.cost
 

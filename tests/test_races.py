@@ -39,7 +39,9 @@ async def spent_by_nodes(
         assert await node.stdout.readline() == b"ready\n"
     outputs = await asyncio.gather(*(node.communicate(b"\n") for node in nodes))
     assert [node.returncode for node in nodes] == [0] * NODES
-    return [Counter(json.loads(output)) for output, _ in outputs]
+    spent = [Counter(json.loads(output)) for output, _ in outputs]
+    assert not any(Status.GONE in each for each in spent), "a commit was repeated, though no reply was lost"
+    return spent
 
 
 async def assert_row_tells(redis: Redis, counter: str, *, consumed: int, on_gemini: int) -> None:
