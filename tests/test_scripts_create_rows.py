@@ -1,13 +1,25 @@
 from dataclasses import replace
+from itertools import count
 
 import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Row, ScriptContractError, Status
+from limiter.keys import Keys
 from limiter.scripts import Scripts, stored_text
+from limiter.slots import slot_of
 from tests.conftest import fields_of
 
-ROW = Row("a", "pro", 11, 12, "2026-05-01T08:00:00.000Z", 14, 15, 16, "2026-05-10T09:30:00.000Z")
+
+def beside(install_id: str) -> str:
+    """Give another install whose row is in the same slot: in a cluster a call has only such rows."""
+    keys = Keys()
+    names = (f"a{number}" for number in count())
+    return next(name for name in names if slot_of(keys.install(name)) == slot_of(keys.install(install_id)))
+
+
+A = beside("b")
+ROW = Row(A, "pro", 11, 12, "2026-05-01T08:00:00.000Z", 14, 15, 16, "2026-05-10T09:30:00.000Z")
 OTHER = Row("b", "core", 1, 0, "2026-05-02T08:00:00.000Z", 2, 0, 0, "2026-05-02T08:00:00.000Z", '{"x":1}')
 
 
@@ -20,27 +32,27 @@ async def test_create_rows_when_they_are_new_then_each_is_what_put_row_makes_of_
     redis: Redis, limiter: CreditLimiter
 ) -> None:
     assert await create(limiter, ROW, OTHER) == [Status.CREATED, Status.CREATED]
-    made = [await fields_of(redis, "a"), await fields_of(redis, "b")]
+    made = [await fields_of(redis, A), await fields_of(redis, "b")]
     await redis.flushdb()
     for row in (ROW, OTHER):
         await limiter.put_row(row, mode="create")
-    assert made == [await fields_of(redis, "a"), await fields_of(redis, "b")]
+    assert made == [await fields_of(redis, A), await fields_of(redis, "b")]
 
 
 async def test_create_rows_when_one_is_there_then_it_is_left_alone_and_the_others_are_stored(
     redis: Redis, limiter: CreditLimiter
 ) -> None:
-    await limiter.debit("a", tier="core", has_hardware=True)
-    before = await redis.dump("credits:install:a")
+    await limiter.debit(A, tier="core", has_hardware=True)
+    before = await redis.dump(f"credits:install:{A}")
     assert await create(limiter, OTHER, ROW) == [Status.CREATED, Status.EXISTS]
-    assert await redis.dump("credits:install:a") == before
+    assert await redis.dump(f"credits:install:{A}") == before
     assert await limiter.row("b") == OTHER
 
 
 async def test_create_rows_when_the_key_is_no_row_then_it_is_left_alone(redis: Redis, limiter: CreditLimiter) -> None:
-    await redis.set("credits:install:a", "x", ex=60)
+    await redis.set(f"credits:install:{A}", "x", ex=60)
     assert await create(limiter, ROW) == [Status.EXISTS]
-    assert await redis.get("credits:install:a") == b"x"
+    assert await redis.get(f"credits:install:{A}") == b"x"
 
 
 @pytest.mark.parametrize(
