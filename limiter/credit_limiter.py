@@ -80,26 +80,22 @@ class CreditLimiter:
         key = self.keys.install(install_id)
         hold = _checked_hold_id(hold_id) if hold_id else new_hold_id()
         _check_cost(cost)
-        try:
-            return await self._decided(
+        return await self._decided(
+            key,
+            tier,
+            cost,
+            lambda: self._scripts.reserve(
                 key,
-                tier,
-                cost,
-                lambda: self._scripts.reserve(
-                    key,
-                    hold_id=hold,
-                    tier=limits,
-                    has_hardware=has_hardware,
-                    cost=cost,
-                    hold_ms=self.hold_ms,
-                    may_create=may_create,
-                    now_ms=self._now_ms(),
-                ),
                 hold_id=hold,
-            )
-        except LimiterUnavailable as error:
-            error.hold_id = hold
-            raise
+                tier=limits,
+                has_hardware=has_hardware,
+                cost=cost,
+                hold_ms=self.hold_ms,
+                may_create=may_create,
+                now_ms=self._now_ms(),
+            ),
+            hold_id=hold,
+        )
 
     async def commit(
         self, install_id: str, hold_id: str, *, backend: Backend | None = None, cost: int | None = None
@@ -247,6 +243,9 @@ class CreditLimiter:
         decision = None
         try:
             decision = await self.repeated(attempt, when_unknown=when_unknown)
+        except LimiterUnavailable as error:
+            error.hold_id = hold_id or None
+            raise
         finally:
             self._denials.note(key, asked, decision)
         return decision

@@ -50,9 +50,11 @@ class Denials:
 
         Where something is held, Redis is asked again: this hold id may be live already, which is no refusal.
         """
+        if not self._keep_ms:
+            return
         if decision is None or decision.status is not Status.DENIED:
             self.changed(row_key)
-        elif self._keep_ms and decision.reason is Reason.OUT_OF_CREDITS and not decision.balance.held:
+        elif decision.reason is Reason.OUT_OF_CREDITS and not decision.balance.held:
             balance = decision.balance
             lasts_ms = self._keep_ms
             if balance.renews_ms is not None:  # both by the server's clock; it had not come to now_ms when it was asked

@@ -11,6 +11,7 @@ from limiter.errors import InvalidInstallId, SettingsError
 
 # No brace, or the id would choose the cluster slot; no glob character, or it would match other rows in a SCAN.
 _INSTALL_ID = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
+_STORED_AS_IT_IS = re.compile(r"[a-z0-9._-]{1,64}", re.ASCII)
 _UUID = re.compile(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}", re.ASCII)
 _PREFIX = re.compile(r"[A-Za-z0-9._:-]{1,32}", re.ASCII)
 
@@ -25,6 +26,8 @@ def normalise_install_id(install_id: str) -> str:
 
     Raises InvalidInstallId unless it has 1 to 64 characters of `A-Z a-z 0-9 . _ -`.
     """
+    if _STORED_AS_IT_IS.fullmatch(install_id):  # nearly all
+        return install_id
     if _UUID.fullmatch(install_id):
         return install_id.lower()
     if not _INSTALL_ID.fullmatch(install_id):

@@ -4,8 +4,8 @@ A method here makes one attempt. It never repeats: who may repeat what is decide
 """
 
 import asyncio
-from collections.abc import Awaitable, Sequence
-from functools import cache, lru_cache
+from collections.abc import Awaitable, Callable, Sequence
+from functools import lru_cache
 from typing import Any, Literal, TypeVar
 
 from redis.exceptions import (
@@ -61,7 +61,7 @@ class Scripts:
         self._wire = wire
         self._timeout_s = timeout_ms / 1000
 
-    async def reserve(
+    def reserve(
         self,
         row_key: str,
         *,
@@ -72,9 +72,11 @@ class Scripts:
         hold_ms: int,
         may_create: bool,
         now_ms: int | None,
-    ) -> Decision:
+    ) -> Awaitable[Decision]:
         """Run reserve.lua."""
-        usual = _packed_once(
+        head, limits = _head_and_tail(
+            "reserve",
+            1,
             tier.name,
             tier.counter,
             tier.quota,
@@ -86,10 +88,10 @@ class Scripts:
             int(may_create),
             now_ms,
         )
-        reply = await self._sent("reserve", row_key, _evalsha("reserve", row_key, 11, packed(hold_id) + usual))
-        return _decision(reply, tier, hold_id)
+        evalsha = f"{head}{_word(row_key)}{_word(hold_id)}{limits}".encode()
+        return self._run("reserve", row_key, evalsha, _decision, tier, hold_id)
 
-    async def debit(
+    def debit(
         self,
         row_key: str,
         *,
@@ -99,9 +101,11 @@ class Scripts:
         lifetime_tiers: str,
         may_create: bool,
         now_ms: int | None,
-    ) -> Decision:
+    ) -> Awaitable[Decision]:
         """Run debit.lua."""
-        usual = _packed_once(
+        head, limits = _head_and_tail(
+            "debit",
+            0,
             tier.name,
             tier.counter,
             tier.quota,
@@ -112,15 +116,14 @@ class Scripts:
             int(may_create),
             now_ms,
         )
-        reply = await self._sent("debit", row_key, _evalsha("debit", row_key, 9, usual))
-        return _decision(reply, tier, "")
+        return self._run("debit", row_key, f"{head}{_word(row_key)}{limits}".encode(), _decision, tier, "")
 
     async def balance(self, row_key: str, *, tier: Tier, now_ms: int | None) -> Balance:
         """Run balance.lua."""
         reply = await self.call("balance", row_key, tier.counter, tier.quota, tier.gemini_cap, now_ms)
         return _decision(reply, tier, "").balance
 
-    async def commit(
+    def commit(
         self,
         row_key: str,
         *,
@@ -129,60 +132,58 @@ class Scripts:
         cost: int | None,
         lifetime_tiers: str,
         now_ms: int | None,
-    ) -> Settlement:
+    ) -> Awaitable[Settlement]:
         """Run commit.lua."""
-        usual = _packed_once(backend, cost, lifetime_tiers, now_ms)
-        reply = await self._sent("commit", row_key, _evalsha("commit", row_key, 5, packed(hold_id) + usual))
-        status, tier, used, debited = reply
-        return Settlement(_STATUS[status], tier.decode() or None, _BACKEND[used], debited)
+        head, used = _head_and_tail("commit", 1, backend, cost, lifetime_tiers, now_ms)
+        return self._run("commit", row_key, f"{head}{_word(row_key)}{_word(hold_id)}{used}".encode(), _settlement)
 
     async def release(self, row_key: str, *, hold_id: str, now_ms: int | None) -> Status:
         """Run release.lua."""
-        reply = await self.call("release", row_key, hold_id, now_ms)
-        return _STATUS[reply[0]]
+        return status_of(await self.call("release", row_key, hold_id, now_ms))
 
     async def put_row(self, row_key: str, row: Row, *, mode: PutMode) -> Status:
         """Run put_row.lua."""
-        reply = await self.call("put_row", row_key, mode, *stored_values(row))
-        return _STATUS[reply[0]]
+        return status_of(await self.call("put_row", row_key, mode, *stored_values(row)))
 
-    async def create_rows(self, row_keys: Sequence[str], texts: Sequence[str]) -> list[Status]:
+    def create_rows(self, row_keys: Sequence[str], texts: Sequence[str]) -> Awaitable[list[Status]]:
         """Run create_rows.lua. texts: the `stored_text` of each row."""
         evalsha = command("EVALSHA", compose("create_rows").sha, len(row_keys), *row_keys, *texts)
-        reply = await self._sent("create_rows", row_keys[0], evalsha)
-        return [_STATUS[word] for word in reply]
+        return self._run("create_rows", row_keys[0], evalsha, _statuses)
 
     async def call(self, name: str, row_key: str, *arguments: Argument) -> Any:
         """Run one script on one key, loading it when the server does not know it (a restart, SCRIPT FLUSH, a replica).
 
         Raises LimiterUnavailable, BrokenRow, ScriptContractError.
         """
-        return await self._sent(name, row_key, _evalsha(name, row_key, len(arguments), packed(*arguments)))
+        head, _ = _head_and_tail(name, len(arguments))
+        return await self._run(name, row_key, f"{head}{_word(row_key)}".encode() + packed(*arguments), _as_it_is)
 
-    async def _sent(self, name: str, row_key: str, evalsha: bytes) -> Any:
+    async def _run(self, name: str, row_key: str, evalsha: bytes, read: Callable[..., T], *more: Tier | str) -> T:
+        """Send a call, and read its reply; more: what `read` wants besides."""
         try:
             try:
-                return await self._wire.send(row_key, evalsha, self._timeout_s)
+                reply = await self._wire.send(row_key, evalsha, self._timeout_s)
             except NoScriptError:
                 await self._wire.send(row_key, command("SCRIPT", "LOAD", compose(name).text), self._timeout_s)
-                return await self._wire.send(row_key, evalsha, self._timeout_s)
+                reply = await self._wire.send(row_key, evalsha, self._timeout_s)
         except RedisError as error:
             raise mapped(error, row_key) from error
+        return read(reply, *more)
 
 
-def _evalsha(name: str, row_key: str, count: int, arguments: bytes) -> bytes:
-    key = row_key.encode()
-    return b"%b$%d\r\n%b\r\n%b" % (_until_key(name, count), len(key), key, arguments)
+@lru_cache(maxsize=1024)
+def _head_and_tail(name: str, own: int, *usual: Argument) -> tuple[str, str]:
+    """Give how a call of a script begins, up to its key, and its last arguments; own: how many are between the two.
+
+    Both are the same in call after call: the limits of a tier, the cost, the flags.
+    """
+    head = packed("EVALSHA", compose(name).sha, 1).decode()
+    return f"*{4 + own + len(usual)}\r\n{head}", packed(*usual).decode()
 
 
-@cache
-def _until_key(name: str, count: int) -> bytes:
-    """Give how each call of a script with so many arguments begins."""
-    return b"*%d\r\n%b" % (4 + count, packed("EVALSHA", compose(name).sha, 1))
-
-
-# What is the same in call after call: the limits of a tier, the cost, the flags.
-_packed_once = lru_cache(maxsize=1024)(packed)
+def _word(text: str) -> str:
+    """Give a key or a hold id as an element of a command. Both are ASCII: see `Keys`, and who may choose a hold id."""
+    return f"${len(text)}\r\n{text}\r\n"
 
 
 async def plain(command: Awaitable[T], key: str, *, timeout_ms: int) -> T:
@@ -244,6 +245,19 @@ def mapped(error: Exception, row_key: str) -> Exception:  # noqa: PLR0911  a tab
     if isinstance(error, ResponseError):
         return ScriptContractError(f"Redis refused a script on {row_key}: {text}")
     return LimiterUnavailable(f"Redis failed: {text}")
+
+
+def _as_it_is(reply: Any) -> Any:
+    return reply
+
+
+def _statuses(reply: list[bytes]) -> list[Status]:
+    return [_STATUS[word] for word in reply]
+
+
+def _settlement(reply: list[Any]) -> Settlement:
+    status, tier, backend, cost = reply
+    return Settlement(_STATUS[status], tier.decode() or None, _BACKEND[backend], cost)
 
 
 def _decision(reply: list[Any], tier: Tier, hold_id: str) -> Decision:
