@@ -175,8 +175,11 @@ class Scripts:
 def _head_and_tail(name: str, own: int, *usual: Argument) -> tuple[str, str]:
     """Give how a call of a script begins, up to its key, and its last arguments; own: how many are between the two.
 
-    Both are the same in call after call: the limits of a tier, the cost, the flags.
+    Both are the same in call after call: the limits of a tier, the cost, the flags. A time that is None comes last, and
+    is left out.
     """
+    if usual and usual[-1] is None:
+        usual = usual[:-1]
     head = packed("EVALSHA", compose(name).sha, 1).decode()
     return f"*{4 + own + len(usual)}\r\n{head}", packed(*usual).decode()
 

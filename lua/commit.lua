@@ -9,7 +9,7 @@ local hold_id        = ARGV[1]            -- string, 1..48 bytes
 local used_backend   = ARGV[2]            -- gemini | hardware; "" for the one planned
 local used_cost      = ARGV[3] ~= "" and ARGV[3] + 0  -- int > 0, credits; "" for what was held
 local lifetime_tiers = ARGV[4]            -- names joined by ",": the tiers whose quota is a lifetime's
-local now_arg        = ARGV[5]            -- int, epoch milliseconds; "" for the server's time
+local now_arg        = ARGV[5]            -- int, epoch milliseconds; "" or none for the server's time
 if hold_id == "" or used_cost and (used_cost <= 0 or used_cost % 1 ~= 0) then
   return redis.error_reply("BADARG commit wants a hold id, and a whole cost above 0 or none")
 end

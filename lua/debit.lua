@@ -14,7 +14,7 @@ local has_hardware   = ARGV[5] == "1"     -- 1 | 0
 local cost           = ARGV[6] + 0        -- int > 0, credits
 local lifetime_tiers = ARGV[7]            -- names joined by ",": the tiers whose quota is a lifetime's
 local may_create     = ARGV[8] == "1"     -- 1 | 0: whether an unknown install gets a row
-local now_arg        = ARGV[9]            -- int, epoch milliseconds; "" for the server's time
+local now_arg        = ARGV[9]            -- int, epoch milliseconds; "" or none for the server's time
 if cost <= 0 or cost % 1 ~= 0 then return redis.error_reply("BADARG debit wants a whole cost above 0") end
 local hold_field, max_in_flight = "hold:", nil
 --@include clock

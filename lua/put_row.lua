@@ -50,7 +50,7 @@ elseif verb == "merge" then
   elseif began > last_renewal_at then
     new[4], new[5], new[6], new[7] = began, anniversary_day, tonumber(monthly), tonumber(monthly_gemini)
   end
-  if civil(old[8] or "") and old[8] > last_active_at then new[1], new[8] = tier_snapshot, old[8] end
+  if civil(old[8] or "") and old[8] > last_active_at then new[1], new[8] = old[1] or "core", old[8] end
   if extra == "" then new[9] = old[9] or "" end
 end
 

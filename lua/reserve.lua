@@ -16,7 +16,7 @@ local has_hardware  = ARGV[7] == "1"     -- 1 | 0
 local cost_arg      = ARGV[8]            -- int > 0, credits
 local hold_ms       = ARGV[9] + 0        -- int > 0, milliseconds until the hold lapses
 local may_create    = ARGV[10] == "1"    -- 1 | 0: whether an unknown install gets a row
-local now_arg       = ARGV[11]           -- int, epoch milliseconds; "" for the server's time
+local now_arg       = ARGV[11]           -- int, epoch milliseconds; "" or none for the server's time
 local hold_field, cost = "hold:" .. hold_id, cost_arg + 0
 if hold_id == "" or cost <= 0 or cost % 1 ~= 0 or hold_ms <= 0 then
   return redis.error_reply("BADARG reserve wants a hold id, and a whole cost and a hold time above 0")

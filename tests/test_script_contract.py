@@ -171,6 +171,18 @@ async def test_call_when_it_leaves_python_then_each_argument_is_at_the_place_tha
     assert {binding.name: text for binding, text in zip(bound, texts, strict=True)} == wanted
 
 
+@pytest.mark.parametrize("name", ["reserve", "debit", "commit"])
+async def test_decision_when_it_goes_by_the_servers_clock_then_no_argument_is_sent_for_the_time(
+    proxy: Proxy, name: str
+) -> None:
+    client = await connect(proxy.url)
+    await CALLS[name][0](CreditLimiter(client, TIERS, hold_ms=705_000))
+    await client.aclose()
+    sent = [command for command in proxy.commands if command[:2] == (b"EVALSHA", compose(name).sha.encode())]
+    wanted = [text for argument, text in CALLS[name][1].items() if argument != "now_arg"]
+    assert sorted(argument.decode() for argument in sent[-1][4:]) == sorted(wanted)
+
+
 def test_calls_when_listed_then_every_script_is_among_them() -> None:
     assert sorted([*CALLS, "create_rows"]) == ALL_NAMES == script_names()
 

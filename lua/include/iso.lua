@@ -6,7 +6,7 @@
 local now_iso
 do
   local ms_of_day = now_ms % 86400000
-  local quarters = 4 * (now_ms - ms_of_day) / 86400000 + 2877875 -- four times the days since 0000-03-01, and 3
+  local quarters = (now_ms - ms_of_day) / 21600000 + 2877875 -- four times the days since 0000-03-01, and 3
   local rest = quarters % 146097
   local century = (quarters - rest) / 146097
   quarters = rest - rest % 4 + 3
@@ -21,9 +21,10 @@ do
   end
   local thousandth = ms_of_day % 1000
   local second = (ms_of_day - thousandth) / 1000
-  local minute = (second - second % 60) / 60
-  local hour = (minute - minute % 60) / 60
-  minute, second = minute % 60, second % 60
+  local minute = second % 3600
+  local hour = (second - minute) / 3600
+  second = minute % 60
+  minute = (minute - second) / 60
   local c0, y0, m0, d0 = century % 10, year % 10, month % 10, day % 10
   local h0, n0, s0, t0, t1 = hour % 10, minute % 10, second % 10, thousandth % 10, thousandth % 100
   now_iso = string.char(48 + (century - c0) / 10, 48 + c0, 48 + (year - y0) / 10, 48 + y0, 45,
