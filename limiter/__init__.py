@@ -1,7 +1,7 @@
 """Atomic credits in Redis: reserve, commit and release them from any number of nodes."""
 
 from limiter.connection import connect
-from limiter.credit_limiter import CreditLimiter, Hold
+from limiter.credit_limiter import CreditLimiter
 from limiter.errors import (
     BrokenRow,
     InvalidInstallId,
@@ -13,6 +13,7 @@ from limiter.errors import (
     SettingsError,
     UnknownTier,
 )
+from limiter.hold import Hold
 from limiter.model import Balance, Decision, HeldCredits, Reason, Row, Settlement, Status, Tier, Tiers
 
 __version__ = "0.1.0"

@@ -7,15 +7,15 @@ import asyncio
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from typing import TypeVar
 
 from redis.asyncio import Redis
 
-from limiter.cancelling import to_the_end
 from limiter.denials import Denials
-from limiter.errors import LimiterError, LimiterUnavailable, Overloaded
+from limiter.errors import LimiterUnavailable, Overloaded
+from limiter.hold import Hold, held
 from limiter.keys import Keys, normalise_install_id
 from limiter.model import MAX_COST, Backend, Balance, Decision, Row, Settlement, Status, Tiers
 from limiter.scripts import PutMode, Scripts
@@ -24,7 +24,6 @@ from limiter.wire import Wire
 
 T = TypeVar("T")
 _HOLD_ID = re.compile(r"[A-Za-z0-9._-]{1,48}", re.ASCII)
-_UNSETTLED = "The hold was not settled and will lapse by itself"
 _FIRST_PAUSE_S = 0.01
 _LONGEST_PAUSE_S = 0.25
 
@@ -189,42 +188,19 @@ class CreditLimiter:
         """Hear that rows were changed past these methods, as by an import."""
         self._denials.all_changed()
 
-    @asynccontextmanager
-    async def hold(
+    def hold(
         self, install_id: str, *, tier: str, has_hardware: bool, cost: int = 1, hold_id: str | None = None
-    ) -> AsyncIterator["Hold"]:
+    ) -> AbstractAsyncContextManager[Hold]:
         """Reserve, then commit at the end of the block, or release if it raises (cancellation included).
 
         Look at `hold.allowed` first: a refused hold has nothing to settle. `hold.charge()` says what was really used.
         """
-        hold_id = hold_id or new_hold_id()
-        reserving = asyncio.ensure_future(
-            self.reserve(install_id, tier=tier, has_hardware=has_hardware, cost=cost, hold_id=hold_id)
+        own_id = hold_id or new_hold_id()
+        return held(
+            lambda: self.reserve(install_id, tier=tier, has_hardware=has_hardware, cost=cost, hold_id=own_id),
+            lambda hold: self.commit(install_id, own_id, backend=hold.used_backend, cost=hold.used_cost),
+            lambda: self.release(install_id, own_id),
         )
-        try:
-            decision = await asyncio.shield(reserving)
-        except (asyncio.CancelledError, LimiterUnavailable) as error:
-            await _noting(error, to_the_end(self._undo(install_id, hold_id, reserving), if_it_fails=_UNSETTLED))
-            raise
-        hold = Hold(decision)
-        try:
-            yield hold
-        except BaseException as error:
-            if decision.allowed:
-                await _noting(error, to_the_end(self.release(install_id, decision.hold_id), if_it_fails=_UNSETTLED))
-            raise
-        if decision.allowed:
-            await to_the_end(
-                self.commit(install_id, decision.hold_id, backend=hold.used_backend, cost=hold.used_cost),
-                if_it_fails=_UNSETTLED,
-            )
-
-    async def _undo(self, install_id: str, hold_id: str, reserving: "asyncio.Future[Decision]") -> None:
-        """Give back what a reserve holds, or may hold, whose answer came to nobody."""
-        await asyncio.wait({reserving})
-        failure = reserving.exception()
-        if failure is None or (isinstance(failure, LimiterUnavailable) and failure.executed is not False):
-            await self.release(install_id, hold_id)
 
     async def _decided(
         self,
@@ -284,39 +260,6 @@ class CreditLimiter:
             except LimiterUnavailable as error:
                 failure = error
                 unknown = unknown or error.executed is not False
-
-
-class Hold:
-    """A hold inside its `async with` block."""
-
-    __slots__ = ("decision", "used_backend", "used_cost")
-
-    def __init__(self, decision: Decision) -> None:
-        self.decision = decision
-        self.used_backend: Backend | None = None
-        self.used_cost: int | None = None
-
-    @property
-    def allowed(self) -> bool:
-        """Whether the request may be served."""
-        return self.decision.allowed
-
-    @property
-    def backend(self) -> Backend | None:
-        """The planned backend; None when refused."""
-        return self.decision.backend
-
-    def charge(self, *, backend: Backend | None = None, cost: int | None = None) -> None:
-        """Say what was really used, for the commit at the end of the block."""
-        self.used_backend, self.used_cost = backend, cost
-
-
-async def _noting(reason: BaseException, release: Awaitable[Status | None]) -> None:
-    """Await a release whose failure must not hide why it is made, least of all a cancellation."""
-    try:
-        await release
-    except LimiterError as unsettled:
-        reason.add_note(f"The hold was not released and will lapse by itself: {unsettled}")
 
 
 def new_hold_id() -> str:

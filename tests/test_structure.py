@@ -25,7 +25,7 @@ LAYERS = (
     ("keys", "model"),
     ("scripts",),
     ("store",),
-    ("denials",),
+    ("denials", "hold"),
     ("credit_limiter",),
 )
 # Beside the layers: the way to a server, which knows errors only.

@@ -1,0 +1,81 @@
+"""The block of code that a hold lives in: its credits are reserved before it, and committed or given back after it.
+
+It settles on every way out, cancellation included. How to reserve, commit and release it is told.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+from limiter.cancelling import to_the_end
+from limiter.errors import LimiterError, LimiterUnavailable
+from limiter.model import Backend, Decision, Settlement, Status
+
+Release = Callable[[], Coroutine[Any, Any, Status]]
+_UNSETTLED = "The hold was not settled and will lapse by itself"
+
+
+class Hold:
+    """A hold inside its `async with` block."""
+
+    __slots__ = ("decision", "used_backend", "used_cost")
+
+    def __init__(self, decision: Decision) -> None:
+        self.decision = decision
+        self.used_backend: Backend | None = None
+        self.used_cost: int | None = None
+
+    @property
+    def allowed(self) -> bool:
+        """Whether the request may be served."""
+        return self.decision.allowed
+
+    @property
+    def backend(self) -> Backend | None:
+        """The planned backend; None when refused."""
+        return self.decision.backend
+
+    def charge(self, *, backend: Backend | None = None, cost: int | None = None) -> None:
+        """Say what was really used, for the commit at the end of the block."""
+        self.used_backend, self.used_cost = backend, cost
+
+
+@asynccontextmanager
+async def held(
+    reserve: Callable[[], Coroutine[Any, Any, Decision]],
+    commit: Callable[[Hold], Coroutine[Any, Any, Settlement]],
+    release: Release,
+) -> AsyncIterator[Hold]:
+    """Reserve, then commit at the end of the block, or release if it raises."""
+    reserving = asyncio.ensure_future(reserve())
+    try:
+        decision = await asyncio.shield(reserving)
+    except (asyncio.CancelledError, LimiterUnavailable) as error:
+        await _noting(error, to_the_end(_undo(reserving, release), if_it_fails=_UNSETTLED))
+        raise
+    hold = Hold(decision)
+    try:
+        yield hold
+    except BaseException as error:
+        if decision.allowed:
+            await _noting(error, to_the_end(release(), if_it_fails=_UNSETTLED))
+        raise
+    if decision.allowed:
+        await to_the_end(commit(hold), if_it_fails=_UNSETTLED)
+
+
+async def _undo(reserving: "asyncio.Future[Decision]", release: Release) -> None:
+    """Give back what a reserve holds, or may hold, whose answer came to nobody."""
+    await asyncio.wait({reserving})
+    failure = reserving.exception()
+    if failure is None or (isinstance(failure, LimiterUnavailable) and failure.executed is not False):
+        await release()
+
+
+async def _noting(reason: BaseException, release: Awaitable[Status | None]) -> None:
+    """Await a release whose failure must not hide why it is made, least of all a cancellation."""
+    try:
+        await release
+    except LimiterError as unsettled:
+        reason.add_note(f"The hold was not released and will lapse by itself: {unsettled}")
