@@ -26,9 +26,11 @@ class Raw:
         self.closes = False
         self.requests = 0
         self.connections = 0
+        self.writer: asyncio.StreamWriter | None = None
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        self.writer = writer
         with suppress(ConnectionError, asyncio.IncompleteReadError):
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).lower()
@@ -148,6 +150,19 @@ async def test_connection_when_more_comes_on_it_than_was_asked_for_then_no_other
     for _ in range(2):
         assert (await relay.ask()).body == GOOD
     assert raw.requests == 3
+
+
+@pytest.mark.parametrize("unasked", [EVIL, b"garbage"])
+async def test_connection_when_something_comes_on_it_unasked_then_no_client_gets_it(
+    relay: RunningRelay, raw: Raw, unasked: bytes
+) -> None:
+    raw.scripts = [WHOLE, WHOLE, WHOLE]
+    assert (await relay.ask()).body == GOOD
+    assert raw.writer
+    raw.writer.write(unasked)
+    await raw.writer.drain()
+    assert b"evil" not in (await relay.ask()).body
+    assert (await relay.ask()).body == GOOD
 
 
 @pytest.mark.parametrize("cut", [b'{"id', b""])

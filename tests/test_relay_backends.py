@@ -44,6 +44,13 @@ async def test_backend_when_it_has_a_password_and_a_key_then_settings_error() ->
     assert "pass-word" not in str(raised.value)
 
 
+@pytest.mark.parametrize("user", ["a%3Ab:secret", "user:se%E2%82%ACcret"])
+async def test_backend_when_its_urls_user_cannot_be_a_header_then_settings_error_without_it(user: str) -> None:
+    with pytest.raises(SettingsError, match=r"^backends\.hardware\.url has a user or a password that no") as raised:
+        BackendClient("hardware", f"http://{user}@host/v1", timeout_s=1)
+    assert "cret" not in str(raised.value)
+
+
 async def test_backends_when_one_is_refused_then_the_other_is_closed() -> None:
     settings = load_settings(None, {"backends": {"gemini": {"api_key": "key"}, "hardware": {"url": "localhost:8000"}}})
     with pytest.raises(SettingsError, match=r"^backends\.hardware\.url "):

@@ -4,13 +4,11 @@ A backend's credentials stay in here, and so do a client's out there: headers pa
 """
 
 import asyncio
-import io
 import logging
 import zlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 
 import aiohttp
 from aiohttp import hdrs
@@ -21,10 +19,10 @@ from limiter.errors import SettingsError
 from limiter.model import Backend as BackendName
 from limiter.relay.answers import Problem, ProblemRaised, retry_seconds
 from limiter.relay.breaker import Attempt, Breaker, CircuitOpen
+from limiter.relay.exchange import Answer, Origin
 from limiter.relay.upstream import FAILURES, SUCCESS, BackendFailed, Outcome, Upstream, failed, problem_of_backend
 
 _LOG = logging.getLogger("limiter.relay")
-_CONNECTIONS = 1000
 _REQUEST_HEADERS = (hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.CONTENT_TYPE, "OpenAI-Beta")
 _TRACE_HEADERS = ("traceparent", "tracestate")  # for the operator's own server; a third party has no use for them
 _RESPONSE_HEADERS = (
@@ -40,7 +38,6 @@ _PASSING = frozenset({408, 429})
 _REDIRECT = range(300, 400)
 _SERVER_ERROR = 500
 _LONGEST_REFUSAL = 1 << 20
-_AT_ONCE = 1 << 16  # a larger body is sent bit by bit: it would block the loop
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +60,16 @@ def _base(name: BackendName, url: str) -> URL:
     if base.scheme not in ("http", "https") or not base.host:
         raise SettingsError(f"backends.{name}.url is no http:// or https:// URL")
     return base
+
+
+def _basic(name: BackendName, base: URL) -> str:
+    """Give the Authorization of a URL's user and password; empty when it has none."""
+    if base.user is None and base.password is None:
+        return ""
+    try:
+        return aiohttp.encode_basic_auth(base.user or "", base.password or "", encoding="latin-1")
+    except ValueError:
+        raise SettingsError(f"backends.{name}.url has a user or a password that no header can carry") from None
 
 
 def _may_pass(value: str) -> bool:
@@ -107,26 +114,20 @@ class BackendClient:
         breaker: Breaker | None = None,
     ) -> None:
         self.name = name
-        self._url = _base(name, url)
-        if api_key and self._url.user is not None:
+        base = _base(name, url)
+        if api_key and base.user is not None:
             raise SettingsError(f"backends.{name} has an api_key and a user in its url: give one of them")
         if not _may_pass(api_key):
             raise SettingsError(f"backends.{name}.api_key has a character that no header can carry, as a line's end")
-        self.label = label or str(self._url.with_user(None).with_query(None)).rstrip("/")
+        self.label = label or str(base.with_user(None).with_query(None)).rstrip("/")
         self.models: Mapping[str, str] = models or {}
         self.breaker = breaker or Breaker(failures=0, reset_s=0)
         self._api_key = api_key
+        self._authorization = f"Bearer {api_key}" if api_key else _basic(name, base)
         self._first_s, self._idle_s, self._total_s = timeout_s, idle_s or timeout_s, total_s
         self._passed = _REQUEST_HEADERS + (_TRACE_HEADERS if name == "hardware" else ())
         self._called: Callable[[Outcome], None] = _tell_nobody
-        self._at = lru_cache(maxsize=64)(self._url.joinpath)
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=_CONNECTIONS),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=False,  # the body passes as it is, with its Content-Encoding
-            skip_auto_headers=(hdrs.USER_AGENT, hdrs.ACCEPT_ENCODING),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_s),
-        )
+        self._origin = Origin(base.with_user(None), connect_s=connect_s)
 
     def watch(self, called: Callable[[Outcome], None]) -> None:
         """Have a function told how each call ended, one that the breaker kept back included."""
@@ -158,7 +159,7 @@ class BackendClient:
 
     async def aclose(self) -> None:
         """Close the connections."""
-        await self._session.close()
+        await self._origin.aclose()
 
     async def _tried(self, method: str, path: str, headers: Mapping[str, str], body: bytes | Streamed) -> Upstream:
         """Make a request, if the breaker lets it, and tell the breaker what came of it."""
@@ -188,14 +189,13 @@ class BackendClient:
     async def _asked(self, method: str, path: str, headers: Mapping[str, str], body: bytes | Streamed) -> Upstream:
         outgoing = self._outgoing(headers, body)
         began_s = asyncio.get_running_loop().time()
-        response: aiohttp.ClientResponse | None = None
+        response: Answer | None = None
         try:
             # The timeouts are ours: aiohttp's sock_read ends, and tells nobody, at a chunk that its C parser
             # refuses (3.14), and a head that dribbles in must end, too.
             async with asyncio.timeout_at(began_s + min(self._first_s, self._total_s)) as patience:
-                response = await self._session.request(
-                    method, self._at(path), data=self._paced(body, patience), headers=outgoing, allow_redirects=False
-                )
+                sent = body if isinstance(body, bytes) else self._paced(body, patience)
+                response = await self._origin.ask(method, path, outgoing, sent)
                 self._refuse(response)
                 first = await self._first(response)
         except BaseException as error:
@@ -217,7 +217,7 @@ class BackendClient:
             over=self._called,
         )
 
-    async def _first(self, response: aiohttp.ClientResponse) -> bytes:
+    async def _first(self, response: Answer) -> bytes:
         first = await response.content.readany()
         if not first and response.status in SUCCESS:
             raise BackendFailed(self._problem("answered with nothing"))
@@ -226,9 +226,12 @@ class BackendClient:
     def _outgoing(self, headers: Mapping[str, str], body: bytes | Streamed) -> dict[str, str]:
         """Give the headers that pass to the backend, and our own."""
         outgoing = {name: headers[name] for name in self._passed if _may_pass(headers.get(name, "\0"))}
+        outgoing.setdefault(hdrs.ACCEPT, "*/*")
         outgoing.setdefault(hdrs.ACCEPT_ENCODING, "identity")
-        if self._api_key:
-            outgoing[hdrs.AUTHORIZATION] = f"Bearer {self._api_key}"
+        if body:
+            outgoing.setdefault(hdrs.CONTENT_TYPE, "application/octet-stream")
+        if self._authorization:
+            outgoing[hdrs.AUTHORIZATION] = self._authorization
         if isinstance(body, Streamed) and body.length is not None:
             outgoing[hdrs.CONTENT_LENGTH] = str(body.length)
         return outgoing
@@ -242,12 +245,8 @@ class BackendClient:
                 passed[name] = value
         return passed
 
-    def _paced(
-        self, body: bytes | Streamed, patience: asyncio.Timeout
-    ) -> bytes | io.BytesIO | AsyncIterator[bytes] | None:
-        """Give the body as aiohttp takes it; while the client's bytes are awaited, no time of the backend's runs."""
-        if isinstance(body, bytes):
-            return None if not body else body if len(body) <= _AT_ONCE else io.BytesIO(body)
+    def _paced(self, body: Streamed, patience: asyncio.Timeout) -> AsyncIterator[bytes]:
+        """Give the body as it comes; while the client's bytes are awaited, no time of the backend's runs."""
         loop = asyncio.get_running_loop()
 
         def grant(more_s: float | None) -> None:
@@ -280,7 +279,7 @@ class BackendClient:
             raise BackendFailed(problem, alive=True)
         upstream.first = plain.replace(self._api_key.encode(), b"***") if self._api_key else plain
 
-    def _refuse(self, response: aiohttp.ClientResponse) -> None:
+    def _refuse(self, response: Answer) -> None:
         """Keep to ourselves what is between the backend and its operator; the rest is the client's to read."""
         status = response.status
         if status in _OPERATORS_FAULT:

@@ -12,6 +12,7 @@ from multidict import CIMultiDict
 
 from limiter.model import Backend
 from limiter.relay.answers import Problem
+from limiter.relay.exchange import Answer
 
 Outcome = Literal["served", "refused", "failed", "timeout", "cancelled", "breaker_open"]
 FAILURES = (TimeoutError, aiohttp.ClientError, HttpProcessingError, OSError)  # the third: a body that is no HTTP
@@ -44,7 +45,7 @@ class Upstream:
     def __init__(
         self,
         backend: Backend,
-        response: aiohttp.ClientResponse,
+        response: Answer,
         first: bytes,
         headers: CIMultiDict[str],
         *,
