@@ -85,13 +85,12 @@ class Node:
 
         async def serve(recording: Recording) -> web.StreamResponse:
             self.last = recording
-            reserving = asyncio.ensure_future(
-                self.limiter.reserve(install_id, tier="core", has_hardware=False, hold_id=recording.hold_id)
-            )
             try:
-                decision = await asyncio.shield(reserving)
+                decision = await self.limiter.reserve(
+                    install_id, tier="core", has_hardware=False, hold_id=recording.hold_id
+                )
             except (asyncio.CancelledError, LimiterUnavailable):
-                self.settlements.undo(install_id, recording.hold_id, reserving)
+                self.settlements.undo(install_id, recording.hold_id)
                 raise
             if not decision.allowed:
                 refuse(decision, {})

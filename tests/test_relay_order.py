@@ -176,6 +176,42 @@ async def test_client_when_it_leaves_while_redis_decides_then_what_was_held_is_g
     assert (await relay.ask()).status == 200
 
 
+class CreatingLimiter(CreditLimiter):
+    """Waits before it makes a new row."""
+
+    def __init__(self, redis: Redis) -> None:
+        super().__init__(redis, tiers(lifetime=1))
+        self.creating, self.go_on = asyncio.Event(), asyncio.Event()
+
+    async def reserve(self, install_id: str, **named: Any) -> Decision:
+        if named["may_create"]:
+            self.creating.set()
+            await self.go_on.wait()
+        return await super().reserve(install_id, **named)
+
+
+async def test_client_when_it_leaves_while_its_install_is_made_then_what_was_held_is_given_back(
+    start_relay: StartRelay, gemini: Backend, redis: Redis
+) -> None:
+    limiter = CreatingLimiter(redis)
+    relay = await start_relay(client_of("gemini", gemini.url), on=limiter)
+    asking = asyncio.ensure_future(relay.ask())
+    await limiter.creating.wait()
+    asking.cancel()
+    server = relay.runner.server
+    assert server
+    await eventually(lambda: all(one.transport is None for one in server.connections), what="the client's end")
+    limiter.go_on.set()
+
+    async def is_made() -> bool:
+        return await limiter.row(relay.install_id) is not None
+
+    await eventually(is_made, what="the new row")
+    await eventually(lambda: not relay.app[RELAY].settlements._tasks, what="the settlement")
+    assert (await limiter.balance(relay.install_id, tier="core")).held == 0
+    assert gemini.seen == []
+
+
 # Broken off after the first byte
 
 

@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 
 from aiohttp import web
 
+from limiter.cancelling import to_the_end
 from limiter.errors import SettingsError
 from limiter.licence import Licence
 from limiter.model import Decision, Status
@@ -111,12 +112,20 @@ class Admission:
     ) -> Decision:
         """Reserve for an install that is known, or else count it as a new one and create it.
 
-        Raises ProblemRaised (429) when there are too many new ones, and what `reserve` raises. Such a one, which was
-        never served, does not keep the seat that it was just given.
+        A client that leaves is heard of at once, but for a new install when that is made. Raises ProblemRaised (429)
+        when there are too many new ones, and what `reserve` raises. Such a one, which was never served, does not keep
+        the seat that it was just given.
         """
         decision = await reserve(False)
         if decision.status is not Status.UNKNOWN_INSTALL:
             return decision
+        return await to_the_end(
+            self._reserve_new(request, install_id, licence, reserve), if_it_fails="The new install was not made"
+        )
+
+    async def _reserve_new(
+        self, request: web.Request, install_id: str, licence: Licence | None, reserve: Reserve
+    ) -> Decision:
         # An app's first requests often come together: they are one new install.
         minting = self._minting.setdefault(install_id, asyncio.Lock())
         waits = minting.locked()

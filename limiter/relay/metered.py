@@ -156,15 +156,12 @@ async def _reserve(call: _Call, hold_id: str) -> Decision:
             )
         )
 
-    reserving = asyncio.ensure_future(
-        relay.admission.reserve(call.request, identity.install_id, identity.licence, reserve)
-    )
     try:
-        decision = await asyncio.shield(reserving)
+        decision = await relay.admission.reserve(call.request, identity.install_id, identity.licence, reserve)
     except (asyncio.CancelledError, LimiterUnavailable) as error:
         # The client left while Redis was deciding, or its answer was lost: whatever it decided is given back.
         if not isinstance(error, LimiterUnavailable) or error.executed is not False:
-            relay.settlements.undo(identity.install_id, hold_id, reserving)
+            relay.settlements.undo(identity.install_id, hold_id)
         raise
     facts.status, facts.reason, facts.from_memory = decision.status, decision.reason, decision.from_memory
     if not decision.allowed:

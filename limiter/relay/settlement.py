@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from limiter.credit_limiter import CreditLimiter
 from limiter.errors import LimiterError, LimiterUnavailable
-from limiter.model import Backend, Decision, Settlement, Status
+from limiter.model import Backend, Settlement, Status
 from limiter.relay.metrics import FAILED, GAVE_UP, Metrics, SettlementKind
 from limiter.relay.redis_mode import RedisMode
 
@@ -46,13 +46,11 @@ class Settlements:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def undo(self, install_id: str, hold_id: str, reserving: "asyncio.Future[Decision]") -> None:
-        """Give back what a reserve may hold whose answer nobody has; with too many such, the hold lapses by itself."""
+    def undo(self, install_id: str, hold_id: str) -> None:
+        """Give back what a reserve may hold whose answer nobody has; with too many such, the hold lapses by itself.
 
-        async def release() -> Status:
-            await asyncio.wait({reserving})
-            return await self._limiter.release(install_id, hold_id)  # of nothing, it is nothing
-
+        The release cannot overtake the reserve: commands about one row leave in order, on one connection.
+        """
         if self._undos == _MOST_UNDOS:
             _LOG.warning(
                 "the hold, if there is one, is left to lapse: too many like it are being released",
@@ -61,7 +59,12 @@ class Settlements:
             self._metrics.settled("undo", GAVE_UP)
             return
         self._undos += 1
-        self.start("release of what may be a hold", hold_id, release, kind="undo").add_done_callback(self._undone)
+        self.start(
+            "release of what may be a hold",
+            hold_id,
+            lambda: self._limiter.release(install_id, hold_id),  # of nothing, it is nothing
+            kind="undo",
+        ).add_done_callback(self._undone)
 
     def under_way(self) -> int:
         """Tell how many settlements are under way."""
