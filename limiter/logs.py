@@ -77,9 +77,7 @@ class _JsonLines(logging.Formatter):
             "event": record.getMessage(),
             "logger": record.name,
         }
-        for name, value in record.__dict__.items():
-            if name not in _OF_EVERY_RECORD:
-                line[name] = value
+        line.update({name: value for name, value in record.__dict__.items() if name not in _OF_EVERY_RECORD})
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         text = _dumped(line)

@@ -2,8 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import orjson
 from aiohttp import web
@@ -29,8 +28,7 @@ class Asked(Protocol):
     def body_for(self, client: BackendClient) -> bytes | Streamed: ...  # noqa: D102
 
 
-@dataclass(frozen=True, slots=True)
-class AskedJson:
+class AskedJson(NamedTuple):
     """A JSON object that names a model, with its bytes as they came.
 
     What they say is not kept: as objects, `[[],[],…]` is twenty times its bytes.
@@ -40,7 +38,7 @@ class AskedJson:
     headers: Mapping[str, str]
     body: bytes
     model: str
-    replayable = True  # it is in memory anyway
+    replayable: bool = True  # it is in memory anyway
 
     def body_for(self, client: BackendClient) -> bytes:
         """Give the body with the backend's own name of the model; its own bytes where the name is the same."""

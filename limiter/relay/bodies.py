@@ -1,13 +1,13 @@
 """How much of its clients' bodies this process holds in memory, all together. Each by itself has other limits."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
 
 from limiter.relay.answers import Problem, ProblemRaised
 
 
 class Counted:
-    """What is held for one request, in bytes."""
+    """What is held for one request, in bytes, until its `with` block ends."""
 
     __slots__ = ("_bodies", "_has_ended", "size_b")
 
@@ -15,6 +15,14 @@ class Counted:
         self._bodies = bodies
         self._has_ended = False
         self.size_b = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
 
     def fits(self, size_b: int) -> bool:
         """Count so many bytes more, if there is room for them and the request is not over."""
@@ -50,11 +58,6 @@ class Bodies:
         self.limit_b = limit_b
         self.held_b = 0
 
-    @contextmanager
-    def counting(self) -> Iterator[Counted]:
-        """Count what is held for one request, until the block ends."""
-        counted = Counted(self)
-        try:
-            yield counted
-        finally:
-            counted.end()
+    def counting(self) -> Counted:
+        """Count what is held for one request, as `with bodies.counting() as counted:`."""
+        return Counted(self)

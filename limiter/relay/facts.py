@@ -13,7 +13,8 @@ class Facts:
 
     status, reason: the decision's words. backend: the one that answered, or else the last that was tried. cost: credits
     that were reserved. fell_back: whether hardware was tried after Gemini had failed. from_memory: whether the
-    decision was made without Redis, which had just refused the same.
+    decision was made without Redis, which had just refused the same. first_byte_s: when the head of a streamed answer
+    left, on the monotonic clock.
     """
 
     install_id: str | None = None
@@ -25,6 +26,7 @@ class Facts:
     model: str | None = None
     fell_back: bool = False
     from_memory: bool = False
+    first_byte_s: float | None = None
 
 
 FACTS = web.RequestKey("facts", Facts)
@@ -32,7 +34,8 @@ FACTS = web.RequestKey("facts", Facts)
 
 def facts_of(request: web.Request) -> Facts:
     """Give a request's facts, empty ones at first."""
-    facts = request.get(FACTS)
-    if facts is None:
+    try:
+        return request[FACTS]
+    except KeyError:
         facts = request[FACTS] = Facts()
-    return facts
+        return facts

@@ -1,6 +1,6 @@
 """Who asks: the install id and the tier, from the headers alone. A client's own word for its tier is never believed."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from aiohttp import hdrs, web
 
@@ -13,8 +13,7 @@ _BEARER = "bearer "
 _DOTS = 2  # in a signed token
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(NamedTuple):
     """An install, the tier to plan for, and the licence behind it if there is one."""
 
     install_id: str

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import orjson
 from aiohttp import hdrs, web
@@ -73,8 +74,7 @@ class Relay:
 RELAY = web.AppKey("relay", Relay)
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
+class _Call(NamedTuple):
     """One request for credits: whose it is, and what it asks for."""
 
     relay: Relay

@@ -5,10 +5,9 @@ Every label has a bounded set of values: what a client or a backend makes up is 
 
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
 from functools import cache, partial
 from http import HTTPStatus
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from aiohttp import web
 from prometheus_client import (
@@ -45,8 +44,7 @@ _FIRST_BYTE_BUCKETS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOTAL_BUCKETS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
-@dataclass(frozen=True, slots=True)
-class Answered:
+class Answered(NamedTuple):
     """One request that is over. first_byte_s: of a stream, from the request's head to the answer's."""
 
     method: str

@@ -12,12 +12,11 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from limiter.relay.answers import REQUEST_ID
-from limiter.relay.facts import FACTS, Facts
+from limiter.relay.facts import FACTS, Facts, facts_of
 from limiter.relay.metrics import CLIENT_LEFT, METHODS, METRICS, Answered, Metrics
 
 _LOG = logging.getLogger("limiter.request")
 _UNKNOWN_ROUTE = "unknown"
-_FIRST_BYTE_S = web.RequestKey("first_byte_s", float)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -30,6 +29,7 @@ def observe(app: web.Application, metrics: Metrics, short_name: Callable[[str], 
     @web.middleware
     async def watch(request: web.Request, handler: Handler) -> web.StreamResponse:
         began_s = time.monotonic()
+        request[FACTS] = Facts()
         status = 500  # of an error that nobody answers
         metrics.under_way += 1
         try:
@@ -48,7 +48,7 @@ def observe(app: web.Application, metrics: Metrics, short_name: Callable[[str], 
             _note(request, status, began_s, metrics, short_name)
 
     async def note_first_byte(request: web.Request, _response: web.StreamResponse) -> None:
-        request[_FIRST_BYTE_S] = time.monotonic()
+        facts_of(request).first_byte_s = time.monotonic()
 
     app[METRICS] = metrics
     app.middlewares.insert(0, watch)
@@ -58,10 +58,10 @@ def observe(app: web.Application, metrics: Metrics, short_name: Callable[[str], 
 def _note(
     request: web.Request, status: int, began_s: float, metrics: Metrics, short_name: Callable[[str], str]
 ) -> None:
-    facts = request.get(FACTS) or Facts()
+    facts = request[FACTS]
     resource = request.match_info.route.resource
     # Whole answers are sent after all middlewares: only a stream has begun by now.
-    first_byte_s = request[_FIRST_BYTE_S] - began_s if _FIRST_BYTE_S in request else None
+    first_byte_s = None if facts.first_byte_s is None else facts.first_byte_s - began_s
     answered = Answered(
         method=request.method if request.method in METHODS else "other",
         route=resource.canonical if resource is not None else _UNKNOWN_ROUTE,

@@ -3,8 +3,7 @@
 import asyncio
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import orjson
 from aiohttp import hdrs, web
@@ -29,8 +28,7 @@ class Served(Protocol):
     def told(self, upstream: Upstream) -> Mapping[str, object]: ...  # noqa: D102  what is charged and what remains, for X-Credits-Event
 
 
-@dataclass(frozen=True, slots=True)
-class Metered:
+class Metered(NamedTuple):
     """A request that its hold pays for. balance: what was left when it was reserved."""
 
     hold: OpenHold
@@ -54,8 +52,7 @@ class Metered:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Unmetered:
+class Unmetered(NamedTuple):
     """A request that nobody pays for, while Redis is away."""
 
     recording: Recording
