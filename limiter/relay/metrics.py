@@ -1,11 +1,11 @@
-"""What is counted and measured, and the one module that knows prometheus-client. It decides nothing.
+"""What is counted and measured, by prometheus-client and tallies that it reads. It decides nothing.
 
 Every label has a bounded set of values: what a client or a backend makes up is counted as "other".
 """
 
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from functools import cache, partial
+from functools import partial
 from http import HTTPStatus
 from typing import Literal, NamedTuple, get_args
 
@@ -14,7 +14,6 @@ from prometheus_client import (
     CollectorRegistry,
     Counter,
     Gauge,
-    Histogram,
     ProcessCollector,
     disable_created_metrics,
     generate_latest,
@@ -24,6 +23,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from limiter import __version__
 from limiter.model import Backend, Reason, Status
 from limiter.relay.breaker import State as BreakerState
+from limiter.relay.tallies import Tally, Times
 from limiter.relay.upstream import Outcome
 from limiter.timestamps import ms_from_iso
 
@@ -67,39 +67,28 @@ class Metrics:
         self.under_way = 0
         self._registry = registry = CollectorRegistry()
         ProcessCollector(namespace="limiter", registry=registry)
-        # Of what is counted for each request, labels are looked up once: that takes longer than to count.
-        self._requests = cache(
-            Counter(
-                "limiter_requests", "Requests that are over.", ["route", "method", "status"], registry=registry
-            ).labels
+        self._requests = Tally(
+            "limiter_requests", "Requests that are over.", ["route", "method", "status"], registry=registry
         )
         in_flight = Gauge("limiter_requests_in_flight", "Requests under way.", registry=registry)
         in_flight.set_function(lambda: self.under_way)
-        self._decisions = cache(
-            Counter(
-                "limiter_decisions", "Decisions on credits.", ["status", "reason", "tier"], registry=registry
-            ).labels
+        self._decisions = Tally(
+            "limiter_decisions", "Decisions on credits.", ["status", "reason", "tier"], registry=registry
         )
         self._from_memory = Counter(
             "limiter_decisions_from_memory", "Decisions that Redis was not asked for.", registry=registry
         )
-        self._settlements = cache(
-            Counter(
-                "limiter_settlements", "Commits and releases that are over.", ["kind", "outcome"], registry=registry
-            ).labels
+        self._settlements = Tally(
+            "limiter_settlements", "Commits and releases that are over.", ["kind", "outcome"], registry=registry
         )
-        self._debited = cache(
-            Counter("limiter_credits_debited", "Credits debited.", ["backend"], registry=registry).labels
-        )
+        self._debited = Tally("limiter_credits_debited", "Credits debited.", ["backend"], registry=registry)
         self._settling = Gauge(
             "limiter_settlements_in_flight",
             "Commits and releases under way, with those that wait for Redis.",
             registry=registry,
         )
-        self._calls = cache(
-            Counter(
-                "limiter_backend_calls", "Calls to a backend that are over.", ["backend", "outcome"], registry=registry
-            ).labels
+        self._calls = Tally(
+            "limiter_backend_calls", "Calls to a backend that are over.", ["backend", "outcome"], registry=registry
         )
         self._breakers = Gauge(
             "limiter_breaker_state",
@@ -111,27 +100,22 @@ class Metrics:
         self._dump_age_s = Gauge(
             "limiter_dump_age_seconds", "Age of the last good credits.json; NaN before the first.", registry=registry
         )
-        self._decision_s = Histogram(
+        self._decision_s = Times(
             "limiter_decision_seconds",
             "Time of a decision, at Redis and back.",
+            [],
+            _DECISION_BUCKETS_S,
             registry=registry,
-            buckets=_DECISION_BUCKETS_S,
         )
-        self._first_byte_s = Histogram(
+        self._first_byte_s = Times(
             "limiter_first_byte_seconds",
             "Time to the first byte of a streamed answer.",
             ["route"],
+            _FIRST_BYTE_BUCKETS_S,
             registry=registry,
-            buckets=_FIRST_BYTE_BUCKETS_S,
         )
-        self._total_s = cache(
-            Histogram(
-                "limiter_request_seconds",
-                "Time of a request to its end.",
-                ["route"],
-                registry=registry,
-                buckets=_TOTAL_BUCKETS_S,
-            ).labels
+        self._total_s = Times(
+            "limiter_request_seconds", "Time of a request to its end.", ["route"], _TOTAL_BUCKETS_S, registry=registry
         )
         Gauge("limiter_build_info", "1, with the version.", ["version"], registry=registry).labels(__version__).set(1)
 
@@ -140,20 +124,20 @@ class Metrics:
         route = request.route if request.route in self._routes else _OTHER
         method = request.method if request.method in METHODS else _OTHER
         status = str(request.status) if request.status in _STATUSES else f"{request.status // 100}xx"
-        self._requests(route, method, status).inc()
-        self._total_s(route).observe(request.total_s)
+        self._requests.add(route, method, status)
+        self._total_s.observe(request.total_s, route)
         if request.first_byte_s is not None:
-            self._first_byte_s.labels(route).observe(request.first_byte_s)
+            self._first_byte_s.observe(request.first_byte_s, route)
 
     def decided(self, status: str, reason: str | None, tier: str | None, *, from_memory: bool = False) -> None:
         """Count a decision: a `Status`, UNMETERED or UNAVAILABLE."""
         if from_memory:
             self._from_memory.inc()
-        self._decisions(
+        self._decisions.add(
             status if status in _DECISIONS else _OTHER,
-            reason if reason in _REASONS else "" if reason is None else _OTHER,
+            known if (known := reason or "") in _REASONS else _OTHER,
             tier if tier in self._tiers else _OTHER,
-        ).inc()
+        )
 
     def decision_took(self, seconds: float) -> None:
         """Measure a decision that Redis made."""
@@ -161,13 +145,13 @@ class Metrics:
 
     def settled(self, kind: SettlementKind, outcome: str, *, backend: Backend | None = None, credits_: int = 0) -> None:
         """Count a settlement: outcome is a `Status`, FAILED or GAVE_UP; the rest is what a commit debited."""
-        self._settlements(kind, outcome if outcome in _OUTCOMES else _OTHER).inc()
+        self._settlements.add(kind, outcome if outcome in _OUTCOMES else _OTHER)
         if backend is not None:
-            self._debited(backend).inc(credits_)
+            self._debited.add(backend, count=credits_)
 
     def backend_called(self, backend: Backend, outcome: Outcome) -> None:
         """Count a call to a backend; `refused` is an answer against the request, that the client gets to see."""
-        self._calls(backend, outcome).inc()
+        self._calls.add(backend, outcome)
 
     def watch_settlements(self, under_way: Callable[[], int]) -> None:
         """Show how many settlements are under way, as a function tells it."""
