@@ -2,8 +2,10 @@
 
 import gzip
 import json
+from collections.abc import Iterable
 
 import pytest
+from aiohttp.http import StreamWriter
 
 from limiter.relay.backends import BackendClient
 from tests.backend import CHUNK, Backend, Document, chat
@@ -72,6 +74,22 @@ async def test_stream_when_a_chunk_comes_then_it_passes_at_once(relay: RunningRe
         assert not gemini.go_on.is_set()
         gemini.go_on.set()
         assert await response.content.read() == CHUNK % 1 + b"data: [DONE]\n\n"
+
+
+async def test_stream_when_it_begins_then_its_head_and_first_bytes_leave_in_one_write(
+    relay: RunningRelay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[bytes] = []
+    write = StreamWriter._writelines
+
+    def noting(writer: StreamWriter, parts: Iterable[bytes]) -> None:
+        written.append(b"".join(parts))
+        write(writer, parts)
+
+    monkeypatch.setattr(StreamWriter, "_writelines", noting)
+    async with relay.post("stepwise") as response:
+        await response.content.readany()
+    assert any(b"X-Credits-Backend: gemini" in one and one.endswith(CHUNK % 0 + b"\r\n") for one in written)
 
 
 async def test_packed_answer_when_passed_then_it_stays_packed(relay: RunningRelay, gemini: Backend) -> None:

@@ -154,9 +154,13 @@ def ratelimit_headers(balance: Balance) -> dict[str, str]:
     window = "" if balance.period_s is None else f";w={balance.period_s}"
     reset = "" if balance.renews_in_s is None else f";t={balance.renews_in_s}"
     credits_left, gemini_left = spendable(balance)
-    items = [("credits", balance.quota, credits_left), ("gemini", balance.gemini_cap, gemini_left)]
-    policy = [f'"{name}";q={quota}{window}' for name, quota, _ in items if quota is not None]
-    left = [f'"{name}";r={have}{reset}' for name, _, have in items if have is not None]
+    policy, left = [], []
+    if balance.quota is not None:
+        policy.append(f'"credits";q={balance.quota}{window}')
+        left.append(f'"credits";r={credits_left}{reset}')
+    if balance.gemini_cap is not None:
+        policy.append(f'"gemini";q={balance.gemini_cap}{window}')
+        left.append(f'"gemini";r={gemini_left}{reset}')
     return {"RateLimit-Policy": ", ".join(policy), "RateLimit": ", ".join(left)} if policy else {}
 
 
@@ -165,9 +169,11 @@ def spendable(balance: Balance) -> tuple[int | None, int | None]:
 
     A hold counts against both, as it may still be committed on either backend.
     """
-    left = (balance.remaining, balance.gemini_remaining)
-    credits_left, gemini_left = (None if have is None else max(0, have - balance.held) for have in left)
-    return credits_left, gemini_left
+    credits_left, gemini_left, held = balance.remaining, balance.gemini_remaining, balance.held
+    return (
+        None if credits_left is None else max(0, credits_left - held),
+        None if gemini_left is None else max(0, gemini_left - held),
+    )
 
 
 def problem_response(request: web.Request, problem: Problem, headers: Mapping[str, str] | None = None) -> web.Response:

@@ -60,7 +60,7 @@ class Recording:
     def stream(self, *, status: int, headers: Mapping[str, str]) -> web.StreamResponse:
         """Make the response of an answer that passes bit by bit: what is written to it is what a repeat will get."""
         if self._note is None:
-            return web.StreamResponse(status=status, headers=headers)
+            return _Stream(status=status, headers=headers)
         self._tee = _Tee(self, self._limit, status=status, headers=headers)
         return self._tee
 
@@ -94,7 +94,13 @@ class Recording:
         return Answer(self.hold_id, response.status, headers, body)
 
 
-class _Tee(web.StreamResponse):
+class _Stream(web.StreamResponse):
+    """A response whose head leaves in one write with its first bytes, which are there already when it is prepared."""
+
+    _send_headers_immediately = False  # aiohttp (3.14) has no public name for it
+
+
+class _Tee(_Stream):
     """A response that remembers what is written to it, up to a limit, whether or not the client still listens."""
 
     def __init__(self, recording: Recording, limit: int, *, status: int, headers: Mapping[str, str]) -> None:
