@@ -225,7 +225,11 @@ class BackendClient:
 
     def _outgoing(self, headers: Mapping[str, str], body: bytes | Streamed) -> dict[str, str]:
         """Give the headers that pass to the backend, and our own."""
-        outgoing = {name: headers[name] for name in self._passed if _may_pass(headers.get(name, "\0"))}
+        outgoing = {}
+        for name in self._passed:
+            value = headers.get(name)
+            if value is not None and _may_pass(value):
+                outgoing[name] = value
         outgoing.setdefault(hdrs.ACCEPT, "*/*")
         outgoing.setdefault(hdrs.ACCEPT_ENCODING, "identity")
         if body:

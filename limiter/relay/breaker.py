@@ -71,10 +71,12 @@ class Breaker:
             self._seconds.popleft()
         if not self._seconds or self._seconds[-1].at != now:
             self._seconds.append(_Second(now))
-        self._seconds[-1].good += good
-        self._seconds[-1].bad += not good
+        if good:
+            self._seconds[-1].good += 1
+            return False
+        self._seconds[-1].bad += 1
         bad = sum(second.bad for second in self._seconds)
-        opens = not good and 0 < self._failures <= bad and bad >= sum(second.good for second in self._seconds)
+        opens = 0 < self._failures <= bad and bad >= sum(second.good for second in self._seconds)
         if opens:
             self._change(self._clock() + self._reset_s)
         return opens

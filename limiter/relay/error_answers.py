@@ -55,8 +55,10 @@ def _answer(request: web.Request, problem: Problem, headers: Mapping[str, str] |
 
 def _wants_upgrade(request: web.Request) -> bool:
     """Tell whether another protocol is asked for. h2c does not count: some clients offer it with each first request."""
+    if request.headers.get(hdrs.UPGRADE, "").strip().lower() in ("", "h2c"):
+        return False
     tokens = [token.strip().lower() for token in request.headers.get(hdrs.CONNECTION, "").split(",")]
-    return "upgrade" in tokens and request.headers.get(hdrs.UPGRADE, "").strip().lower() not in ("", "h2c")
+    return "upgrade" in tokens
 
 
 def _refuse_upgrade(request: web.Request) -> web.Response:

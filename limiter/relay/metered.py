@@ -112,7 +112,8 @@ async def _answer(call: _Call, body: bytes | None) -> web.StreamResponse:
     try:
         if not mode.serves_unmetered:
             try:
-                return await mode.call(lambda: _serve_once(call, body))
+                mode.check()
+                return await _serve_once(call, body)
             except LimiterUnavailable:  # nothing was forwarded, and what may be held is being given back
                 if not await mode.serves_this_unmetered():
                     facts_of(call.request).status = UNAVAILABLE
@@ -217,7 +218,8 @@ async def _send(client: BackendClient, asked: Asked) -> Upstream:
 
 
 def _answer_headers(upstream: Upstream, identity: Identity, metering: Mapping[str, str]) -> CIMultiDict[str]:
-    headers = CIMultiDict(upstream.headers)
+    """Add ours to the headers of the backend's answer."""
+    headers = upstream.headers
     headers.update(metering)
     headers.update(identity.headers())
     headers["X-Credits-Backend"] = upstream.backend

@@ -101,9 +101,10 @@ class RedisMode:
 
         After LimiterUnavailable it may hold something, but not after RedisAway.
         """
+        self.check()
         began_s = time.monotonic()
         try:
-            decision = await self.call(reserve)
+            decision = await self._watched(reserve)
         except (BrokenRow, ScriptContractError):
             self._note_answer()
             raise
@@ -119,9 +120,13 @@ class RedisMode:
 
         Its answer proves nothing, as a server that takes no writes gives one, too.
         """
+        self.check()
+        return await self._watched(operation)
+
+    def check(self) -> None:
+        """Raise RedisAway while away: what is to ask Redis anyway need not begin."""
         if self._state == "away":
             raise RedisAway
-        return await self._watched(operation)
 
     async def back(self) -> None:
         """Wait until Redis is not away."""

@@ -164,7 +164,7 @@ class Stores:
         """Take an install off its seat. False when it had none."""
         key = self.keys.seats(subject)
         # Not repeated: the second answer would be "it had none".
-        freed = await self._plain(self._limiter.redis.hdel(key, install_id), key)
+        freed = await self._call(lambda: self._plain(self._limiter.redis.hdel(key, install_id), key))
         return bool(freed)
 
     async def mint(self, network: str | None, *, limit: int, period_ms: int) -> Mint:
