@@ -91,8 +91,12 @@ class Upstream:
                 chunk = b""
             else:
                 loop = asyncio.get_running_loop()
-                async with asyncio.timeout_at(min(loop.time() + self._idle_s, self._ends_s)):
+                ends_s = min(loop.time() + self._idle_s, self._ends_s)
+                timer = loop.call_at(ends_s, content.set_exception, TimeoutError())
+                try:
                     chunk = await content.readany()
+                finally:
+                    timer.cancel()
         except FAILURES as error:
             failure = failed(self.backend, error)
             self._outcome = failure.outcome  # a stream's client is told of it, and the block ends as if it were well
