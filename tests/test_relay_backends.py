@@ -1,6 +1,9 @@
 """A backend's own settings: what cannot be used is told before the first request, and never quotes a secret."""
 
+import asyncio
 import gc
+import ssl
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +13,7 @@ from limiter.relay.serving import open_backends
 from limiter.relay.upstream import BackendFailed
 from limiter.settings_sources import load_settings
 from tests.backend import Backend
+from tests.test_connect import write_certificate
 
 pytest_plugins = ["tests.relay_fixtures"]
 
@@ -49,6 +53,40 @@ async def test_backend_when_its_urls_user_cannot_be_a_header_then_settings_error
     with pytest.raises(SettingsError, match=r"^backends\.hardware\.url has a user or a password that no") as raised:
         BackendClient("hardware", f"http://{user}@host/v1", timeout_s=1)
     assert "cret" not in str(raised.value)
+
+
+async def test_backend_when_its_certificate_is_trusted_then_it_is_asked_and_otherwise_it_sees_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, certificate = write_certificate(tmp_path)
+    heads: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for _ in range(2):
+            heads.append(await reader.readuntil(b"\r\n\r\n"))
+            await reader.readexactly(2)
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        writer.close()
+
+    own = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    own.load_cert_chain(certificate, key)
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=own)
+    port = server.sockets[0].getsockname()[1]
+    client = BackendClient("gemini", f"https://127.0.0.1:{port}/v1", timeout_s=5, api_key="key")
+    with pytest.raises(BackendFailed, match="cannot be reached"):
+        await client.send("embeddings", {}, b"{}")
+    assert heads == []
+    trusting = ssl.create_default_context(cafile=certificate)
+    monkeypatch.setattr(
+        "aiohttp.connector._SSL_CONTEXT_VERIFIED", trusting
+    )  # aiohttp makes it as it is imported (3.14)
+    for _ in range(2):
+        with await client.send("embeddings", {}, b"{}") as upstream:
+            assert (upstream.status, upstream.first) == (200, b"{}")
+    assert len(heads) == 2
+    assert heads[0].startswith(b"POST /v1/embeddings HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n" % port)
+    await client.aclose()
+    server.close()
 
 
 async def test_backends_when_one_is_refused_then_the_other_is_closed() -> None:
