@@ -20,7 +20,7 @@ from limiter.ledger import Entry, LedgerFile
 from limiter.ledger_seal import check_seal
 from limiter.ledger_writer import ListFile
 from limiter.model import Status
-from limiter.one_import import one_import
+from limiter.one_import import StillOurs, one_import
 from limiter.row_sender import Item, RowSender
 from limiter.scripts import PutMode, mapped
 from limiter.store import scan_keys
@@ -157,7 +157,7 @@ class _Import:
                 await asyncio.sleep(0)  # others on this loop have their turn, and a cancellation is seen
         self._tell("check", self.total)
         self.good = self.total - self.rejected
-        if not is_intact and isinstance(self._file.meta, dict) and "checksum" in self._file.meta:
+        if not is_intact and self._file.has_checksum:
             raise LedgerFileError(
                 f"{self._file.path} is not as it was written: its checksum does not match. Take an older one (limiter "
                 "verify tells which are whole), or delete its member meta if you changed it on purpose"
@@ -181,10 +181,11 @@ class _Import:
             _refuse_other_rows(self._file.path, stored, answers)
         return answers
 
-    async def store(self, mode: PutMode, still_ours: Callable[[], None]) -> "Counter[Status]":
+    async def store(self, mode: PutMode, still_ours: StillOurs) -> "Counter[Status]":
         """Store every good row; count the answers. While Redis has a batch in work the next one is read.
 
-        still_ours: raises when another import began. Whatever ends it early, the error tells what is in.
+        still_ours: raises when another import began; what is under way by then still comes in. Whatever ends it early,
+        the error tells what is in.
         """
         answers: Counter[Status] = Counter()
         rows = 0
@@ -194,6 +195,7 @@ class _Import:
         try:
             while True:
                 while len(sent) < _BATCHES_SENT and (batch := next(batches, None)):
+                    await still_ours()
                     sent.append((len(batch), asyncio.create_task(self._sender.store(batch, mode))))
                     await asyncio.sleep(0)
                 if not sent:
@@ -201,7 +203,6 @@ class _Import:
                 answers += await sent[0][1]
                 rows += sent.popleft()[0]
                 self._tell("write", rows)
-                still_ours()
         except LimiterError as error:
             told = str(error).rstrip(".")
             error.args = (f"{told}. Of {self.good:,} rows {rows:,} or more are in, each whole: import the file again",)

@@ -12,11 +12,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, NamedTuple, NoReturn, Self
 
-from limiter.errors import InvalidInstallId, LedgerFileError
+import orjson
+
+from limiter.errors import InvalidInstallId, LedgerFileError, LedgerRowError
 from limiter.keys import normalise_install_id
 from limiter.ledger_regular import REGULAR_ROW, row_from_groups
 from limiter.ledger_row import row_from_member, undated_fields
-from limiter.ledger_text import LedgerText
+from limiter.ledger_text import LedgerText, Unusable
 from limiter.model import Row
 from limiter.seen import SeenTexts
 
@@ -50,8 +52,10 @@ class Entry(NamedTuple):
 
     @property
     def member(self) -> object:
-        """The member as the file has it: numbers are int or Decimal."""
-        return row_from_groups(self.groups).as_dict() if self.is_regular else self.value
+        """The member as the file has it: numbers are int or Decimal, what has no value its text."""
+        if self.is_regular:
+            return row_from_groups(self.groups).as_dict()
+        return orjson.Fragment(self.value.text) if isinstance(self.value, Unusable) else self.value
 
     @property
     def undated(self) -> frozenset[str]:
@@ -62,6 +66,8 @@ class Entry(NamedTuple):
         """Give its row. now_ms: where a row without a period begins. Raises LedgerFileError."""
         if self.is_regular:
             return row_from_groups(self.groups)
+        if isinstance(self.value, Unusable):
+            raise LedgerRowError(self.install_id, f"it {self.value.fault}", f"it {self.value.fault}")
         return row_from_member(self.install_id, self.value, now_ms=now_ms)
 
 
@@ -90,6 +96,11 @@ class LedgerFile:
     def size_bytes(self) -> int:
         """The size of the file."""
         return self.stat.st_size
+
+    @property
+    def has_checksum(self) -> bool:
+        """Whether its member meta gives one, as that of a dump does; known after a whole reading."""
+        return isinstance(self.meta, dict) and "checksum" in self.meta
 
     @property
     def read_bytes(self) -> int:
@@ -165,6 +176,7 @@ class LedgerFile:
         text.expect("{", "an object")
         after = "," if text.mark() != "}" else text.expect("}", "}")
         while after == ",":
+            text.mark()  # a dump has each row on a line of its own
             # Nearly all rows are of one form, which needs no parser; each takes its comma along.
             while found := match(text.window, text.at):
                 install_id = found[1]
@@ -175,7 +187,7 @@ class LedgerFile:
             install_id = text.name()
             if not is_new(_stored_id(install_id)):
                 _fail_twice(text, install_id)
-            yield Entry(install_id, None, text.value(f"row {install_id[:80]!r}"))
+            yield Entry(install_id, None, text.item(f"row {install_id[:80]!r}"))
             after = text.expect(",}", "a comma or }")
 
 

@@ -97,7 +97,7 @@ def extra_text(members: Mapping[str, object]) -> str:
         return ""
     text = json_bytes(members)
     if len(text) > MAX_EXTRA_BYTES:
-        raise _Unusable("its other members are", f"{len(text)} bytes of JSON", f"at most {MAX_EXTRA_BYTES}")
+        raise _Unusable("its other members are", f"{len(text)} bytes of JSON", f"at most {MAX_EXTRA_BYTES} bytes")
     return text.decode()
 
 

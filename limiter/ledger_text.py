@@ -8,11 +8,11 @@ import json
 from collections.abc import Iterable, Iterator
 from decimal import Decimal
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO, NamedTuple, NoReturn
 
 from limiter.errors import LedgerFileError
 
-_CHUNK_BYTES = 256 * 1024
+READ_BYTES = 256 * 1024
 _MAX_ITEM_BYTES = 1024 * 1024  # of a row, or a name
 _MAX_DEPTH = 64
 _WIDE = (b"\xff\xfe", b"\xfe\xff")
@@ -42,7 +42,7 @@ class LedgerText:
         self._line, self._column = self._place(self.at)
         self.window, self.at = self.window[self.at :], 0
         try:
-            raw = self._stream.read(max(_CHUNK_BYTES, len(self.window)))  # twice as much: a long value stays cheap
+            raw = self._stream.read(max(READ_BYTES, len(self.window)))  # twice as much: a long value stays cheap
         except OSError as error:
             raise LedgerFileError(f"{self._path} cannot be read: {error.strerror}") from error
         if not self.read_bytes and (raw.startswith(_WIDE) or b"\0" in raw[:4]):
@@ -52,7 +52,7 @@ class LedgerText:
             self.window += self._decode(raw, not raw)
         except UnicodeDecodeError as error:
             self.window += error.object[: error.start].decode("utf-8-sig")
-            self.fail("it is not UTF-8", at=len(self.window))
+            self.fail("it is not UTF-8" if raw else _TRUNCATED, at=len(self.window))
         return bool(raw)
 
     def mark(self) -> str:
@@ -101,6 +101,21 @@ class LedgerText:
 
         No name may be twice in an object: which of the two values counts is for whoever wrote it to say.
         """
+        value, end = self._decoded(of, most_bytes)
+        if fault := _fault_of(value, self.window[self.at : end]):
+            self.fail(f"{of} {fault}")
+        self.at = end
+        return value
+
+    def item(self, of: str) -> object:
+        """Read a value as `value` does; one that is JSON and still nobody else could take comes as an Unusable."""
+        value, end = self._decoded(of, _MAX_ITEM_BYTES)
+        text, self.at = self.window[self.at : end], end
+        fault = _fault_of(value, text)
+        return Unusable(fault, text) if fault else value
+
+    def _decoded(self, of: str, most_bytes: int) -> tuple[object, int]:
+        """Read on until a value is whole in the window; give it and where it ends."""
         self.mark()
         while True:
             try:
@@ -119,11 +134,10 @@ class LedgerText:
                 self.fail(f"{of} has a number beyond every range")
             except RecursionError:
                 self.fail(f"{of} is nested more than {_MAX_DEPTH} deep")
-            if end == len(self.window) and self.more():  # a number may go on
+            length, rest = end - self.at, len(self.window) - end
+            if rest < len("e+5") and self.more():  # a number may go on
                 continue
-            self._check(of, value, self.window[self.at : end])
-            self.at = end
-            return value
+            return value, self.at + length
 
     def fail(self, cause: str, *, at: int | None = None) -> NoReturn:
         """Raise LedgerFileError with the place where the reading stands, or another one in the window."""
@@ -143,15 +157,12 @@ class LedgerText:
             return self._line + lines, at - self.window.rindex("\n", 0, at)
         return self._line, self._column + at
 
-    def _check(self, of: str, value: object, text: str) -> None:
-        """Refuse what JSON can say and nobody else can take."""
-        if text.count("[") + text.count("{") > _MAX_DEPTH and _is_deeper(value, _MAX_DEPTH):
-            self.fail(f"{of} is nested more than {_MAX_DEPTH} deep")
-        if "\\u" in text:
-            try:
-                json.dumps(value, ensure_ascii=False, default=str).encode()
-            except UnicodeEncodeError:
-                self.fail(f"{of} has an escape that is half of a surrogate pair")
+
+class Unusable(NamedTuple):
+    """JSON by its text that nobody else could take, and what is wrong with it."""
+
+    fault: str
+    text: str
 
 
 class _Refused(Exception):  # noqa: N818  it does not leave this module
@@ -165,6 +176,18 @@ def _members(pairs: Iterable[tuple[str, object]]) -> dict[str, object]:
             raise _Refused(f"the member {name[:80]!r} is there twice")
         members[name] = value
     return members
+
+
+def _fault_of(value: object, text: str) -> str:
+    """Tell what JSON can say and nobody else can take; empty for nearly all."""
+    if text.count("[") + text.count("{") > _MAX_DEPTH and _is_deeper(value, _MAX_DEPTH):
+        return f"is nested more than {_MAX_DEPTH} deep"
+    if "\\u" in text:
+        try:
+            json.dumps(value, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError:
+            return "has an escape that is half of a surrogate pair"
+    return ""
 
 
 def _no_constant(word: str) -> NoReturn:

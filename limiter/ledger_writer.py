@@ -10,6 +10,7 @@ No Redis here. The form, which JSON.parse reads as the old ledger's:
 `ledger_regular` and `ledger_row` give the lines, `ledger_seal` the last of them.
 """
 
+import asyncio
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -122,6 +123,7 @@ class ListFile:
         self.count = 0
         self._word = word
         self._file: AtomicFile | None = None
+        self._adding = asyncio.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -133,15 +135,16 @@ class ListFile:
             self._file.discard()
 
     async def add(self, item: dict[str, object]) -> None:
-        """Append an item. Raises LedgerFileError."""
-        text = (b",\n" if self.count else b'{"%s": [\n' % self._word.encode()) + json_bytes(item)
-        try:
-            if self._file is None:
-                self._file = AtomicFile(self.path)
-            await in_thread(self._file.write, text)
-        except OSError as error:
-            raise LedgerFileError(f"{self.path} cannot be written: {error.strerror or error}") from error
-        self.count += 1
+        """Append an item, also while others are being appended. Raises LedgerFileError."""
+        async with self._adding:
+            text = (b",\n" if self.count else b'{"%s": [\n' % self._word.encode()) + json_bytes(item)
+            try:
+                if self._file is None:
+                    self._file = AtomicFile(self.path)
+                await in_thread(self._file.write, text)
+            except OSError as error:
+                raise LedgerFileError(f"{self.path} cannot be written: {error.strerror or error}") from error
+            self.count += 1
 
     async def publish(self) -> Path | None:
         """Bring it under its name; None when there was nothing to write. Raises LedgerFileError."""

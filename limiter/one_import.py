@@ -5,7 +5,8 @@ It is for order, not for safety: each row is stored whole, whoever else stores r
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
 from limiter.cancelling import CancelWatch
@@ -13,17 +14,18 @@ from limiter.credit_limiter import CreditLimiter
 from limiter.errors import LedgerFileError, LimiterUnavailable
 from limiter.lease import Lease
 
+StillOurs = Callable[[], Awaitable[None]]
 LEASE_S = 10.0
 _ASK_S = 0.25
 _LOG = logging.getLogger("limiter")
 
 
 @asynccontextmanager
-async def one_import(limiter: CreditLimiter, *, lease_s: float = LEASE_S) -> AsyncIterator[Callable[[], None]]:
+async def one_import(limiter: CreditLimiter, *, lease_s: float = LEASE_S) -> AsyncIterator[StillOurs]:
     """Wait until no other import runs, and keep others waiting until the block ends.
 
-    Gives a check that raises LedgerFileError once another import has the lease, as after a pause of this process.
-    Raises LimiterUnavailable.
+    Gives a check, for right before each writing, that raises LedgerFileError once another import had the lease, be it
+    over by then, as after a pause of this process. Both raise LimiterUnavailable.
     """
     lease = Lease(limiter, lease_s=lease_s, key=limiter.keys.import_lease())
     cancel = CancelWatch()
@@ -34,7 +36,7 @@ async def one_import(limiter: CreditLimiter, *, lease_s: float = LEASE_S) -> Asy
         await asyncio.sleep(_ASK_S)
         cancel.check()
         leased = await lease.take()
-    keeper = _Keeper(lease)
+    keeper = _Keeper(lease, leased.epoch)
     keeping = asyncio.create_task(keeper.keep())
     try:
         yield keeper.check
@@ -46,20 +48,34 @@ async def one_import(limiter: CreditLimiter, *, lease_s: float = LEASE_S) -> Asy
 
 
 class _Keeper:
-    """Keeps a lease, and notes when it went to another."""
+    """Keeps a lease of one epoch, and notes when another import had it."""
 
-    def __init__(self, lease: Lease) -> None:
-        self._lease, self._taken_by = lease, ""
+    def __init__(self, lease: Lease, epoch: int) -> None:
+        self._lease, self._epoch = lease, epoch
+        self._kept_s = time.monotonic()
+        self._lost_to = ""
 
-    def check(self) -> None:
-        if self._taken_by:
-            raise LedgerFileError(f"another import began ({self._taken_by}), for this one was silent too long")
+    async def check(self) -> None:
+        if (
+            time.monotonic() - self._kept_s > self._lease.lease_s / 2
+        ):  # it was to be kept before: this process stood still
+            await self._keep_once()
+        if self._lost_to:
+            raise LedgerFileError(f"another import began ({self._lost_to}), for this one was silent too long")
 
     async def keep(self) -> None:
         cancel = CancelWatch()
-        while not self._taken_by:
+        while not self._lost_to:
             await asyncio.sleep(self._lease.lease_s / 4)
             cancel.check()
             with suppress(LimiterUnavailable):  # the import's own calls tell that
-                leased = await self._lease.take()
-                self._taken_by = "" if leased.is_mine else leased.owner
+                await self._keep_once()
+
+    async def _keep_once(self) -> None:
+        asked_s = time.monotonic()
+        leased = await self._lease.take()
+        self._kept_s = asked_s
+        if not leased.is_mine:
+            self._lost_to = leased.owner
+        elif leased.epoch != self._epoch:
+            self._lost_to = "it is over"

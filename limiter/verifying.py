@@ -1,6 +1,7 @@
 """Whether a credits.json is whole: its checksum, its count, and each row. It reads the file, and never Redis.
 
-A file of limiter's is known by its first line or by its last: where either is spoilt, the other gives it away.
+A file of limiter's is known by its first line, by its last and by the checksum in its meta: where one is spoilt, the
+others give it away.
 """
 
 import time
@@ -44,6 +45,8 @@ def verify(path: Path) -> VerifyReport:
         faults = _Faults()
         seal = _check_seal(path, faults)
         rows = _check_rows(file, faults)
+        if seal is None and not faults.count and file.has_checksum:
+            faults.note("its checksum is not that of the file: it was written anew after limiter had")
         if rows is not None and seal is not None and seal.rows != rows:
             faults.note(f"it has {rows} rows, and its last line says {seal.rows}")
         return VerifyReport(path, file.size_bytes, seal, rows or 0, tuple(faults.first), faults.count)

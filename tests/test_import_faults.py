@@ -7,6 +7,7 @@ import random
 import re
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -17,7 +18,7 @@ from redis import Redis as BlockingRedis
 
 from limiter import CreditLimiter, LedgerFileError, LimiterUnavailable, connect
 from limiter.dumping import dump
-from limiter.importer import BATCH_ROWS, Progress, import_file
+from limiter.importer import _BATCHES_SENT, BATCH_ROWS, Progress, import_file
 from limiter.one_import import one_import
 from tests.conftest import TIERS
 from tests.processes import LIMITER, environment, limiter
@@ -151,13 +152,68 @@ async def test_import_when_another_took_the_lease_meanwhile_then_the_check_says_
 
         async def lost() -> bool:
             try:
-                still_ours()
+                await still_ours()
             except LedgerFileError as error:
                 return "another import began (other:1:x)" in str(error)
             return False
 
         await eventually(lost)
     assert server.hget("credits:import", "owner") == b"other:1:x"  # and it is left to the other
+
+
+def test_import_when_it_was_stopped_and_another_ran_meanwhile_then_it_gives_up(
+    server: BlockingRedis, tmp_path: Path
+) -> None:
+    rows = 20_000
+    for name, count in (("first", 1), ("second", 2)):
+        told = {f"i-{number}": member(lifetime_consumed=count) for number in range(rows)}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"rows": told}, separators=(",", ":")))
+    first = start(tmp_path / "first.json", server, "--replace")
+    wait_until(lambda: first.poll() is not None or server.dbsize() > 100, within_s=30)
+    first.send_signal(signal.SIGSTOP)
+    assert server.dbsize() < rows
+    second = limiter("import", "second.json", "--redis", url_of(server), "--replace", cwd=tmp_path)  # when that lapsed
+    assert second.returncode == 0, second.stderr
+    first.send_signal(signal.SIGCONT)
+    _, errors = first.communicate(timeout=60)
+    assert (first.returncode, "another import began (it is over)" in errors) == (1, True), errors
+    stored = [server.hget(f"credits:install:i-{number}", "lifetime_consumed") for number in range(rows)]
+    assert stored.count(b"2") >= rows - _BATCHES_SENT * BATCH_ROWS, "what was under way is in, and no more"
+
+
+def test_import_when_rows_are_rejected_at_once_then_their_file_holds_each_of_them(
+    server: BlockingRedis, ledger: Path
+) -> None:
+    broken = {f"i-{number}" for number in range(0, ROWS, 100)}
+    for name in broken:
+        server.set(f"credits:install:{name}", "no row")
+    done = limiter("import", str(ledger), "--redis", url_of(server), "--merge", cwd=ledger.parent)
+    told = json.loads(ledger.with_name("credits.json.rejected.json").read_text())["rejected"]
+    assert done.returncode == 1
+    assert {each["install_id"] for each in told} == broken | {f"b-{number}" for number in range(7)}
+    assert len(told) == len(broken) + 7
+
+
+@pytest.mark.parametrize("phase", ["check", "wait", "compare"])
+def test_import_when_ctrl_c_ends_it_before_it_writes_then_it_says_that_nothing_was_changed(
+    server: BlockingRedis, ledger: Path, phase: str
+) -> None:
+    saying = {"check": "checking the file", "wait": "another import runs", "compare": "comparing with Redis"}[phase]
+    if phase == "check":
+        text = json.dumps(many(300_000), separators=(",", ":"))
+        ledger.write_text(f'{{"rows":{text}}}')
+    elif phase == "compare":
+        assert limiter("import", str(ledger), "--redis", url_of(server), cwd=ledger.parent).returncode == 1
+    else:
+        later_ms = int((time.time() + 3600) * 1000)
+        server.hset("credits:import", mapping={"owner": "other:1:x", "epoch": 1, "lapses_ms": later_ms})
+    process = start(ledger, server)
+    assert process.stderr
+    while saying not in (line := process.stderr.readline()):
+        assert line, "it ended before that"
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=20)
+    assert (process.returncode, "limiter: interrupted: nothing was changed" in told) == (130, True), told
 
 
 async def test_import_when_the_server_goes_away_then_the_error_says_what_is_in_and_what_to_do(

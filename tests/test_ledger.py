@@ -16,8 +16,9 @@ import pytest
 
 from limiter import LedgerFileError, Row
 from limiter.ledger import LedgerFile, row_from_member, undated_fields
-from limiter.ledger_row import MAX_EXTRA_BYTES, line_from_row, merged_extra
+from limiter.ledger_row import MAX_EXTRA_BYTES, json_bytes, line_from_row, merged_extra
 from limiter.ledger_seal import Seal, check_seal, read_seal
+from limiter.ledger_text import READ_BYTES
 from limiter.ledger_writer import LedgerWriter
 from limiter.seen import SeenTexts
 from limiter.timestamps import ms_from_iso
@@ -297,8 +298,11 @@ BROKEN_FILES = {
     '{"rows": {"a": {},}}': "line 1, column 19: it is not JSON: want a name in quotes",
     "{'rows': {}}": "line 1, column 2: it is not JSON: want a name in quotes",
     '{"rows": {"a": {"x": 1e99999999999999999999}}}': "line 1, column 16: row 'a' has a number beyond every range",
-    '{"rows": {"a": {"x": "\\ud83d"}}}': "line 1, column 16: row 'a' has an escape that is half of a surrogate pair",
-    ESCAPE_AT_THE_EDGE + '"}}}': "line 1, column 16: row 'a' has an escape that is half of a surrogate pair",
+    '{"rows": {}, "x": "\\ud83d"}': (
+        "line 1, column 19: the member 'x' has an escape that is half of a surrogate pair"
+    ),
+    '{"rows":{"abc"': "line 1, column 15: the file ends in the middle: it is truncated",
+    '{"foo":"",\n"rows":{"abc" ': "line 2, column 15: the file ends in the middle: it is truncated",
     '{"rows": {"a": {"x": 12345': "line 1, column 27: the file ends in the middle: it is truncated",
     '{"rows": {"a": {"x": "\\u12': "line 1, column 27: the file ends in the middle: it is truncated",
     '{"rows": {"a": {"x": tru': "line 1, column 25: the file ends in the middle: it is truncated",
@@ -306,7 +310,7 @@ BROKEN_FILES = {
     '{"rows": {"a": {"x": 1' + "0" * 5000 + "}}}": "line 1, column 16: row 'a' has a number beyond every range",
     '{"rows": {"a": {"x": ' + "[" * 100_000: "line 1, column 16: row 'a' is nested more than 64 deep",
     '{"rows": {"a": {}}, "x": "\n"}': "line 1, column 27: it is not JSON: Invalid control character at",
-    '{"rows": {"a": {"x": ' + "[" * 70 + "]" * 70 + "}}}": "line 1, column 16: row 'a' is nested more than 64 deep",
+    '{"rows": {}, "x": ' + "[" * 70 + "]" * 70 + "}": "line 1, column 19: the member 'x' is nested more than 64 deep",
 }
 
 
@@ -326,6 +330,55 @@ def test_file_when_an_escaped_pair_lies_across_two_reads_then_it_is_one_characte
         assert found.extra.endswith('😀 \\\\ud83d"}')
 
 
+@pytest.mark.parametrize(
+    ("member", "fault"),
+    [
+        ('{"x":"\\ud83d"}', "it has an escape that is half of a surrogate pair"),
+        (
+            ESCAPE_AT_THE_EDGE.removeprefix('{"rows": {"a": ') + '"}',
+            "it has an escape that is half of a surrogate pair",
+        ),
+        ('{"x":' + "[" * 70 + "]" * 70 + "}", "it is nested more than 64 deep"),
+    ],
+)
+def test_row_when_nobody_else_could_take_its_json_then_it_alone_is_told_with_its_text(
+    tmp_path: Path, member: str, fault: str
+) -> None:
+    path = tmp_path / "credits.json"
+    path.write_text(f'{{"rows": {{"a": {member}, "b": {{"lifetime_consumed": 1}}}}}}')
+    found = read(path)
+    assert str(found["a"]) == f"row 'a': {fault}"
+    assert isinstance(found["b"], Row)
+    with LedgerFile(path) as file:
+        assert json_bytes([entry.member for entry in file.entries()][:1]).decode() == f"[{member}]"
+
+
+@pytest.mark.parametrize("number", ["1.5", "1e-5", "1E+5", "-15"])
+def test_file_when_a_number_lies_across_two_reads_then_it_is_read_whole(tmp_path: Path, number: str) -> None:
+    path = tmp_path / "credits.json"
+    for before in range(1, len(number)):
+        head = '{"rows": {}, "pad": "", "meta": '
+        pad = "y" * (READ_BYTES - len(head) - before)
+        path.write_text(head.replace('""', f'"{pad}"') + number + "}")
+        with LedgerFile(path) as file:
+            assert list(file.entries()) == []
+            assert file.meta == Decimal(number)
+
+
+def test_file_when_it_is_a_dump_then_its_rows_are_read_at_a_look_but_for_those_at_the_edge_of_a_read(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "credits.json"
+    line = line_from_row(row("a")).decode()
+    lines = [line.replace('"a"', f'"i-{number}"') for number in range(5000)]
+    lines[10] = '"x": {}'
+    path.write_text('{"rows": {\n' + ",\n".join(lines) + '\n}, "meta": {}}\n')
+    with LedgerFile(path) as file:
+        odd = [entry.install_id for entry in file.entries() if not entry.is_regular]
+    assert "x" in odd
+    assert len(odd) <= 3 + path.stat().st_size // READ_BYTES
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 def test_file_when_it_is_utf_16_then_the_error_says_so(tmp_path: Path, encoding: str) -> None:
     content = '{"rows": {"a": {}}}'.encode(encoding)
@@ -336,6 +389,11 @@ def test_file_when_it_is_latin_1_then_the_error_gives_the_place_in_characters(tm
     content = '{"rows": {\n"a": {"é": 1, "note": "'.encode() + "é".encode("latin-1") + b' x"}}}'
     cause = cause_of(tmp_path / "f", content)
     assert re.match(r"line 2, column 2[456]: it is not UTF-8", cause), cause
+
+
+def test_file_when_it_is_cut_within_a_character_then_it_is_truncated(tmp_path: Path) -> None:
+    content = '{"rows": {"a": {"note": "é'.encode()[:-1]
+    assert cause_of(tmp_path / "f", content).endswith(": the file ends in the middle: it is truncated")
 
 
 def test_file_when_the_error_is_far_in_then_the_line_is_still_right(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import asyncio
 import json
 import os
 import pty
+import signal
 import subprocess
 from pathlib import Path
 
@@ -160,6 +161,31 @@ async def test_restore_when_it_asks_then_it_does_as_it_is_told(
     assert b"Restore it?" in told
     assert process.returncode == (0 if rows else 1)
     assert await consumed(core) == rows
+
+
+async def test_restore_when_ctrl_c_comes_while_it_asks_then_it_ends_and_changes_nothing(
+    core: CreditLimiter, redis: Redis, redis_url: str, path: Path, clock: Clock
+) -> None:
+    await two_dumps(core, path, clock)
+    await redis.flushdb()
+    process = subprocess.Popen(  # noqa: ASYNC220  its end is awaited in a thread
+        [LIMITER, "restore", "--redis", redis_url],
+        cwd=path.parent,
+        env=environment({"LIMITER_PERSISTER__FILE": str(path)}),
+        stdin=(terminal := pty.openpty())[1],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stderr
+    told = b""
+    while b"Restore it?" not in told:
+        told += await asyncio.to_thread(os.read, process.stderr.fileno(), 1000)
+    process.send_signal(signal.SIGINT)
+    await asyncio.to_thread(process.communicate, timeout=20)
+    for end in terminal:
+        os.close(end)
+    assert process.returncode in (1, 130)
+    assert await consumed(core) == {}
 
 
 async def test_restore_when_a_persister_is_at_work_then_it_refuses_and_says_to_stop_it(

@@ -102,6 +102,20 @@ def test_verify_when_the_file_is_of_the_old_ledger_then_its_rows_are_checked_and
     assert "row 'b': lifetime_consumed is -1" in report.faults[0]
 
 
+def test_verify_when_a_dump_was_written_anew_by_something_else_then_it_is_found(path: Path) -> None:
+    document = json.loads(path.read_text())
+    document["rows"]["a"]["lifetime_consumed"] = 0
+    anew = path.with_name("anew.json")
+    for content in (json.dumps(document, indent=2), path.read_text().replace("\n", "\r\n")):
+        anew.write_text(content, newline="")
+        report = verify(anew)
+        assert (report.is_good, report.seal) == (False, None)
+        assert "its checksum is not that of the file" in report.faults[0]
+    del document["meta"]
+    anew.write_text(json.dumps(document))
+    assert verify(anew).is_good, "who takes the checksum out says that it was changed on purpose"
+
+
 def test_verify_when_there_is_no_file_then_the_error_says_so(tmp_path: Path) -> None:
     with pytest.raises(LedgerFileError, match="cannot be read: No such file"):
         verify(tmp_path / "none.json")

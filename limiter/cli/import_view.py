@@ -29,8 +29,9 @@ async def import_shown(limiter: CreditLimiter, file: Path, *, mode: PutMode, dry
         try:
             return await import_file(limiter, file, mode=mode, dry_run=dry_run, on_progress=view.show)
         except asyncio.CancelledError:
-            done = f"{view.stored:,} rows or more are in, each whole: import the file again"
-            said = "nothing was changed" if view.stored is None else done
+            said = "nothing was changed"
+            if view.stored is not None:
+                said = f"{view.stored:,} rows or more are in, each whole: import the file again"
             view.bars.console.print(f"limiter: interrupted: {said}", soft_wrap=True)
             raise
 

@@ -56,7 +56,11 @@ def restore(
     if not yes and not sys.stdin.isatty():
         raise typer.BadParameter("there is no terminal to ask in: add --yes to restore without a question")
     mode: PutMode = "merge" if merge else "replace" if replace else "create"
-    report = run(_restore(settings, found, mode, yes=yes, as_json=json))
+    run(_look(settings, found, mode))
+    _say(_what_it_means(found))
+    if not yes:  # outside of any event loop, in which Ctrl-C would wait for the answer
+        typer.confirm("Restore it?", abort=True, err=True)
+    report = run(_restore(settings, found, mode, as_json=json))
     if report.rejected:
         raise typer.Exit(1)
 
@@ -80,13 +84,15 @@ def _pass_over(report: VerifyReport) -> None:
     _say(f"{report.path} is passed over: {report.faults[0]}")
 
 
-async def _restore(settings: Settings, found: VerifyReport, mode: PutMode, *, yes: bool, as_json: bool) -> ImportReport:
-    async with open_limiter(settings) as limiter, replicated(limiter.redis, settings.redis.wait_replicas):
+async def _look(settings: Settings, found: VerifyReport, mode: PutMode) -> None:
+    """Refuse before anybody is asked. Raises LedgerFileError."""
+    async with open_limiter(settings) as limiter:
         if mode == "create" and await has_rows(limiter):
             await import_file(limiter, found.path, mode=mode, dry_run=True)  # refuses, unless it is a repeat
-        _say(_what_it_means(found))
-        if not yes:
-            typer.confirm("Restore it?", abort=True, err=True)
+
+
+async def _restore(settings: Settings, found: VerifyReport, mode: PutMode, *, as_json: bool) -> ImportReport:
+    async with open_limiter(settings) as limiter, replicated(limiter.redis, settings.redis.wait_replicas):
         checksum = found.seal.checksum if found.seal is not None else ""
         async with alone(limiter, lease_s=settings.persister.lease_s, checksum=checksum):
             report = await import_shown(limiter, found.path, mode=mode)
