@@ -56,5 +56,6 @@ clean:
 
 # Half an hour: every benchmark that this machine can run, into benchmarks/RESULTS.md.
 bench: $(READY)
-	tools/system-packages redis-server redis-tools wrk nodejs npm
+	tools/system-packages redis-server redis-tools wrk
+	@command -v npm >/dev/null || tools/system-packages nodejs npm
 	$(BIN)/python -m benchmarks
