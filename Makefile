@@ -54,7 +54,7 @@ $(READY): pyproject.toml requirements.lock
 clean:
 	rm -rf $(VENV) .cache tests/sdk/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-# Half an hour: every benchmark that this machine can run, into benchmarks/RESULTS.md.
+# Half an hour to an hour: every benchmark that this machine can run, into benchmarks/RESULTS.md.
 bench: $(READY)
 	tools/system-packages redis-server redis-tools wrk
 	@command -v npm >/dev/null || tools/system-packages nodejs npm

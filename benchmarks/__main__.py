@@ -1,6 +1,6 @@
 """All benchmarks, into RESULTS.md beside this file and two plots: `make bench`, or `python -m benchmarks [SECTION...]`.
 
-It takes about half an hour. A section that is not asked for keeps the findings of its last run, which stand in
+It takes half an hour to an hour. A section that is not asked for keeps the findings of its last run, which stand in
 findings.json.
 """
 

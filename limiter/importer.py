@@ -1,6 +1,6 @@
-"""From credits.json into Redis. A file is read to its end before anything is written; rows go in through put_row only.
+"""From credits.json into Redis. A file is read to its end before anything is written.
 
-It reads files through `ledger` and never decides what a row means.
+Rows go in through `row_sender` only. It reads files through `ledger` and never decides what a row means.
 """
 
 import asyncio

@@ -56,9 +56,8 @@ class _Keeper:
         self._lost_to = ""
 
     async def check(self) -> None:
-        if (
-            time.monotonic() - self._kept_s > self._lease.lease_s / 2
-        ):  # it was to be kept before: this process stood still
+        # It was to be kept before that: this process stood still.
+        if time.monotonic() - self._kept_s > self._lease.lease_s / 2:
             await self._keep_once()
         if self._lost_to:
             raise LedgerFileError(f"another import began ({self._lost_to}), for this one was silent too long")

@@ -52,24 +52,37 @@ class RowSender:
     def __init__(self, limiter: CreditLimiter, reject: Reject) -> None:
         self._limiter, self._reject = limiter, reject
         self._scripts = Scripts(limiter.wire, timeout_ms=_TIMEOUT_MS)
+        self._has_slots = False  # of a cluster, once its first answer said so
 
     async def store(self, batch: Sequence[Item], mode: PutMode) -> "Counter[Status]":
         """Store the rows that Redis has not, many in a call, then the others as put_row does; count the answers."""
-        calls = (batch[at : at + _ROWS_IN_A_CALL] for at in range(0, len(batch), _ROWS_IN_A_CALL))
-        return sum(await asyncio.gather(*(self._store(call, mode) for call in calls)), Counter())
+        others = await self._others_than_new(batch)
+        answers = Counter({Status.CREATED: len(batch) - len(others)})
+        return answers + await self.put(others, mode, asks=False) if others else answers
 
-    async def _store(self, batch: Sequence[Item], mode: PutMode) -> "Counter[Status]":
-        keys = [self._limiter.keys.install(item.entry.install_id) for item in batch]
-        texts = [item.text for item in batch]
+    async def _others_than_new(self, batch: Sequence[Item]) -> Sequence[Item]:
+        """Store the rows that Redis has not, and give those that are left for put_row."""
+        if self._has_slots:
+            return batch
+        calls = [batch[at : at + _ROWS_IN_A_CALL] for at in range(0, len(batch), _ROWS_IN_A_CALL)]
+        answered = await asyncio.gather(*(self._created(call) for call in calls), return_exceptions=True)
+        others: list[Item] = []
+        for call, statuses in zip(calls, answered, strict=True):
+            if isinstance(statuses, BaseException):  # the other calls are over by now
+                raise statuses
+            others += [item for item, status in zip(call, statuses, strict=True) if status is not Status.CREATED]
+        return others
+
+    async def _created(self, call: Sequence[Item]) -> list[Status]:
+        keys = [self._limiter.keys.install(item.entry.install_id) for item in call]
+        texts = [item.text for item in call]
         try:
-            statuses = await self._limiter.repeated(lambda: self._scripts.create_rows(keys, texts))
+            return await self._limiter.repeated(lambda: self._scripts.create_rows(keys, texts))
         except ScriptContractError as error:
             if not isinstance(error.__cause__, ClusterCrossSlotError):
                 raise
-            return await self.put(batch, mode, asks=False)  # in a cluster a call has one row
-        known = [item for item, status in zip(batch, statuses, strict=True) if status is not Status.CREATED]
-        answers = Counter({Status.CREATED: len(batch) - len(known)})
-        return answers + await self.put(known, mode, asks=False) if known else answers
+            self._has_slots = True  # a call's rows are in one slot there, and those of a file are not
+            return [Status.EXISTS] * len(call)
 
     async def put(self, batch: Sequence[Item], mode: PutMode, *, asks: bool) -> "Counter[Status]":
         """Run put_row for each row, or with `asks` only find out what that would do; count the answers."""

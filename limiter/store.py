@@ -1,4 +1,4 @@
-"""Rows as Redis holds them: decoding one hash, reading them all. Reading only; `put_row` writes."""
+"""Rows as Redis holds them: decoding one hash, reading them all. Reading only; `row_sender` writes."""
 
 import asyncio
 import json

@@ -1,7 +1,7 @@
 #!lua
 -- Stores the rows that are not there yet, for an import into a Redis without them; any other row is left alone. Many
--- rows in one call, for an import has millions: as many as others may wait for, and in a cluster one. One step, so that
--- a row that a relay makes meanwhile is never overwritten. The values are stored as they come: the caller checked them.
+-- rows in one call, for an import has millions: as many as others may wait for; in a cluster all of one slot. One step,
+-- so that a row that a relay makes meanwhile is never overwritten. The values are stored as they come, checked before.
 -- Reply: {status, …}, one for each row   status: CREATED | EXISTS
 local row_keys = KEYS  -- hashes; their fields are listed in include/row.lua
 local texts    = ARGV  -- one for each row: put_row's values from tier_snapshot to extra, in its order, a line each

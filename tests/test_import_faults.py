@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,13 @@ from typing import Any
 import pytest
 from redis import Redis as BlockingRedis
 
-from limiter import CreditLimiter, LedgerFileError, LimiterUnavailable, connect
+from limiter import CreditLimiter, LedgerFileError, LimiterUnavailable, Status, connect
 from limiter.dumping import dump
 from limiter.importer import _BATCHES_SENT, BATCH_ROWS, Progress, import_file
+from limiter.ledger import LedgerFile
 from limiter.one_import import one_import
+from limiter.row_sender import Item, RowSender
+from limiter.scripts import Scripts
 from tests.conftest import TIERS
 from tests.processes import LIMITER, environment, limiter
 from tests.servers import Server, binaries, eventually, wait_until
@@ -214,6 +217,37 @@ def test_import_when_ctrl_c_ends_it_before_it_writes_then_it_says_that_nothing_w
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=20)
     assert (process.returncode, "limiter: interrupted: nothing was changed" in told) == (130, True), told
+
+
+async def test_batch_when_one_of_its_calls_fails_then_the_others_are_over_when_it_says_so(
+    server: BlockingRedis, closing: AsyncExitStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What went on would write over another import's rows."""
+    redis = await connect(url_of(server))
+    closing.push_async_callback(redis.aclose)
+    limiter = CreditLimiter(redis, TIERS)
+    path = tmp_path / "credits.json"
+    path.write_text(json.dumps({"rows": many(100)}, separators=(",", ":")))
+    over: list[str] = []
+    create_rows = Scripts.create_rows
+
+    async def some_fail(scripts: Scripts, keys: Sequence[str], texts: Sequence[str]) -> list[Status]:
+        if keys[0].endswith(":i-20"):
+            raise LimiterUnavailable("no answer", executed=None)
+        await asyncio.sleep(0.05)
+        over.append(keys[0])
+        return await create_rows(scripts, keys, texts)
+
+    async def unrepeated(attempt: Callable[[], Awaitable[list[Status]]]) -> list[Status]:
+        return await attempt()
+
+    monkeypatch.setattr(Scripts, "create_rows", some_fail)
+    monkeypatch.setattr(limiter, "repeated", unrepeated)
+    sender = RowSender(limiter, reject=lambda *_: asyncio.sleep(0))
+    with LedgerFile(path) as file, pytest.raises(LimiterUnavailable):
+        await sender.store([Item(entry, entry.row(now_ms=0)) for entry in file.entries()], "create")
+    assert len(over) == 4
+    assert server.dbsize() == 80
 
 
 async def test_import_when_the_server_goes_away_then_the_error_says_what_is_in_and_what_to_do(

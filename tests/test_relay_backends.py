@@ -3,14 +3,19 @@
 import asyncio
 import gc
 import ssl
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
+import aiohttp
 import pytest
+from aiohttp.base_protocol import BaseProtocol
+from multidict import CIMultiDict
 
 from limiter.errors import SettingsError
 from limiter.relay.backends import BackendClient
 from limiter.relay.serving import open_backends
-from limiter.relay.upstream import BackendFailed
+from limiter.relay.upstream import BackendFailed, Upstream
 from limiter.settings_sources import load_settings
 from tests.backend import Backend
 from tests.test_connect import write_certificate
@@ -40,6 +45,50 @@ async def test_backend_when_its_url_has_a_password_then_it_is_used_and_never_sho
     assert hardware.last.headers["Authorization"] == "Basic dXNlcjpwYXNzLXdvcmQ="
     assert client.label == hardware.url
     await client.aclose()
+
+
+class Held(NamedTuple):
+    """An answer whose body is a reader that nobody feeds but the test."""
+
+    content: aiohttp.StreamReader
+    status: int = 200
+    headers: Mapping[str, str] = {}
+
+    def release(self) -> None:
+        raise AssertionError("it has not ended")
+
+    def close(self) -> None:
+        self.content.feed_eof()
+
+
+def upstream_of(content: aiohttp.StreamReader, *, ends_in_s: float) -> Upstream:
+    ends_s = asyncio.get_running_loop().time() + ends_in_s
+    return Upstream(
+        *("gemini", Held(content), b"", CIMultiDict()),
+        idle_s=10,
+        ends_s=ends_s,
+        may_stay=True,
+        over=lambda _outcome: None,
+    )
+
+
+async def test_body_when_it_always_has_more_then_it_still_ends_at_its_total_time() -> None:
+    loop = asyncio.get_running_loop()
+    content = aiohttp.StreamReader(BaseProtocol(loop), 1 << 16, loop=loop)
+    content.feed_data(b"one")
+    with upstream_of(content, ends_in_s=60) as upstream:
+        assert await upstream.read() == b"one"
+    late = aiohttp.StreamReader(BaseProtocol(loop), 1 << 16, loop=loop)
+    late.feed_data(b"more")
+    with pytest.raises(BackendFailed, match="did not answer in time"), upstream_of(late, ends_in_s=-1) as upstream:
+        await upstream.read()
+
+
+async def test_body_when_aiohttp_forgot_it_then_the_backend_broke_off() -> None:
+    loop = asyncio.get_running_loop()
+    content = aiohttp.StreamReader(BaseProtocol(loop), 1 << 16, loop=loop)  # as when its connection has closed
+    with pytest.raises(BackendFailed, match="broke off"), upstream_of(content, ends_in_s=60) as upstream:
+        await upstream.read()
 
 
 async def test_backend_when_it_has_a_password_and_a_key_then_settings_error() -> None:

@@ -1,5 +1,6 @@
 """What passes through the relay, byte for byte, and what does not: credentials stay on their side."""
 
+import asyncio
 import gzip
 import json
 from collections.abc import Iterable
@@ -8,6 +9,7 @@ import pytest
 from aiohttp.http import StreamWriter
 
 from limiter.relay.backends import BackendClient
+from limiter.relay.upstream import Upstream
 from tests.backend import CHUNK, Backend, Document, chat
 from tests.relaying import (
     CHAT,
@@ -74,6 +76,23 @@ async def test_stream_when_a_chunk_comes_then_it_passes_at_once(relay: RunningRe
         assert not gemini.go_on.is_set()
         gemini.go_on.set()
         assert await response.content.read() == CHUNK % 1 + b"data: [DONE]\n\n"
+
+
+async def test_stream_when_the_relay_itself_fails_within_it_then_it_is_broken_off_and_no_second_answer_follows(
+    relay: RunningRelay, gemini: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fault(_upstream: Upstream) -> bytes:
+        raise RuntimeError("fault")
+
+    monkeypatch.setattr(Upstream, "read", fault)
+    reader, writer = await asyncio.open_connection("127.0.0.1", relay.port)
+    body = b'{"model": "stepwise", "stream": true}'
+    head = f"POST {CHAT} HTTP/1.0\r\nContent-Type: application/json\r\nX-Install-Id: {relay.install_id}\r\n"
+    writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    told = await reader.read()  # to its end: without a length, the connection's end is that of the body
+    writer.close()
+    assert told.partition(b"\r\n\r\n")[2] == CHUNK % 0
+    gemini.go_on.set()
 
 
 async def test_stream_when_it_begins_then_its_head_and_first_bytes_leave_in_one_write(

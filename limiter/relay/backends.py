@@ -20,7 +20,16 @@ from limiter.model import Backend as BackendName
 from limiter.relay.answers import Problem, ProblemRaised, retry_seconds
 from limiter.relay.breaker import Attempt, Breaker, CircuitOpen
 from limiter.relay.exchange import Answer, Origin
-from limiter.relay.upstream import FAILURES, SUCCESS, BackendFailed, Outcome, Upstream, failed, problem_of_backend
+from limiter.relay.upstream import (
+    FAILURES,
+    SUCCESS,
+    BackendFailed,
+    Outcome,
+    Upstream,
+    failed,
+    next_piece,
+    problem_of_backend,
+)
 
 _LOG = logging.getLogger("limiter.relay")
 _REQUEST_HEADERS = (hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.CONTENT_TYPE, "OpenAI-Beta")
@@ -218,7 +227,7 @@ class BackendClient:
         )
 
     async def _first(self, response: Answer) -> bytes:
-        first = await response.content.readany()
+        first = await next_piece(response.content)
         if not first and response.status in SUCCESS:
             raise BackendFailed(self._problem("answered with nothing"))
         return first

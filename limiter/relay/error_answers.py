@@ -40,7 +40,9 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
             _LOG.error("%s", error, extra={"request_id": request[REQUEST_ID]})
         headers = {"Allow": error.headers["Allow"]} if isinstance(error, web.HTTPMethodNotAllowed) else None
         return _answer(request, problem, headers)
-    except Exception as error:  # noqa: BLE001  the last resort: the client gets an answer, the log the traceback
+    except Exception as error:  # the last resort: the client gets an answer, the log the traceback
+        if request.writer.output_size:  # a second answer within the first could be taken for a part of it
+            raise
         _LOG.exception("unexpected", extra={"request_id": request[REQUEST_ID]})
         return _answer(request, problem_of(error))
 

@@ -14,6 +14,7 @@ import aiohttp
 from aiohttp import hdrs
 from aiohttp.connector import Connection
 from aiohttp.http import RawResponseMessage
+from aiohttp.tracing import Trace
 from multidict import CIMultiDictProxy
 from yarl import URL
 
@@ -36,6 +37,23 @@ class Answer(Protocol):
     def close(self) -> None: ...  # noqa: D102  its connection closes, which stops the server's work
 
 
+class _Connections(aiohttp.TCPConnector):
+    """Gives no connection on which something came unasked: aiohttp (3.14) would take that for the next answer."""
+
+    async def connect(
+        self,
+        req: aiohttp.ClientRequest,
+        traces: list[Trace],
+        timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109  aiohttp's
+    ) -> Connection:
+        """Get one from the pool or make one. The caller bounds the time: a server may speak first on each."""
+        while True:
+            connection = await super().connect(req, traces, timeout)
+            if connection.protocol is not None and not connection.protocol.should_close:
+                return connection
+            connection.close()
+
+
 class Origin:
     """A server and the connections to it. Make it inside the running event loop and close it with `aclose`.
 
@@ -45,7 +63,7 @@ class Origin:
     def __init__(self, base: URL, *, connect_s: float) -> None:
         self._base = base
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_s)
-        self._connector = aiohttp.TCPConnector(limit=_CONNECTIONS)
+        self._connector = _Connections(limit=_CONNECTIONS)
         # What `connect` reads of a request is the same for all of them: whereto.
         self._whereto = aiohttp.ClientRequest(hdrs.METH_POST, base, loop=asyncio.get_running_loop())
         self._beginning = lru_cache(maxsize=64)(self._beginning_of)
@@ -63,8 +81,8 @@ class Origin:
     ) -> Answer:
         """Make a request to a path below the base, and wait for the head of its answer. There is no other time limit.
 
-        headers: names and values that can be written as they are; those of the body, but for its type, are not among
-        them. Raises aiohttp's errors, HttpProcessingError and OSError.
+        headers: names and values that can be written as they are; of those of the body only its type, and the length of
+        one that comes bit by bit. Raises aiohttp's errors, HttpProcessingError and OSError.
         """
         if isinstance(body, bytes) and 0 < len(body) <= _AT_ONCE:
             return await self._exchanged(method, path, headers, body)
@@ -115,9 +133,8 @@ class _Exchange:
 
 async def _answered(connection: Connection, request: bytes) -> tuple[RawResponseMessage, aiohttp.StreamReader]:
     protocol, transport = connection.protocol, connection.transport
-    if protocol is None or transport is None or protocol.should_close:
-        # What came while nobody used the connection would be taken for the answer: aiohttp keeps it (3.14).
-        raise aiohttp.ClientConnectionError("the connection closed, or something came on it unasked")
+    if protocol is None or transport is None:
+        raise aiohttp.ClientConnectionError("the connection closed")
     protocol.set_response_params(read_until_eof=True, auto_decompress=False)
     transport.write(request)
     while True:

@@ -16,7 +16,7 @@ _LOG = logging.getLogger("limiter.relay")
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 2.0
 _LEAST_DRAIN_S = 2.0  # "do not wait for requests" must not lose the commits of those that were served
-_MOST_UNDOS = 256  # at once: each keeps asking a Redis that is away
+_MOST_UNDOS = 8192  # at once, as many as reserves can wait for an answer: each keeps asking a Redis that is away
 
 
 class Settlements:
@@ -49,7 +49,8 @@ class Settlements:
     def undo(self, install_id: str, hold_id: str) -> None:
         """Give back what a reserve may hold whose answer nobody has; with too many such, the hold lapses by itself.
 
-        The release cannot overtake the reserve: commands about one row leave in order, on one connection.
+        The release cannot overtake the reserve: commands about one row leave in order, on one connection. When that
+        broke in between, the hold may still be placed after it, and lapses.
         """
         if self._undos == _MOST_UNDOS:
             _LOG.warning(

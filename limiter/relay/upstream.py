@@ -32,6 +32,15 @@ class BackendFailed(Exception):  # noqa: N818  reads as what happened
         self.outcome = outcome
 
 
+async def next_piece(content: aiohttp.StreamReader) -> bytes:
+    """Give what has come of a body, or else wait for it; nothing at its end. Raises one of FAILURES."""
+    try:
+        return await content.readany()
+    except RuntimeError as error:
+        # So says aiohttp (3.14) of a body that it forgot, as its parser refused a chunk, when the connection closed.
+        raise aiohttp.ClientPayloadError("the connection closed within the body") from error
+
+
 class Upstream:
     """A backend's answer whose first bytes have come. `first` and what `read` gives are as the backend sent them.
 
@@ -91,10 +100,13 @@ class Upstream:
                 chunk = b""
             else:
                 loop = asyncio.get_running_loop()
-                ends_s = min(loop.time() + self._idle_s, self._ends_s)
+                now_s = loop.time()
+                if now_s >= self._ends_s:  # of one that always has more no timer would ever be heard
+                    raise TimeoutError
+                ends_s = min(now_s + self._idle_s, self._ends_s)
                 timer = loop.call_at(ends_s, content.set_exception, TimeoutError())
                 try:
-                    chunk = await content.readany()
+                    chunk = await next_piece(content)
                 finally:
                     timer.cancel()
         except FAILURES as error:
