@@ -157,36 +157,30 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"; did you mean {near[0]}?" if near else f": known are {', '.join(sorted(known))}"
 
 
-def _given_as_json(model: type[BaseModel] = Settings, prefix: str = "") -> list[str]:
+def _given_as_json() -> list[str]:
     """List the lists, and the tables of whatever names: a variable holds one as JSON."""
-    names: list[str] = []
+    return [name for name, kind in _members() if get_origin(kind) in (list, dict)]
+
+
+def _known_sections() -> list[str]:
+    return [name for name, kind in _members() if _is_section(kind)]
+
+
+def _known_names() -> list[str]:
+    return [name for name, kind in _members() if not _is_section(kind)]
+
+
+def _members(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Give every section and setting by its whole name, with its type."""
     for name, info in model.model_fields.items():
-        kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            names += _given_as_json(kind, f"{prefix}{name}.")
-        elif get_origin(kind) in (list, dict):
-            names.append(prefix + name)
-    return names
+        kind: Any = info.annotation
+        yield prefix + name, kind
+        if _is_section(kind):
+            yield from _members(kind, f"{prefix}{name}.")
 
 
-def _known_sections(model: type[BaseModel] = Settings, prefix: str = "") -> list[str]:
-    names: list[str] = []
-    for name, info in model.model_fields.items():
-        kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            names += [prefix + name, *_known_sections(kind, f"{prefix}{name}.")]
-    return names
-
-
-def _known_names(model: type[BaseModel] = Settings, prefix: str = "") -> list[str]:
-    names: list[str] = []
-    for name, info in model.model_fields.items():
-        kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            names += _known_names(kind, f"{prefix}{name}.")
-        else:
-            names.append(prefix + name)
-    return names
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def _origins(settings: Settings, document: Values, given: Values, path: Path) -> Iterator[Setting]:

@@ -61,7 +61,6 @@ class Origin:
     """
 
     def __init__(self, base: URL, *, connect_s: float) -> None:
-        self._base = base
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_s)
         self._connector = _Connections(limit=_CONNECTIONS)
         # What `connect` reads of a request is the same for all of them: whereto.
