@@ -12,8 +12,9 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from limiter.atomic_file import in_thread
-from limiter.cancelling import CancelWatch
+from limiter._util.atomic_file import in_thread
+from limiter._util.cancellation import CancelWatch
+from limiter._util.timestamps import iso_from_ms
 from limiter.credit_limiter import CreditLimiter
 from limiter.errors import BrokenRow, LedgerFileError
 from limiter.generations import KEEP, prune
@@ -25,7 +26,6 @@ from limiter.ledger_writer import LedgerWriter, ListFile
 from limiter.publishing import Publication, Writer
 from limiter.scripts import mapped
 from limiter.store import PackedFields, read_fields, read_values, row_or_error, scan_keys
-from limiter.timestamps import iso_from_ms
 
 _REASONS_KEPT = 20
 _FIELDS = PackedFields(STORED_FIELDS)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from limiter.atomic_file import free_name
+from limiter._util.atomic_file import free_name
 from limiter.ledger_seal import Seal, check_seal, read_seal
 
 KEEP = 5  # with the file itself

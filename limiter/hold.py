@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
-from limiter.cancelling import to_the_end
+from limiter._util.cancellation import to_the_end
 from limiter.errors import LimiterError, LimiterUnavailable
 from limiter.model import Backend, Decision, Settlement, Status
 

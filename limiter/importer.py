@@ -12,8 +12,8 @@ from typing import Literal
 
 from redis.exceptions import RedisError
 
-from limiter.atomic_file import in_thread
-from limiter.cancelling import CancelWatch
+from limiter._util.atomic_file import in_thread
+from limiter._util.cancellation import CancelWatch
 from limiter.credit_limiter import CreditLimiter
 from limiter.errors import LedgerFileError, LedgerRowError, LimiterError
 from limiter.ledger import Entry, LedgerFile

@@ -14,13 +14,13 @@ from typing import BinaryIO, NamedTuple, NoReturn, Self
 
 import orjson
 
+from limiter._util.fingerprint_set import SeenTexts
 from limiter.errors import InvalidInstallId, LedgerFileError, LedgerRowError
 from limiter.keys import normalise_install_id
 from limiter.ledger_regular import REGULAR_ROW, row_from_groups
 from limiter.ledger_row import row_from_member, undated_fields
 from limiter.ledger_text import LedgerText, Unusable
 from limiter.model import Row
-from limiter.seen import SeenTexts
 
 __all__ = ["Entry", "LedgerFile", "row_from_member", "undated_fields"]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
-from limiter.atomic_file import AtomicFile, in_thread
+from limiter._util.atomic_file import AtomicFile, in_thread
 from limiter.errors import LedgerFileError
 from limiter.ledger_row import json_bytes
 from limiter.ledger_seal import HEAD, Seal, SealedFile, checksum_end, meta_line

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal, NamedTuple
 
+from limiter._util.timestamps import iso_from_ms, ms_from_iso
 from limiter.errors import SettingsError, UnknownTier
-from limiter.timestamps import iso_from_ms, ms_from_iso
 
 Backend = Literal["gemini", "hardware"]
 Counter = Literal["lifetime", "monthly"]

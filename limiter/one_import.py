@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
-from limiter.cancelling import CancelWatch
+from limiter._util.cancellation import CancelWatch
 from limiter.credit_limiter import CreditLimiter
 from limiter.errors import LedgerFileError, LimiterUnavailable
 from limiter.lease import Lease

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from limiter.atomic_file import in_thread
-from limiter.cancelling import CancelWatch
+from limiter._util.atomic_file import in_thread
+from limiter._util.cancellation import CancelWatch
 from limiter.credit_limiter import CreditLimiter
 from limiter.dumping import DumpReport, dump
 from limiter.errors import LimiterError

@@ -9,8 +9,8 @@ import errno
 from dataclasses import dataclass
 from pathlib import Path
 
-from limiter.atomic_file import FolderLock, in_thread
-from limiter.cancelling import CancelWatch
+from limiter._util.atomic_file import FolderLock, in_thread
+from limiter._util.cancellation import CancelWatch
 from limiter.errors import LedgerFileError
 from limiter.generations import generation_name, set_aside_name
 from limiter.lease import Lease, Leased

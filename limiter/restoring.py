@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from limiter.cancelling import CancelWatch
+from limiter._util.cancellation import CancelWatch
 from limiter.credit_limiter import CreditLimiter
 from limiter.errors import LedgerFileError, LimiterError
 from limiter.generations import generations

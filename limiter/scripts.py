@@ -25,7 +25,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from limiter.cancelling import CancelWatch
+from limiter._util.cancellation import CancelWatch
 from limiter.errors import ACL_HINT, BrokenRow, LimiterUnavailable, ScriptContractError
 from limiter.lua_source import compose
 from limiter.model import Backend, Balance, Decision, Reason, Row, Settlement, Status, Tier

@@ -10,12 +10,12 @@ from typing import Any, cast
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from limiter._util.timestamps import is_canonical, ms_from_iso
 from limiter.errors import BrokenRow, LimiterUnavailable
 from limiter.keys import Keys
 from limiter.model import CORE, MAX_COUNT, HeldCredits, Row
 from limiter.scanning import scan
 from limiter.scripts import mapped, plain
-from limiter.timestamps import is_canonical, ms_from_iso
 from limiter.wire import Wire, packed
 
 Fields = Mapping[bytes, bytes]  # a hash as redis-py gives it

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 from limiter import LedgerFileError, Row
+from limiter._util.fingerprint_set import SeenTexts
+from limiter._util.timestamps import ms_from_iso
 from limiter.ledger import LedgerFile, row_from_member, undated_fields
 from limiter.ledger_row import MAX_EXTRA_BYTES, json_bytes, line_from_row, merged_extra
 from limiter.ledger_seal import Seal, check_seal, read_seal
 from limiter.ledger_text import READ_BYTES
 from limiter.ledger_writer import LedgerWriter
-from limiter.seen import SeenTexts
-from limiter.timestamps import ms_from_iso
 from tests.ledgers import write_ledger
 
 NOW = "2026-05-11T23:02:57.123Z"

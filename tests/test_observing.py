@@ -12,12 +12,12 @@ import pytest
 from aiohttp import web
 from prometheus_client.parser import text_string_to_metric_families
 
+from limiter._util.timestamps import iso_from_ms
 from limiter.logs import set_up_logging, short_names
 from limiter.relay.answers import REQUEST_ID
 from limiter.relay.facts import facts_of
 from limiter.relay.metrics import UNMETERED, Metrics, show_metrics
 from limiter.relay.observing import Handler, observe
-from limiter.timestamps import iso_from_ms
 from tests.relaying import eventually, new_install
 
 INSTALL = new_install()

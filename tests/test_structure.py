@@ -16,7 +16,7 @@ MODULES = {
 # Whoever is not listed serves: relay, admin, cli, persister and what belongs to them. They import what they like of
 # these, and none of these imports one of them.
 LAYERS = (
-    ("cancelling", "errors", "timestamps", "lua_source", "seen", "wire"),
+    ("_util.cancellation", "errors", "_util.timestamps", "lua_source", "_util.fingerprint_set", "wire"),
     ("client", "redis_url"),
     ("asking_around",),
     ("slots",),

@@ -9,7 +9,7 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import Balance, CreditLimiter, Decision, Row, Tiers
-from limiter.timestamps import ms_from_iso
+from limiter._util.timestamps import ms_from_iso
 from tests.conftest import Clock, Entry, Vectors
 from tests.reference import Account, ReferenceLimiter, iso, moment, next_renewal, parse
 

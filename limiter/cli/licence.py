@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from limiter._util.timestamps import iso_from_ms
 from limiter.cli.terminal import OUT, ConfigOption, JsonOption, RedisOption, print_json, print_table, run, settings_of
 from limiter.errors import LimiterError, UnknownTier
 from limiter.keys import normalise_install_id
@@ -15,7 +16,6 @@ from limiter.opening import open_limiter
 from limiter.relay.stores import Seat, Stores
 from limiter.replication import replicated
 from limiter.settings import Settings
-from limiter.timestamps import iso_from_ms
 
 app = typer.Typer(help="Licences: signed tokens that say which tier an install has paid for.", no_args_is_help=True)
 _DAY_S = 86_400

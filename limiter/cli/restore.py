@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from limiter._util.timestamps import ms_from_iso
 from limiter.cli.import_view import import_shown, print_report
 from limiter.cli.terminal import ERRORS, ConfigOption, JsonOption, RedisOption, run, settings_of
 from limiter.errors import LedgerFileError, SettingsError
@@ -17,7 +18,6 @@ from limiter.replication import replicated
 from limiter.restoring import alone, has_rows, newest_good
 from limiter.scripts import PutMode
 from limiter.settings import Settings
-from limiter.timestamps import ms_from_iso
 from limiter.verifying import VerifyReport, verify
 
 _UNITS = ((86_400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds"))

@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 
 from aiohttp import web
 
-from limiter.cancelling import to_the_end
+from limiter._util.cancellation import to_the_end
 from limiter.errors import SettingsError
 from limiter.licence import Licence
 from limiter.model import Decision, Status

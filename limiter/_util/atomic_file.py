@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import ParamSpec, Self, TypeVar
 
-from limiter.cancelling import to_the_end
+from limiter._util.cancellation import to_the_end
 
 T = TypeVar("T")
 P = ParamSpec("P")
