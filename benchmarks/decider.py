@@ -17,7 +17,7 @@ from itertools import accumulate, cycle
 import uvloop
 
 from limiter import CreditLimiter, Tiers, connect
-from limiter.lua_source import compose
+from limiter.redis.lua_source import compose
 
 INSTALLS = 10_000
 MANY = 1_000_000_000

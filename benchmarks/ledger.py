@@ -21,8 +21,8 @@ from redis import Redis
 
 from benchmarks.findings import Bar, Finding, as_text, compared
 from limiter import CreditLimiter, Tiers, connect
-from limiter.lua_source import compose
 from limiter.model import ROW_MEMBERS
+from limiter.redis.lua_source import compose
 from tests.servers import Server, binaries
 
 ROWS = 1_000_000

@@ -18,7 +18,7 @@ from pathlib import Path
 from redis import Redis
 
 from benchmarks.findings import Bar, Finding, as_text, compared
-from limiter.lua_source import compose
+from limiter.redis.lua_source import compose
 from tests.servers import Server, binaries
 
 ROWS = 200_000

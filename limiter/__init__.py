@@ -1,6 +1,5 @@
 """Atomic credits in Redis: reserve, commit and release them from any number of nodes."""
 
-from limiter.connection import connect
 from limiter.credit_limiter import CreditLimiter
 from limiter.errors import (
     BrokenRow,
@@ -15,6 +14,7 @@ from limiter.errors import (
 )
 from limiter.hold import Hold
 from limiter.model import Balance, Decision, HeldCredits, Reason, Row, Settlement, Status, Tier, Tiers
+from limiter.redis.connect import connect
 
 __version__ = "0.1.0"
 

@@ -18,9 +18,9 @@ from limiter.errors import LimiterUnavailable, Overloaded
 from limiter.hold import Hold, held
 from limiter.keys import Keys, normalise_install_id
 from limiter.model import MAX_COST, Backend, Balance, Decision, Row, Settlement, Status, Tiers
+from limiter.redis.multiplexed import Wire
 from limiter.scripts import PutMode, Scripts
 from limiter.store import read_row
-from limiter.wire import Wire
 
 T = TypeVar("T")
 _HOLD_ID = re.compile(r"[A-Za-z0-9._-]{1,48}", re.ASCII)

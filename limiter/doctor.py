@@ -16,14 +16,14 @@ import aiohttp
 from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
-from limiter.acl import acl_line, needed_commands, probes
-from limiter.cluster import primaries_of
-from limiter.connection import AWAY, OLDEST_MAJOR, open_client
 from limiter.errors import LedgerFileError, LimiterError, SettingsError
 from limiter.keys import Keys
 from limiter.ledger import LedgerFile
 from limiter.licence import Licences
-from limiter.redis_url import Kind, read_url, redacted
+from limiter.redis.acl import acl_line, needed_commands, probes
+from limiter.redis.cluster import primaries_of
+from limiter.redis.connect import AWAY, OLDEST_MAJOR, open_client
+from limiter.redis.url import Kind, read_url, redacted
 from limiter.settings import BackendSettings, Settings
 
 Level = Literal["ok", "warning", "problem"]

@@ -3,8 +3,8 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from limiter.connection import connect
 from limiter.credit_limiter import CreditLimiter
+from limiter.redis.connect import connect
 from limiter.settings import Settings
 
 

@@ -27,9 +27,9 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from limiter._util.cancellation import CancelWatch
 from limiter.errors import ACL_HINT, BrokenRow, LimiterUnavailable, ScriptContractError
-from limiter.lua_source import compose
 from limiter.model import Backend, Balance, Decision, Reason, Row, Settlement, Status, Tier
-from limiter.wire import Argument, Wire, command, packed
+from limiter.redis.lua_source import compose
+from limiter.redis.multiplexed import Argument, Wire, command, packed
 
 T = TypeVar("T")
 PutMode = Literal["create", "replace", "merge"]

@@ -14,9 +14,9 @@ from limiter._util.timestamps import is_canonical, ms_from_iso
 from limiter.errors import BrokenRow, LimiterUnavailable
 from limiter.keys import Keys
 from limiter.model import CORE, MAX_COUNT, HeldCredits, Row
-from limiter.scanning import scan
+from limiter.redis.multiplexed import Wire, packed
+from limiter.redis.scan import scan
 from limiter.scripts import mapped, plain
-from limiter.wire import Wire, packed
 
 Fields = Mapping[bytes, bytes]  # a hash as redis-py gives it
 Values = list[bytes | None]  # of some of its fields

@@ -8,7 +8,7 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter
-from limiter.lua_source import compose, script_names
+from limiter.redis.lua_source import compose, script_names
 from tests.conftest import TIERS
 from tests.processes import limiter
 

@@ -8,10 +8,10 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, LimiterUnavailable, SettingsError, connect
-from limiter.cluster import primaries_of
 from limiter.dumping import dump
 from limiter.importer import import_file
-from limiter.slots import slot_of
+from limiter.redis.cluster import primaries_of
+from limiter.redis.slot_map import slot_of
 from tests.conftest import TIERS, Closing
 from tests.servers import Server, binaries, free_port, wait_until
 from tests.spending import RUNS, Checkpoints, Spending, check

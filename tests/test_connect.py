@@ -12,9 +12,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from limiter import CreditLimiter, LimiterUnavailable, SettingsError, connect
-from limiter.cluster import primaries_of
-from limiter.connection import redacted
-from limiter.redis_url import Address, passwords_of, read_url
+from limiter.redis.cluster import primaries_of
+from limiter.redis.connect import redacted
+from limiter.redis.url import Address, passwords_of, read_url
 from tests.conftest import TIERS, Closing
 from tests.servers import Server, binaries, free_port
 from tests.topologies import ClusterSetUp, SentinelServer, told

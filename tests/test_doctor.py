@@ -11,15 +11,15 @@ from pydantic import BaseModel, SecretStr
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, LimiterUnavailable, SettingsError, connect
-from limiter.acl import acl_line, needed_commands, probes
 from limiter.doctor import Finding, examine
 from limiter.dumping import dump
 from limiter.importer import import_file
 from limiter.licence import issue, public_key_text
 from limiter.persister import Persister
-from limiter.redis_url import Kind
+from limiter.redis.acl import acl_line, needed_commands, probes
+from limiter.redis.replication import replicated
+from limiter.redis.url import Kind
 from limiter.relay.stores import MintStatus, Stores
-from limiter.replication import replicated
 from limiter.settings import (
     BackendsSettings,
     HardwareSettings,

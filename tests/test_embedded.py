@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from limiter import CreditLimiter, LimiterUnavailable, SettingsError, connect, embedded
+from limiter import CreditLimiter, LimiterUnavailable, SettingsError, connect
+from limiter.redis import embedded
 from tests.conftest import TIERS, Closing
 
 USER = """

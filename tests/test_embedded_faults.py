@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from limiter import CreditLimiter, LimiterUnavailable, SettingsError, connect, embedded
+from limiter import CreditLimiter, LimiterUnavailable, SettingsError, connect
+from limiter.redis import embedded
 from tests.conftest import TIERS
 
 COUNT = """

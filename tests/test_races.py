@@ -12,7 +12,7 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, LimiterUnavailable, Status, connect
-from limiter.lua_source import compose
+from limiter.redis.lua_source import compose
 from tests.conftest import TIERS, fields_of
 from tests.proxy import Loss, Proxy, proxy_of
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from limiter import CreditLimiter, connect, replication
+from limiter import CreditLimiter, connect
 from limiter.dumping import dump
 from limiter.errors import LimiterUnavailable, NotReplicated
+from limiter.redis import replication
+from limiter.redis.replication import replicated
 from limiter.relay.stores import Stores
-from limiter.replication import replicated
 from tests.conftest import TIERS, Closing
 from tests.processes import environment
 from tests.servers import Server, binaries, wait_until

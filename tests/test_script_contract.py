@@ -15,7 +15,7 @@ from redis.exceptions import ResponseError
 from limiter import CreditLimiter, Row, Status, Tiers, connect
 from limiter.keys import Keys
 from limiter.lease import Lease, LeaseStatus
-from limiter.lua_source import compose, script_names
+from limiter.redis.lua_source import compose, script_names
 from limiter.relay.stores import ClaimStatus, MintStatus, SeatStatus, Stores
 from tests.conftest import Clock
 from tests.proxy import Proxy, proxy_of

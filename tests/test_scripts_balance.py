@@ -4,7 +4,7 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import Balance, CreditLimiter, UnknownTier
-from limiter.lua_source import compose
+from limiter.redis.lua_source import compose
 from tests.conftest import Clock, LimiterWith, fields_of
 
 

@@ -6,8 +6,8 @@ from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Row, ScriptContractError, Status
 from limiter.keys import Keys
+from limiter.redis.slot_map import slot_of
 from limiter.scripts import Scripts, stored_text
-from limiter.slots import slot_of
 from tests.conftest import fields_of
 
 

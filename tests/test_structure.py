@@ -16,12 +16,19 @@ MODULES = {
 # Whoever is not listed serves: relay, admin, cli, persister and what belongs to them. They import what they like of
 # these, and none of these imports one of them.
 LAYERS = (
-    ("_util.cancellation", "errors", "_util.timestamps", "lua_source", "_util.fingerprint_set", "wire"),
-    ("client", "redis_url"),
-    ("asking_around",),
-    ("slots",),
-    ("cluster",),
-    ("scanning",),
+    (
+        "_util.cancellation",
+        "errors",
+        "_util.timestamps",
+        "redis.lua_source",
+        "_util.fingerprint_set",
+        "redis.multiplexed",
+    ),
+    ("redis.client", "redis.url"),
+    ("redis.fan_out",),
+    ("redis.slot_map",),
+    ("redis.cluster",),
+    ("redis.scan",),
     ("keys", "model"),
     ("scripts",),
     ("store",),
@@ -29,7 +36,17 @@ LAYERS = (
     ("credit_limiter",),
 )
 # Beside the layers: the way to a server, which knows errors only.
-DOOR = ("embedded", "wire", "client", "redis_url", "asking_around", "slots", "cluster", "sentinel", "connection")
+DOOR = (
+    "redis.embedded",
+    "redis.multiplexed",
+    "redis.client",
+    "redis.url",
+    "redis.fan_out",
+    "redis.slot_map",
+    "redis.cluster",
+    "redis.sentinel",
+    "redis.connect",
+)
 
 
 def imports_of(module: str) -> Iterator[str]:

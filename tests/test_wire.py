@@ -11,7 +11,7 @@ from redis.asyncio import Connection
 from redis.exceptions import NoScriptError, ResponseError
 
 from limiter.errors import LimiterUnavailable, Overloaded
-from limiter.wire import ServerWire, command
+from limiter.redis.multiplexed import ServerWire, command
 from tests.conftest import Closing
 from tests.servers import Server, eventually
 

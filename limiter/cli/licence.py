@@ -13,8 +13,8 @@ from limiter.errors import LimiterError, UnknownTier
 from limiter.keys import normalise_install_id
 from limiter.licence import InvalidLicence, Licences, issue, make_key, public_key_text, read_key
 from limiter.opening import open_limiter
+from limiter.redis.replication import replicated
 from limiter.relay.stores import Seat, Stores
-from limiter.replication import replicated
 from limiter.settings import Settings
 
 app = typer.Typer(help="Licences: signed tokens that say which tier an install has paid for.", no_args_is_help=True)

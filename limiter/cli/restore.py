@@ -14,7 +14,7 @@ from limiter.errors import LedgerFileError, SettingsError
 from limiter.generations import set_aside
 from limiter.importer import ImportReport, import_file
 from limiter.opening import open_limiter
-from limiter.replication import replicated
+from limiter.redis.replication import replicated
 from limiter.restoring import alone, has_rows, newest_good
 from limiter.scripts import PutMode
 from limiter.settings import Settings

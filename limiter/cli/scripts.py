@@ -6,7 +6,7 @@ import typer
 
 from limiter.cli.terminal import JsonOption, print_json
 from limiter.errors import SettingsError
-from limiter.lua_source import compose, script_names
+from limiter.redis.lua_source import compose, script_names
 
 app = typer.Typer(help="The Lua scripts as Redis gets them.", no_args_is_help=True)
 

@@ -11,10 +11,10 @@ import orjson
 import typer
 
 from limiter.cli.terminal import OUT, ConfigOption, RedisOption, log_as, program, run, settings_of
-from limiter.connection import redacted
-from limiter.embedded import folder_of, socket_path
 from limiter.keys import Keys
-from limiter.redis_url import read_url
+from limiter.redis.connect import redacted
+from limiter.redis.embedded import folder_of, socket_path
+from limiter.redis.url import read_url
 from limiter.relay import serving
 from limiter.relay.siblings import Place
 from limiter.relay.workers import supervise

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from limiter.logs import set_up_logging
-from limiter.redis_url import passwords_of
+from limiter.redis.url import passwords_of
 from limiter.settings import Settings, Values
 from limiter.settings_sources import load_settings
 

@@ -6,8 +6,8 @@ Each command has a harmless call by which a user can find out, without any right
 import re
 from functools import cache
 
-from limiter.lua_source import compose, script_names
-from limiter.redis_url import Kind
+from limiter.redis.lua_source import compose, script_names
+from limiter.redis.url import Kind
 
 Probe = tuple[str | int, ...]
 KEY = "{key}"  # stands for a key that nobody has

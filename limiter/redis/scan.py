@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from limiter._util.fingerprint_set import SeenTexts
-from limiter.cluster import ClusterClient, primaries_of
+from limiter.redis.cluster import ClusterClient, primaries_of
 
 # Also how many rows a dump reads at once, while decisions wait. Measured at 250,000 rows on two cores: with 40 the p99
 # of decisions is 1.3 times what it is without a dump, with 500 it is 3.9 times; 500 would dump half as fast again.

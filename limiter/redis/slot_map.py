@@ -11,9 +11,9 @@ from redis.crc import key_slot
 from redis.exceptions import AskError, ClusterDownError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from limiter.asking_around import AskingAround
-from limiter.client import Client
-from limiter.redis_url import Address
+from limiter.redis.client import Client
+from limiter.redis.fan_out import AskingAround
+from limiter.redis.url import Address
 
 SLOTS = 16384
 

@@ -16,11 +16,11 @@ from redis.exceptions import AskError, ClusterDownError, MovedError, RedisError,
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from limiter.client import Client
 from limiter.errors import LimiterUnavailable, Overloaded
-from limiter.redis_url import Address
-from limiter.slots import SlotMap, asked_over, slot_of
-from limiter.wire import packed
+from limiter.redis.client import Client
+from limiter.redis.multiplexed import packed
+from limiter.redis.slot_map import SlotMap, asked_over, slot_of
+from limiter.redis.url import Address
 
 _MOST_REDIRECTIONS = 8
 _SCRIPT_LOAD = packed("SCRIPT", "LOAD").join((b"*3\r\n", b""))

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-_PACKAGED = Path(__file__).parent / "lua"  # in the wheel
-_FOLDER = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parent.parent / "lua"  # in a checkout
+_PACKAGED = Path(__file__).parents[1] / "lua"  # in the wheel
+_FOLDER = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "lua"  # in a checkout
 _INCLUDE = re.compile(r"^--@include (\w+)$", re.MULTILINE)
 
 

@@ -12,10 +12,10 @@ from redis.asyncio import BlockingConnectionPool, Connection, SSLConnection
 from redis.exceptions import AuthenticationError, ReadOnlyError
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from limiter.asking_around import AskingAround
-from limiter.client import Client
-from limiter.redis_url import Address
-from limiter.wire import ServerWire
+from limiter.redis.client import Client
+from limiter.redis.fan_out import AskingAround
+from limiter.redis.multiplexed import ServerWire
+from limiter.redis.url import Address
 
 
 class Sentinels:

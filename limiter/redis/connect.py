@@ -12,13 +12,13 @@ from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from limiter import embedded
-from limiter.client import Client
-from limiter.cluster import ClusterClient, primaries_of
 from limiter.errors import ACL_HINT, LimiterError, LimiterUnavailable, SettingsError
-from limiter.redis_url import no_url, read_url, redacted
-from limiter.sentinel import PrimaryConnection, SentinelClient, Sentinels, TlsPrimaryConnection
-from limiter.slots import SlotMap
+from limiter.redis import embedded
+from limiter.redis.client import Client
+from limiter.redis.cluster import ClusterClient, primaries_of
+from limiter.redis.sentinel import PrimaryConnection, SentinelClient, Sentinels, TlsPrimaryConnection
+from limiter.redis.slot_map import SlotMap
+from limiter.redis.url import no_url, read_url, redacted
 
 __all__ = ["connect", "redacted"]
 _LOG = logging.getLogger("limiter")

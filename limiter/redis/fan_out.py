@@ -6,7 +6,7 @@ from typing import Any, Generic, TypeVar
 
 from redis.exceptions import RedisError
 
-from limiter.redis_url import Address
+from limiter.redis.url import Address
 
 T = TypeVar("T")
 FAILURES = (RedisError, OSError, TimeoutError)

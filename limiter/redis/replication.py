@@ -14,9 +14,9 @@ from typing import Any
 
 from redis.asyncio import Redis
 
-from limiter.cluster import primaries_of
-from limiter.connection import AWAY
 from limiter.errors import NotReplicated
+from limiter.redis.cluster import primaries_of
+from limiter.redis.connect import AWAY
 from limiter.scripts import mapped
 
 WITHIN_S = 30.0

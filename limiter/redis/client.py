@@ -3,7 +3,7 @@
 from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.connection import AbstractConnection
 
-from limiter.wire import ServerWire, Wire
+from limiter.redis.multiplexed import ServerWire, Wire
 
 
 class Client(Redis):
