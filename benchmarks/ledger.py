@@ -21,7 +21,7 @@ from redis import Redis
 
 from benchmarks.findings import Bar, Finding, as_text, compared
 from limiter import CreditLimiter, Tiers, connect
-from limiter.model import ROW_MEMBERS
+from limiter.credits.models import ROW_MEMBERS
 from limiter.redis.lua_source import compose
 from tests.servers import Server, binaries
 

@@ -1,6 +1,8 @@
 """Atomic credits in Redis: reserve, commit and release them from any number of nodes."""
 
-from limiter.credit_limiter import CreditLimiter
+from limiter.credits.hold import Hold
+from limiter.credits.limiter import CreditLimiter
+from limiter.credits.models import Balance, Decision, HeldCredits, Reason, Row, Settlement, Status, Tier, Tiers
 from limiter.errors import (
     BrokenRow,
     InvalidInstallId,
@@ -12,8 +14,6 @@ from limiter.errors import (
     SettingsError,
     UnknownTier,
 )
-from limiter.hold import Hold
-from limiter.model import Balance, Decision, HeldCredits, Reason, Row, Settlement, Status, Tier, Tiers
 from limiter.redis.connect import connect
 
 __version__ = "0.1.0"

@@ -16,8 +16,8 @@ import aiohttp
 from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
+from limiter.credits.keys import Keys
 from limiter.errors import LedgerFileError, LimiterError, SettingsError
-from limiter.keys import Keys
 from limiter.ledger import LedgerFile
 from limiter.licence import Licences
 from limiter.redis.acl import acl_line, needed_commands, probes

@@ -15,7 +15,9 @@ from redis.exceptions import RedisError
 from limiter._util.atomic_file import in_thread
 from limiter._util.cancellation import CancelWatch
 from limiter._util.timestamps import iso_from_ms
-from limiter.credit_limiter import CreditLimiter
+from limiter.credits.limiter import CreditLimiter
+from limiter.credits.rows import PackedFields, read_fields, read_values, row_or_error, scan_keys
+from limiter.credits.scripts import mapped
 from limiter.errors import BrokenRow, LedgerFileError
 from limiter.generations import KEEP, prune
 from limiter.importer import moment_ms
@@ -24,8 +26,6 @@ from limiter.ledger_row import line_from_row
 from limiter.ledger_seal import SealedFile
 from limiter.ledger_writer import LedgerWriter, ListFile
 from limiter.publishing import Publication, Writer
-from limiter.scripts import mapped
-from limiter.store import PackedFields, read_fields, read_values, row_or_error, scan_keys
 
 _REASONS_KEPT = 20
 _FIELDS = PackedFields(STORED_FIELDS)

@@ -14,16 +14,16 @@ from redis.exceptions import RedisError
 
 from limiter._util.atomic_file import in_thread
 from limiter._util.cancellation import CancelWatch
-from limiter.credit_limiter import CreditLimiter
+from limiter.credits.limiter import CreditLimiter
+from limiter.credits.models import Status
+from limiter.credits.rows import scan_keys
+from limiter.credits.scripts import PutMode, mapped
 from limiter.errors import LedgerFileError, LedgerRowError, LimiterError
 from limiter.ledger import Entry, LedgerFile
 from limiter.ledger_seal import check_seal
 from limiter.ledger_writer import ListFile
-from limiter.model import Status
 from limiter.one_import import StillOurs, one_import
 from limiter.row_sender import Item, RowSender
-from limiter.scripts import PutMode, mapped
-from limiter.store import scan_keys
 
 Phase = Literal["check", "compare", "write"]
 BATCH_ROWS = 500  # read at once, before others on this loop have their turn

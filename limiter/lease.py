@@ -10,8 +10,8 @@ import uuid
 from dataclasses import dataclass
 from enum import StrEnum
 
-from limiter.credit_limiter import CreditLimiter
-from limiter.scripts import Scripts
+from limiter.credits.limiter import CreditLimiter
+from limiter.credits.scripts import Scripts
 
 
 class LeaseStatus(StrEnum):

@@ -15,12 +15,12 @@ from typing import BinaryIO, NamedTuple, NoReturn, Self
 import orjson
 
 from limiter._util.fingerprint_set import SeenTexts
+from limiter.credits.keys import normalise_install_id
+from limiter.credits.models import Row
 from limiter.errors import InvalidInstallId, LedgerFileError, LedgerRowError
-from limiter.keys import normalise_install_id
 from limiter.ledger_regular import REGULAR_ROW, row_from_groups
 from limiter.ledger_row import row_from_member, undated_fields
 from limiter.ledger_text import LedgerText, Unusable
-from limiter.model import Row
 
 __all__ = ["Entry", "LedgerFile", "row_from_member", "undated_fields"]
 

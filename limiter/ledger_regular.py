@@ -6,7 +6,7 @@ Pure: no file, no Redis, no clock. What has any other form, and may be as good, 
 import re
 from collections.abc import Sequence
 
-from limiter.model import ROW_MEMBERS, TIER_NAME, Row
+from limiter.credits.models import ROW_MEMBERS, TIER_NAME, Row
 
 STORED_FIELDS = (*ROW_MEMBERS[1:], "extra")
 # The stored form, but for 29 February: valid as it stands. Nearly all times are, so nothing else is looked at.

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
 from limiter._util.cancellation import CancelWatch
-from limiter.credit_limiter import CreditLimiter
+from limiter.credits.limiter import CreditLimiter
 from limiter.errors import LedgerFileError, LimiterUnavailable
 from limiter.lease import Lease
 

@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from limiter.credit_limiter import CreditLimiter
+from limiter.credits.limiter import CreditLimiter
 from limiter.redis.connect import connect
 from limiter.settings import Settings
 

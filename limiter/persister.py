@@ -12,7 +12,7 @@ from typing import Self
 
 from limiter._util.atomic_file import in_thread
 from limiter._util.cancellation import CancelWatch
-from limiter.credit_limiter import CreditLimiter
+from limiter.credits.limiter import CreditLimiter
 from limiter.dumping import DumpReport, dump
 from limiter.errors import LimiterError
 from limiter.generations import KEEP

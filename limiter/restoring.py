@@ -10,11 +10,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from limiter._util.cancellation import CancelWatch
-from limiter.credit_limiter import CreditLimiter
+from limiter.credits.limiter import CreditLimiter
+from limiter.credits.rows import scan_keys
 from limiter.errors import LedgerFileError, LimiterError
 from limiter.generations import generations
 from limiter.lease import Lease
-from limiter.store import scan_keys
 from limiter.verifying import VerifyReport, verify
 
 _LOG = logging.getLogger("limiter")

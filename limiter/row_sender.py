@@ -12,14 +12,14 @@ from typing import Any, NamedTuple, cast
 
 from redis.exceptions import ClusterCrossSlotError, RedisError
 
-from limiter.credit_limiter import CreditLimiter
+from limiter.credits.limiter import CreditLimiter
+from limiter.credits.models import Row, Status
+from limiter.credits.rows import Fields, decode_row
+from limiter.credits.scripts import PutMode, Scripts, mapped, status_of, stored_text, stored_values
 from limiter.errors import BrokenRow, ScriptContractError
 from limiter.ledger import Entry
 from limiter.ledger_regular import row_from_groups
 from limiter.ledger_row import merged_extra
-from limiter.model import Row, Status
-from limiter.scripts import PutMode, Scripts, mapped, status_of, stored_text, stored_values
-from limiter.store import Fields, decode_row
 
 _ROWS_IN_A_CALL = 20  # others wait for them, less than half a millisecond
 _TIMEOUT_MS = 30_000  # the server may be busy with others, and no client waits for an import

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from limiter.model import Tiers
+from limiter.credits.models import Tiers
 
 METERED_PATHS = (  # what a request can cost credits for; the relay serves these
     "/v1/chat/completions",

@@ -16,8 +16,8 @@ from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_settings import EnvSettingsSource
 from pydantic_settings import SettingsError as NoJsonError
 
+from limiter.credits.models import MAX_COST
 from limiter.errors import SettingsError
-from limiter.model import MAX_COST
 from limiter.redis.connect import redacted
 from limiter.settings import METERED_PATHS, VARIABLE_PREFIX, ModelNames, RelaySettings, Settings, TierSettings, Values
 

@@ -4,10 +4,10 @@ from collections.abc import AsyncIterable, Iterable
 from pathlib import Path
 
 from limiter._util.timestamps import iso_from_ms
+from limiter.credits.models import Row
 from limiter.ledger_row import line_from_row
 from limiter.ledger_seal import SealedFile
 from limiter.ledger_writer import LedgerWriter
-from limiter.model import Row
 
 
 async def write_ledger(

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from limiter import Balance, Decision, Reason, Row, Settlement, Status, Tier, Tiers
-from limiter.model import MAX_COUNT, Backend, Counter
-from limiter.scripts import PutMode
+from limiter.credits.models import MAX_COUNT, Backend, Counter
+from limiter.credits.scripts import PutMode
 
 GRACE_MS = 60 * 60 * 1000  # in which a lapsed hold still shows in the row
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

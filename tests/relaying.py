@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Tiers
-from limiter.model import Backend as BackendName
+from limiter.credits.models import Backend as BackendName
 from limiter.relay import create_app, runner_of
 from limiter.relay.backends import BackendClient
 from limiter.relay.health import Report

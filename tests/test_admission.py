@@ -16,10 +16,10 @@ from aiohttp import web
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Tiers, connect
+from limiter.credits.keys import Keys
+from limiter.credits.models import Decision
 from limiter.errors import SettingsError
-from limiter.keys import Keys
 from limiter.licence import Licence
-from limiter.model import Decision
 from limiter.relay.admission import Admission, client_address, trusted_networks
 from limiter.relay.stores import Stores
 from tests.conftest import text_of

@@ -8,7 +8,7 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter
-from limiter.keys import Keys
+from limiter.credits.keys import Keys
 from limiter.relay.stores import Mint, MintStatus, Seat, SeatStatus, Stores
 from tests.conftest import Clock
 

@@ -6,7 +6,7 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import BrokenRow, CreditLimiter, Status
-from limiter.store import read_fields, row_or_error, scan_keys
+from limiter.credits.rows import read_fields, row_or_error, scan_keys
 from tests.conftest import Clock, LimiterWith, fields_of
 
 KEY = "credits:install:a"

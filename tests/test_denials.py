@@ -9,8 +9,8 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Reason, Status, Tiers, connect
-from limiter.denials import Denials
-from limiter.model import Balance, Decision
+from limiter.credits.denial_cache import Denials
+from limiter.credits.models import Balance, Decision
 from tests.conftest import Clock, Closing
 from tests.proxy import Proxy, proxy_of
 
@@ -232,7 +232,7 @@ def test_refusal_when_the_row_was_changed_since_redis_was_asked_then_it_is_not_k
 
 
 def test_refusals_when_they_are_many_then_the_oldest_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("limiter.denials._MOST", 3)
+    monkeypatch.setattr("limiter.credits.denial_cache._MOST", 3)
     denials = Denials(KEEP_MS, None)
     for number in (0, 1, 2, 0, 3):
         denials.note(f"key-{number}", denials.asked(), refusal())

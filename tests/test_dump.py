@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, LedgerFileError, LimiterUnavailable, connect
+from limiter.credits.models import Row
 from limiter.dumping import dump
 from limiter.generations import generations, prune
 from limiter.ledger import LedgerFile
 from limiter.ledger_regular import STORED_FIELDS, line_from_values
 from limiter.ledger_row import line_from_row
-from limiter.model import Row
 from tests.conftest import TIERS, Clock
 from tests.servers import Server
 

@@ -16,8 +16,8 @@ from multidict import CIMultiDictProxy
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Tiers, connect
+from limiter.credits.keys import Keys
 from limiter.errors import LimiterError, LimiterUnavailable
-from limiter.keys import Keys
 from limiter.relay.answers import REQUEST_ID, Problem, ProblemRaised, problem_of, problem_response, refuse
 from limiter.relay.idempotency import Idempotency, Recording
 from limiter.relay.metrics import Metrics

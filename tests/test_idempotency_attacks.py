@@ -9,7 +9,7 @@ import openai
 import pytest
 from redis.asyncio import Redis
 
-from limiter.keys import Keys
+from limiter.credits.keys import Keys
 from tests.conftest import text_of
 from tests.relaying import ONE_SERVER
 from tests.servers import eventually

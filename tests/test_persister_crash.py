@@ -18,11 +18,11 @@ from pathlib import Path
 import pytest
 
 from limiter import CreditLimiter, connect
+from limiter.credits.rows import scan_keys
 from limiter.generations import generations
 from limiter.importer import import_file
 from limiter.ledger_seal import Seal, read_seal
 from limiter.restoring import newest_good
-from limiter.store import scan_keys
 from limiter.verifying import verify
 from tests.conftest import TIERS
 from tests.servers import Server

@@ -16,8 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Row, Status, Tiers, connect
-from limiter.model import Backend
-from limiter.scripts import PutMode
+from limiter.credits.models import Backend
+from limiter.credits.scripts import PutMode
 from tests.conftest import PATIENCE_MS, Clock, fields_of
 from tests.reference import ReferenceLimiter, iso, moment
 

@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from limiter.model import Reason, Status
+from limiter.credits.models import Reason, Status
 from limiter.relay.breaker import State as BreakerState
 from limiter.relay.metrics import FAILED, GAVE_UP, Answered, Metrics, SettlementKind
 from limiter.relay.upstream import Outcome

@@ -4,7 +4,7 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, LimiterUnavailable, Settlement, Status
-from limiter.model import MAX_COUNT
+from limiter.credits.models import MAX_COUNT
 from tests.conftest import Clock, LimiterWith, fields_of
 
 HOUR_MS = 60 * 60 * 1000

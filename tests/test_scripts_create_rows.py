@@ -5,9 +5,9 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Row, ScriptContractError, Status
-from limiter.keys import Keys
+from limiter.credits.keys import Keys
+from limiter.credits.scripts import Scripts, stored_text
 from limiter.redis.slot_map import slot_of
-from limiter.scripts import Scripts, stored_text
 from tests.conftest import fields_of
 
 

@@ -6,7 +6,7 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Row, ScriptContractError, Status
-from limiter.model import MAX_COUNT
+from limiter.credits.models import MAX_COUNT
 from tests.conftest import fields_of
 
 ROW = Row(

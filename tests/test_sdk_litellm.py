@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from limiter.model import Backend as BackendName
+from limiter.credits.models import Backend as BackendName
 from limiter.relay.backends import BackendClient
 from tests.peers import LITELLM_KEY, litellm_process
 from tests.relaying import ONE_SERVER, RunningRelay, StartRelay

@@ -29,11 +29,11 @@ LAYERS = (
     ("redis.slot_map",),
     ("redis.cluster",),
     ("redis.scan",),
-    ("keys", "model"),
-    ("scripts",),
-    ("store",),
-    ("denials", "hold"),
-    ("credit_limiter",),
+    ("credits.keys", "credits.models"),
+    ("credits.scripts",),
+    ("credits.rows",),
+    ("credits.denial_cache", "credits.hold"),
+    ("credits.limiter",),
 )
 # Beside the layers: the way to a server, which knows errors only.
 DOOR = (
@@ -83,7 +83,7 @@ def test_settings_when_they_import_then_they_start_nothing(module: str) -> None:
 
 
 def test_settings_when_they_import_then_they_do_not_know_where_values_come_from() -> None:
-    assert set(imports_of("settings")) == {"model"}
+    assert set(imports_of("settings")) == {"credits.models"}
 
 
 def test_relay_when_it_imports_then_it_does_not_know_the_commands() -> None:
@@ -94,7 +94,7 @@ def test_relay_when_it_imports_then_it_does_not_know_the_commands() -> None:
 
 def test_keys_when_spelled_then_in_one_module() -> None:
     for module, path in MODULES.items():
-        if module != "keys":
+        if module != "credits.keys":
             spelled = [
                 node.value
                 for node in ast.walk(ast.parse(path.read_text()))

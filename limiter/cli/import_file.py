@@ -7,10 +7,10 @@ import typer
 
 from limiter.cli.import_view import import_shown, print_report
 from limiter.cli.terminal import ConfigOption, JsonOption, RedisOption, run, settings_of
+from limiter.credits.scripts import PutMode
 from limiter.importer import ImportReport
 from limiter.opening import open_limiter
 from limiter.redis.replication import replicated
-from limiter.scripts import PutMode
 from limiter.settings import Settings
 
 _MERGE = (

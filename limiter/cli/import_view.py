@@ -9,10 +9,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from limiter.cli.terminal import ERRORS, OUT, print_json
-from limiter.credit_limiter import CreditLimiter
+from limiter.credits.limiter import CreditLimiter
+from limiter.credits.scripts import PutMode
 from limiter.importer import ImportReport, Phase, import_file
 from limiter.importer import Progress as ImportProgress
-from limiter.scripts import PutMode
 
 _PHASES: dict[Phase, str] = {
     "check": "checking the file",

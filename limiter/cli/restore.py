@@ -10,13 +10,13 @@ import typer
 from limiter._util.timestamps import ms_from_iso
 from limiter.cli.import_view import import_shown, print_report
 from limiter.cli.terminal import ERRORS, ConfigOption, JsonOption, RedisOption, run, settings_of
+from limiter.credits.scripts import PutMode
 from limiter.errors import LedgerFileError, SettingsError
 from limiter.generations import set_aside
 from limiter.importer import ImportReport, import_file
 from limiter.opening import open_limiter
 from limiter.redis.replication import replicated
 from limiter.restoring import alone, has_rows, newest_good
-from limiter.scripts import PutMode
 from limiter.settings import Settings
 from limiter.verifying import VerifyReport, verify
 

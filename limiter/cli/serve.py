@@ -11,7 +11,7 @@ import orjson
 import typer
 
 from limiter.cli.terminal import OUT, ConfigOption, RedisOption, log_as, program, run, settings_of
-from limiter.keys import Keys
+from limiter.credits.keys import Keys
 from limiter.redis.connect import redacted
 from limiter.redis.embedded import folder_of, socket_path
 from limiter.redis.url import read_url

@@ -14,10 +14,10 @@ from typing import Any
 
 from redis.asyncio import Redis
 
+from limiter.credits.scripts import mapped
 from limiter.errors import NotReplicated
 from limiter.redis.cluster import primaries_of
 from limiter.redis.connect import AWAY
-from limiter.scripts import mapped
 
 WITHIN_S = 30.0
 _ASK_S = 0.1

@@ -14,9 +14,9 @@ from weakref import WeakValueDictionary
 from aiohttp import web
 
 from limiter._util.cancellation import to_the_end
+from limiter.credits.models import Decision, Status
 from limiter.errors import SettingsError
 from limiter.licence import Licence
-from limiter.model import Decision, Status
 from limiter.relay.answers import Problem, ProblemRaised
 from limiter.relay.stores import MintStatus, SeatStatus, Stores
 

@@ -11,8 +11,8 @@ from typing import NoReturn
 import orjson
 from aiohttp import hdrs, web
 
+from limiter.credits.models import Balance, Decision, Reason
 from limiter.errors import BrokenRow, InvalidInstallId, LimiterUnavailable, Overloaded
-from limiter.model import Balance, Decision, Reason
 
 REQUEST_ID = web.RequestKey("request_id", str)
 _QUOTA_EXCEEDED = (

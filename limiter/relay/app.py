@@ -6,10 +6,10 @@ from functools import partial
 
 from aiohttp import web
 
-from limiter.credit_limiter import CreditLimiter
+from limiter.credits.limiter import CreditLimiter
+from limiter.credits.models import Backend
 from limiter.licence import Licences
 from limiter.logs import short_names
-from limiter.model import Backend
 from limiter.relay.admission import Admission, trusted_networks
 from limiter.relay.backends import BackendClient
 from limiter.relay.bodies import Bodies

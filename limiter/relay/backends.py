@@ -15,8 +15,8 @@ from aiohttp import hdrs
 from multidict import CIMultiDict
 from yarl import URL
 
+from limiter.credits.models import Backend as BackendName
 from limiter.errors import SettingsError
-from limiter.model import Backend as BackendName
 from limiter.relay.answers import Problem, ProblemRaised, retry_seconds
 from limiter.relay.breaker import Attempt, Breaker, CircuitOpen
 from limiter.relay.exchange import Answer, Origin

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from aiohttp import HttpVersion10, hdrs, web
 
-from limiter.credit_limiter import new_hold_id
+from limiter.credits.limiter import new_hold_id
 from limiter.errors import LimiterError
 from limiter.relay.answers import REQUEST_ID, Problem, ProblemRaised, fail, problem_of, problem_response
 from limiter.relay.connections import REFUSED

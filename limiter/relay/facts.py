@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
-from limiter.model import Backend
+from limiter.credits.models import Backend
 
 
 @dataclass(slots=True)

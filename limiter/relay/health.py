@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 import orjson
 from aiohttp import web
 
+from limiter.credits.models import CORE
 from limiter.errors import LimiterError
-from limiter.model import CORE
 from limiter.relay.metered import RELAY
 
 _PROBE = "readyz"  # an install id that no client can have: it is no UUID

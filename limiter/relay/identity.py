@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 from aiohttp import hdrs, web
 
-from limiter.keys import is_uuid
+from limiter.credits.keys import is_uuid
+from limiter.credits.models import CORE, Tiers
 from limiter.licence import InvalidLicence, Licence, Licences
-from limiter.model import CORE, Tiers
 from limiter.relay.answers import fail
 
 _BEARER = "bearer "

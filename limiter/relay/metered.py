@@ -16,10 +16,10 @@ import orjson
 from aiohttp import hdrs, web
 from multidict import CIMultiDict
 
-from limiter.credit_limiter import CreditLimiter
+from limiter.credits.limiter import CreditLimiter
+from limiter.credits.models import Backend, Decision
 from limiter.errors import LimiterUnavailable
 from limiter.licence import Licences
-from limiter.model import Backend, Decision
 from limiter.relay.admission import Admission
 from limiter.relay.answers import REQUEST_ID, ProblemRaised, ratelimit_headers, refuse
 from limiter.relay.asking import Asked, read_json

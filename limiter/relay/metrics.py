@@ -22,7 +22,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from limiter import __version__
 from limiter._util.timestamps import ms_from_iso
-from limiter.model import Backend, Reason, Status
+from limiter.credits.models import Backend, Reason, Status
 from limiter.relay.breaker import State as BreakerState
 from limiter.relay.tallies import Tally, Times
 from limiter.relay.upstream import Outcome

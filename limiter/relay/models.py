@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import orjson
 from aiohttp import hdrs, web
 
-from limiter.model import Backend
+from limiter.credits.models import Backend
 from limiter.relay.answers import Problem, ProblemRaised, fail
 from limiter.relay.backends import BackendClient
 from limiter.relay.identity import Identity

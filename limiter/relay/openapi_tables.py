@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from limiter.model import Reason
+from limiter.credits.models import Reason
 
 Schema: TypeAlias = dict[str, object]
 Content: TypeAlias = dict[str, Schema]  # a schema by media type

@@ -9,7 +9,7 @@ import orjson
 from aiohttp import hdrs, web
 from multidict import CIMultiDict
 
-from limiter.model import Balance
+from limiter.credits.models import Balance
 from limiter.relay.answers import REQUEST_ID, spendable
 from limiter.relay.idempotency import Recording
 from limiter.relay.settlement import OpenHold

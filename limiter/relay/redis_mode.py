@@ -11,9 +11,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import Literal, Self, TypeVar
 
-from limiter.credit_limiter import CreditLimiter
+from limiter.credits.limiter import CreditLimiter
+from limiter.credits.models import CORE, Decision
 from limiter.errors import BrokenRow, LimiterError, LimiterUnavailable, Overloaded, ScriptContractError
-from limiter.model import CORE, Decision
 from limiter.settings import OnRedisDown
 
 T = TypeVar("T")

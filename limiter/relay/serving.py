@@ -13,8 +13,8 @@ from functools import partial
 
 from aiohttp import web
 
+from limiter.credits.models import Backend
 from limiter.errors import SettingsError
-from limiter.model import Backend
 from limiter.opening import open_limiter
 from limiter.persister_process import PersisterProcess
 from limiter.relay.app import create_app, runner_of

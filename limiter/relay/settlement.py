@@ -6,9 +6,9 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
-from limiter.credit_limiter import CreditLimiter
+from limiter.credits.limiter import CreditLimiter
+from limiter.credits.models import Backend, Settlement, Status
 from limiter.errors import LimiterError, LimiterUnavailable
-from limiter.model import Backend, Settlement, Status
 from limiter.relay.metrics import FAILED, GAVE_UP, Metrics, SettlementKind
 from limiter.relay.redis_mode import RedisMode
 

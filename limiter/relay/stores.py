@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol, TypeVar, cast
 
-from limiter.credit_limiter import CreditLimiter
-from limiter.scripts import Scripts, plain
+from limiter.credits.limiter import CreditLimiter
+from limiter.credits.scripts import Scripts, plain
 
 T = TypeVar("T")
 _SEATS_OUTLIVE_S = 30 * 86_400  # a licence that is renewed a little late finds its installs seated

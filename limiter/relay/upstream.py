@@ -10,7 +10,7 @@ from aiohttp import hdrs
 from aiohttp.http_exceptions import HttpProcessingError
 from multidict import CIMultiDict
 
-from limiter.model import Backend
+from limiter.credits.models import Backend
 from limiter.relay.answers import Problem
 from limiter.relay.exchange import Answer
 

@@ -13,14 +13,14 @@ from typing import TypeVar
 
 from redis.asyncio import Redis
 
-from limiter.denials import Denials
+from limiter.credits.denial_cache import Denials
+from limiter.credits.hold import Hold, held
+from limiter.credits.keys import Keys, normalise_install_id
+from limiter.credits.models import MAX_COST, Backend, Balance, Decision, Row, Settlement, Status, Tiers
+from limiter.credits.rows import read_row
+from limiter.credits.scripts import PutMode, Scripts
 from limiter.errors import LimiterUnavailable, Overloaded
-from limiter.hold import Hold, held
-from limiter.keys import Keys, normalise_install_id
-from limiter.model import MAX_COST, Backend, Balance, Decision, Row, Settlement, Status, Tiers
 from limiter.redis.multiplexed import Wire
-from limiter.scripts import PutMode, Scripts
-from limiter.store import read_row
 
 T = TypeVar("T")
 _HOLD_ID = re.compile(r"[A-Za-z0-9._-]{1,48}", re.ASCII)

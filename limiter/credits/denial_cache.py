@@ -7,7 +7,7 @@ what remained, not across a renewal, and never after a change that this process 
 import time
 from collections.abc import Callable
 
-from limiter.model import Balance, Decision, Reason, Status
+from limiter.credits.models import Balance, Decision, Reason, Status
 
 Asked = tuple[int, float]  # how many changes there had been, and when: epoch or monotonic milliseconds
 _MOST = 10_000  # refusals that are kept; the oldest go first

@@ -11,12 +11,12 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from limiter._util.timestamps import is_canonical, ms_from_iso
+from limiter.credits.keys import Keys
+from limiter.credits.models import CORE, MAX_COUNT, HeldCredits, Row
+from limiter.credits.scripts import mapped, plain
 from limiter.errors import BrokenRow, LimiterUnavailable
-from limiter.keys import Keys
-from limiter.model import CORE, MAX_COUNT, HeldCredits, Row
 from limiter.redis.multiplexed import Wire, packed
 from limiter.redis.scan import scan
-from limiter.scripts import mapped, plain
 
 Fields = Mapping[bytes, bytes]  # a hash as redis-py gives it
 Values = list[bytes | None]  # of some of its fields

@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from limiter._util.cancellation import to_the_end
+from limiter.credits.models import Backend, Decision, Settlement, Status
 from limiter.errors import LimiterError, LimiterUnavailable
-from limiter.model import Backend, Decision, Settlement, Status
 
 Release = Callable[[], Coroutine[Any, Any, Status]]
 _UNSETTLED = "The hold was not settled and will lapse by itself"

@@ -26,8 +26,8 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from limiter._util.cancellation import CancelWatch
+from limiter.credits.models import Backend, Balance, Decision, Reason, Row, Settlement, Status, Tier
 from limiter.errors import ACL_HINT, BrokenRow, LimiterUnavailable, ScriptContractError
-from limiter.model import Backend, Balance, Decision, Reason, Row, Settlement, Status, Tier
 from limiter.redis.lua_source import compose
 from limiter.redis.multiplexed import Argument, Wire, command, packed
 
