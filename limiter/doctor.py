@@ -19,7 +19,7 @@ from redis.exceptions import NoPermissionError, RedisError, ResponseError
 from limiter.credits.keys import Keys
 from limiter.errors import LedgerFileError, LimiterError, SettingsError
 from limiter.ledger import LedgerFile
-from limiter.licence import Licences
+from limiter.licences.tokens import Licences
 from limiter.redis.acl import acl_line, needed_commands, probes
 from limiter.redis.cluster import primaries_of
 from limiter.redis.connect import AWAY, OLDEST_MAJOR, open_client

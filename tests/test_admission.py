@@ -19,7 +19,7 @@ from limiter import CreditLimiter, Tiers, connect
 from limiter.credits.keys import Keys
 from limiter.credits.models import Decision
 from limiter.errors import SettingsError
-from limiter.licence import Licence
+from limiter.licences.tokens import Licence
 from limiter.relay.admission import Admission, client_address, trusted_networks
 from limiter.relay.stores import Stores
 from tests.conftest import text_of

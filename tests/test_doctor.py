@@ -14,7 +14,7 @@ from limiter import CreditLimiter, LimiterUnavailable, SettingsError, connect
 from limiter.doctor import Finding, examine
 from limiter.dumping import dump
 from limiter.importer import import_file
-from limiter.licence import issue, public_key_text
+from limiter.licences.tokens import issue, public_key_text
 from limiter.persister import Persister
 from limiter.redis.acl import acl_line, needed_commands, probes
 from limiter.redis.replication import replicated

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import generate_private_key as
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from limiter.errors import SettingsError
-from limiter.licence import InvalidLicence, Licences, issue, key_id, make_key, public_key_text, read_key
+from limiter.licences.tokens import InvalidLicence, Licences, issue, key_id, make_key, public_key_text, read_key
 
 KEY, OTHER_KEY = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
 PUBLIC_KEY = public_key_text(KEY.public_key())

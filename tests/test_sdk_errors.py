@@ -14,7 +14,7 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, connect
-from limiter.licence import issue
+from limiter.licences.tokens import issue
 from tests.backend import Backend
 from tests.conftest import Closing
 from tests.relaying import (

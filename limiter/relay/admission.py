@@ -16,7 +16,7 @@ from aiohttp import web
 from limiter._util.cancellation import to_the_end
 from limiter.credits.models import Decision, Status
 from limiter.errors import SettingsError
-from limiter.licence import Licence
+from limiter.licences.tokens import Licence
 from limiter.relay.answers import Problem, ProblemRaised
 from limiter.relay.stores import MintStatus, SeatStatus, Stores
 

@@ -8,7 +8,7 @@ from aiohttp import web
 
 from limiter.credits.limiter import CreditLimiter
 from limiter.credits.models import Backend
-from limiter.licence import Licences
+from limiter.licences.tokens import Licences
 from limiter.logs import short_names
 from limiter.relay.admission import Admission, trusted_networks
 from limiter.relay.backends import BackendClient

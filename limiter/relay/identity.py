@@ -6,7 +6,7 @@ from aiohttp import hdrs, web
 
 from limiter.credits.keys import is_uuid
 from limiter.credits.models import CORE, Tiers
-from limiter.licence import InvalidLicence, Licence, Licences
+from limiter.licences.tokens import InvalidLicence, Licence, Licences
 from limiter.relay.answers import fail
 
 _BEARER = "bearer "

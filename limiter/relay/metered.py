@@ -19,7 +19,7 @@ from multidict import CIMultiDict
 from limiter.credits.limiter import CreditLimiter
 from limiter.credits.models import Backend, Decision
 from limiter.errors import LimiterUnavailable
-from limiter.licence import Licences
+from limiter.licences.tokens import Licences
 from limiter.relay.admission import Admission
 from limiter.relay.answers import REQUEST_ID, ProblemRaised, ratelimit_headers, refuse
 from limiter.relay.asking import Asked, read_json
