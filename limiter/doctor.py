@@ -18,7 +18,7 @@ from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
 from limiter.credits.keys import Keys
 from limiter.errors import LedgerFileError, LimiterError, SettingsError
-from limiter.ledger import LedgerFile
+from limiter.ledger.file import LedgerFile
 from limiter.licences.tokens import Licences
 from limiter.redis.acl import acl_line, needed_commands, probes
 from limiter.redis.cluster import primaries_of

@@ -19,12 +19,12 @@ from limiter.credits.limiter import CreditLimiter
 from limiter.credits.rows import PackedFields, read_fields, read_values, row_or_error, scan_keys
 from limiter.credits.scripts import mapped
 from limiter.errors import BrokenRow, LedgerFileError
-from limiter.generations import KEEP, prune
 from limiter.importer import moment_ms
-from limiter.ledger_regular import STORED_FIELDS, line_from_values
-from limiter.ledger_row import line_from_row
-from limiter.ledger_seal import SealedFile
-from limiter.ledger_writer import LedgerWriter, ListFile
+from limiter.ledger.rotation import KEEP, prune
+from limiter.ledger.row_codec import line_from_row
+from limiter.ledger.row_fast_path import STORED_FIELDS, line_from_values
+from limiter.ledger.trailer import SealedFile
+from limiter.ledger.writer import LedgerWriter, ListFile
 from limiter.publishing import Publication, Writer
 
 _REASONS_KEPT = 20

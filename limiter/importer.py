@@ -19,9 +19,9 @@ from limiter.credits.models import Status
 from limiter.credits.rows import scan_keys
 from limiter.credits.scripts import PutMode, mapped
 from limiter.errors import LedgerFileError, LedgerRowError, LimiterError
-from limiter.ledger import Entry, LedgerFile
-from limiter.ledger_seal import check_seal
-from limiter.ledger_writer import ListFile
+from limiter.ledger.file import Entry, LedgerFile
+from limiter.ledger.trailer import check_seal
+from limiter.ledger.writer import ListFile
 from limiter.one_import import StillOurs, one_import
 from limiter.row_sender import Item, RowSender
 

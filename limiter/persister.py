@@ -15,9 +15,9 @@ from limiter._util.cancellation import CancelWatch
 from limiter.credits.limiter import CreditLimiter
 from limiter.dumping import DumpReport, dump
 from limiter.errors import LimiterError
-from limiter.generations import KEEP
 from limiter.lease import Lease, Leased
-from limiter.ledger_seal import Seal, SealedFile, read_seal
+from limiter.ledger.rotation import KEEP
+from limiter.ledger.trailer import Seal, SealedFile, read_seal
 from limiter.publishing import Writer
 from limiter.settings import PersisterSettings
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from limiter._util.atomic_file import FolderLock, in_thread
 from limiter._util.cancellation import CancelWatch
 from limiter.errors import LedgerFileError
-from limiter.generations import generation_name, set_aside_name
 from limiter.lease import Lease, Leased
-from limiter.ledger import LedgerFile
-from limiter.ledger_seal import Seal, SealedFile, check_seal, read_seal
-from limiter.ledger_writer import LedgerWriter
+from limiter.ledger.file import LedgerFile
+from limiter.ledger.rotation import generation_name, set_aside_name
+from limiter.ledger.trailer import Seal, SealedFile, check_seal, read_seal
+from limiter.ledger.writer import LedgerWriter
 
 _LEAST_SHARE = 0.9  # a dump with fewer of the last one's rows than that sets the last one aside
 _LOCK_S = 10.0  # another writer holds the folder's lock for a rename: for so long only one that is paused

@@ -13,9 +13,9 @@ from limiter._util.cancellation import CancelWatch
 from limiter.credits.limiter import CreditLimiter
 from limiter.credits.rows import scan_keys
 from limiter.errors import LedgerFileError, LimiterError
-from limiter.generations import generations
 from limiter.lease import Lease
-from limiter.verifying import VerifyReport, verify
+from limiter.ledger.rotation import generations
+from limiter.ledger.verify import VerifyReport, verify
 
 _LOG = logging.getLogger("limiter")
 _ASK_S = 0.5

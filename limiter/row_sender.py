@@ -17,9 +17,9 @@ from limiter.credits.models import Row, Status
 from limiter.credits.rows import Fields, decode_row
 from limiter.credits.scripts import PutMode, Scripts, mapped, status_of, stored_text, stored_values
 from limiter.errors import BrokenRow, ScriptContractError
-from limiter.ledger import Entry
-from limiter.ledger_regular import row_from_groups
-from limiter.ledger_row import merged_extra
+from limiter.ledger.file import Entry
+from limiter.ledger.row_codec import merged_extra
+from limiter.ledger.row_fast_path import row_from_groups
 
 _ROWS_IN_A_CALL = 20  # others wait for them, less than half a millisecond
 _TIMEOUT_MS = 30_000  # the server may be busy with others, and no client waits for an import

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from limiter._util.timestamps import iso_from_ms
 from limiter.credits.models import Row
-from limiter.ledger_row import line_from_row
-from limiter.ledger_seal import SealedFile
-from limiter.ledger_writer import LedgerWriter
+from limiter.ledger.row_codec import line_from_row
+from limiter.ledger.trailer import SealedFile
+from limiter.ledger.writer import LedgerWriter
 
 
 async def write_ledger(

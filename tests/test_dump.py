@@ -18,10 +18,10 @@ from redis.asyncio import Redis
 from limiter import CreditLimiter, LedgerFileError, LimiterUnavailable, connect
 from limiter.credits.models import Row
 from limiter.dumping import dump
-from limiter.generations import generations, prune
-from limiter.ledger import LedgerFile
-from limiter.ledger_regular import STORED_FIELDS, line_from_values
-from limiter.ledger_row import line_from_row
+from limiter.ledger.file import LedgerFile
+from limiter.ledger.rotation import generations, prune
+from limiter.ledger.row_codec import line_from_row
+from limiter.ledger.row_fast_path import STORED_FIELDS, line_from_values
 from tests.conftest import TIERS, Clock
 from tests.servers import Server
 

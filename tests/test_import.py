@@ -18,7 +18,7 @@ from limiter.credits.models import ROW_MEMBERS
 from limiter.credits.scripts import PutMode
 from limiter.dumping import dump
 from limiter.importer import _BATCHES_SENT, BATCH_ROWS, ImportReport, Progress, import_file
-from limiter.ledger import LedgerFile
+from limiter.ledger.file import LedgerFile
 from tests.conftest import TIERS, Clock
 from tests.servers import Server
 

@@ -20,7 +20,7 @@ from limiter import CreditLimiter, LedgerFileError, LimiterUnavailable, Status, 
 from limiter.credits.scripts import Scripts
 from limiter.dumping import dump
 from limiter.importer import _BATCHES_SENT, BATCH_ROWS, Progress, import_file
-from limiter.ledger import LedgerFile
+from limiter.ledger.file import LedgerFile
 from limiter.one_import import one_import
 from limiter.row_sender import Item, RowSender
 from tests.conftest import TIERS

@@ -17,11 +17,11 @@ import pytest
 from limiter import LedgerFileError, Row
 from limiter._util.fingerprint_set import SeenTexts
 from limiter._util.timestamps import ms_from_iso
-from limiter.ledger import LedgerFile, row_from_member, undated_fields
-from limiter.ledger_row import MAX_EXTRA_BYTES, json_bytes, line_from_row, merged_extra
-from limiter.ledger_seal import Seal, check_seal, read_seal
-from limiter.ledger_text import READ_BYTES
-from limiter.ledger_writer import LedgerWriter
+from limiter.ledger.file import LedgerFile, row_from_member, undated_fields
+from limiter.ledger.json_stream import READ_BYTES
+from limiter.ledger.row_codec import MAX_EXTRA_BYTES, json_bytes, line_from_row, merged_extra
+from limiter.ledger.trailer import Seal, check_seal, read_seal
+from limiter.ledger.writer import LedgerWriter
 from tests.ledgers import write_ledger
 
 NOW = "2026-05-11T23:02:57.123Z"
@@ -552,7 +552,7 @@ FILL_THE_DISK = """
 import asyncio, resource, sys
 from pathlib import Path
 from limiter.errors import LedgerFileError
-from limiter.ledger import row_from_member
+from limiter.ledger.file import row_from_member
 from tests.ledgers import write_ledger
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 rows = (row_from_member(f"i-{number}", {}, now_ms=0) for number in range(100_000))

@@ -19,11 +19,11 @@ import pytest
 
 from limiter import CreditLimiter, connect
 from limiter.credits.rows import scan_keys
-from limiter.generations import generations
 from limiter.importer import import_file
-from limiter.ledger_seal import Seal, read_seal
+from limiter.ledger.rotation import generations
+from limiter.ledger.trailer import Seal, read_seal
+from limiter.ledger.verify import verify
 from limiter.restoring import newest_good
-from limiter.verifying import verify
 from tests.conftest import TIERS
 from tests.servers import Server
 

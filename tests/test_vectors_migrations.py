@@ -1,7 +1,7 @@
 """What the old ledger made of rows in older shapes when it loaded them, and what the import makes of them."""
 
 from limiter._util.timestamps import ms_from_iso
-from limiter.ledger import row_from_member
+from limiter.ledger.file import row_from_member
 from tests.conftest import Vectors
 from tests.test_vectors import as_ours
 

@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from limiter import LedgerFileError, Row
-from limiter.ledger_row import row_from_member
-from limiter.verifying import verify
+from limiter.ledger.row_codec import row_from_member
+from limiter.ledger.verify import verify
 from tests.ledgers import write_ledger
 from tests.processes import limiter
 

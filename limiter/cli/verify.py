@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from limiter.cli.terminal import ERRORS, OUT, JsonOption, print_json
-from limiter.verifying import VerifyReport
-from limiter.verifying import verify as verify_file
+from limiter.ledger.verify import VerifyReport
+from limiter.ledger.verify import verify as verify_file
 
 
 def verify(

@@ -18,9 +18,9 @@ from limiter._util.fingerprint_set import SeenTexts
 from limiter.credits.keys import normalise_install_id
 from limiter.credits.models import Row
 from limiter.errors import InvalidInstallId, LedgerFileError, LedgerRowError
-from limiter.ledger_regular import REGULAR_ROW, row_from_groups
-from limiter.ledger_row import row_from_member, undated_fields
-from limiter.ledger_text import LedgerText, Unusable
+from limiter.ledger.json_stream import LedgerText, Unusable
+from limiter.ledger.row_codec import row_from_member, undated_fields
+from limiter.ledger.row_fast_path import REGULAR_ROW, row_from_groups
 
 __all__ = ["Entry", "LedgerFile", "row_from_member", "undated_fields"]
 

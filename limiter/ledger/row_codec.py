@@ -18,7 +18,7 @@ from limiter._util.timestamps import iso_from_ms
 from limiter.credits.keys import normalise_install_id
 from limiter.credits.models import CORE, MAX_COUNT, ROW_MEMBERS, TIER_NAME, Row
 from limiter.errors import InvalidInstallId, LedgerFileError, LedgerRowError
-from limiter.ledger_regular import COMMON_TIME
+from limiter.ledger.row_fast_path import COMMON_TIME
 
 MAX_EXTRA_BYTES = 64 * 1024
 _OWN = frozenset(ROW_MEMBERS)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from limiter.errors import LedgerFileError
-from limiter.ledger import LedgerFile
-from limiter.ledger_seal import Seal, begins_as_ours, check_seal
+from limiter.ledger.file import LedgerFile
+from limiter.ledger.trailer import Seal, begins_as_ours, check_seal
 
 _FAULTS_KEPT = 20
 

@@ -20,8 +20,8 @@ from typing import Self, TypeVar
 
 from limiter._util.atomic_file import AtomicFile, in_thread
 from limiter.errors import LedgerFileError
-from limiter.ledger_row import json_bytes
-from limiter.ledger_seal import HEAD, Seal, SealedFile, checksum_end, meta_line
+from limiter.ledger.row_codec import json_bytes
+from limiter.ledger.trailer import HEAD, Seal, SealedFile, checksum_end, meta_line
 
 A = TypeVar("A")
 T = TypeVar("T")

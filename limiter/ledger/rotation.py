@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from limiter._util.atomic_file import free_name
-from limiter.ledger_seal import Seal, check_seal, read_seal
+from limiter.ledger.trailer import Seal, check_seal, read_seal
 
 KEEP = 5  # with the file itself
 _SUFFIX = re.compile(r"\.\d{8}T\d{6}\.\d{3}Z(-\d+)?", re.ASCII)
