@@ -16,6 +16,7 @@ import aiohttp
 from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
+from limiter.config.settings import BackendSettings, Settings
 from limiter.credits.keys import Keys
 from limiter.errors import LedgerFileError, LimiterError, SettingsError
 from limiter.ledger.file import LedgerFile
@@ -24,7 +25,6 @@ from limiter.redis.acl import acl_line, needed_commands, probes
 from limiter.redis.cluster import primaries_of
 from limiter.redis.connect import AWAY, OLDEST_MAJOR, open_client
 from limiter.redis.url import Kind, read_url, redacted
-from limiter.settings import BackendSettings, Settings
 
 Level = Literal["ok", "warning", "problem"]
 _SLOW_MS = 5.0

@@ -3,9 +3,9 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from limiter.config.settings import Settings
 from limiter.credits.limiter import CreditLimiter
 from limiter.redis.connect import connect
-from limiter.settings import Settings
 
 
 @asynccontextmanager

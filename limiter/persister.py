@@ -12,6 +12,7 @@ from typing import Self
 
 from limiter._util.atomic_file import in_thread
 from limiter._util.cancellation import CancelWatch
+from limiter.config.settings import PersisterSettings
 from limiter.credits.limiter import CreditLimiter
 from limiter.dumping import DumpReport, dump
 from limiter.errors import LimiterError
@@ -19,7 +20,6 @@ from limiter.lease import Lease, Leased
 from limiter.ledger.rotation import KEEP
 from limiter.ledger.trailer import Seal, SealedFile, read_seal
 from limiter.publishing import Writer
-from limiter.settings import PersisterSettings
 
 OnChange = Callable[[Mapping[str, object]], None]
 _LOG = logging.getLogger("limiter")

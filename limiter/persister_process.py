@@ -20,11 +20,11 @@ from urllib.parse import urlsplit
 import orjson
 import uvloop
 
+from limiter.config.settings import Settings
 from limiter.errors import LimiterError
 from limiter.logs import set_up_logging
 from limiter.opening import open_limiter
 from limiter.persister import persister_of
-from limiter.settings import Settings
 
 _LOG = logging.getLogger("limiter")
 _FIRST_PAUSE_S = 0.5

@@ -20,12 +20,12 @@ from pydantic import BaseModel
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Tiers
+from limiter.config.settings import IdempotencySettings, LicenceSettings, RedisSettings, RelaySettings, Settings
 from limiter.credits.models import Backend as BackendName
 from limiter.relay import create_app, runner_of
 from limiter.relay.backends import BackendClient
 from limiter.relay.health import Report
 from limiter.relay.metered import RELAY
-from limiter.settings import IdempotencySettings, LicenceSettings, RedisSettings, RelaySettings, Settings
 from tests.backend import Document
 from tests.conftest import MATRIX, TOPOLOGY
 

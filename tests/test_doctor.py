@@ -11,6 +11,14 @@ from pydantic import BaseModel, SecretStr
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, LimiterUnavailable, SettingsError, connect
+from limiter.config.settings import (
+    BackendsSettings,
+    HardwareSettings,
+    LicenceSettings,
+    PersisterSettings,
+    RedisSettings,
+    Settings,
+)
 from limiter.doctor import Finding, examine
 from limiter.dumping import dump
 from limiter.importer import import_file
@@ -20,14 +28,6 @@ from limiter.redis.acl import acl_line, needed_commands, probes
 from limiter.redis.replication import replicated
 from limiter.redis.url import Kind
 from limiter.relay.stores import MintStatus, Stores
-from limiter.settings import (
-    BackendsSettings,
-    HardwareSettings,
-    LicenceSettings,
-    PersisterSettings,
-    RedisSettings,
-    Settings,
-)
 from tests.backend import running_backend
 from tests.conftest import TIERS, Closing
 from tests.processes import limiter

@@ -7,12 +7,12 @@ from typing import get_args
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from limiter.config.loader import load_settings
+from limiter.config.settings import DEFAULT_TIERS
 from limiter.credits.models import Reason, Status
 from limiter.relay.breaker import State as BreakerState
 from limiter.relay.metrics import FAILED, GAVE_UP, Answered, Metrics, SettlementKind
 from limiter.relay.upstream import Outcome
-from limiter.settings import DEFAULT_TIERS
-from limiter.settings_sources import load_settings
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 

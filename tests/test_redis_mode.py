@@ -10,10 +10,10 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Decision, connect
+from limiter.config.settings import OnRedisDown
 from limiter.errors import BrokenRow, LimiterUnavailable, Overloaded
 from limiter.relay.answers import problem_of
 from limiter.relay.redis_mode import RedisAway, RedisMode
-from limiter.settings import OnRedisDown
 from tests.relaying import ONE_SERVER, eventually, new_install, tiers
 from tests.servers import Server
 

@@ -12,11 +12,11 @@ import pytest
 from aiohttp.base_protocol import BaseProtocol
 from multidict import CIMultiDict
 
+from limiter.config.loader import load_settings
 from limiter.errors import SettingsError
 from limiter.relay.backends import BackendClient
 from limiter.relay.serving import open_backends
 from limiter.relay.upstream import BackendFailed, Upstream
-from limiter.settings_sources import load_settings
 from tests.backend import Backend
 from tests.test_connect import write_certificate
 

@@ -9,8 +9,8 @@ import openai
 import orjson
 import pytest
 
+from limiter.config.loader import load_settings
 from limiter.relay.serving import open_backends
-from limiter.settings_sources import load_settings
 from tests.backend import CHUNK, Backend
 from tests.relaying import CHAT, ONE_SERVER, Answer, RunningRelay, StartRelay, client_of, eventually, new_install, tiers
 from tests.servers import free_port

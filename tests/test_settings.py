@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from limiter.config.loader import Setting, load_settings
+from limiter.config.settings import DEFAULT_TIERS, METERED_PATHS, Settings
 from limiter.errors import SettingsError
-from limiter.settings import DEFAULT_TIERS, METERED_PATHS, Settings
-from limiter.settings_sources import Setting, load_settings
 
 SECRET = "the-secret-value"  # noqa: S105  is to be found nowhere
 

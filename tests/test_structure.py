@@ -77,13 +77,13 @@ def test_door_when_it_imports_then_it_knows_no_rows(module: str) -> None:
     assert set(imports_of(module)) <= {"errors", *DOOR} - {module}
 
 
-@pytest.mark.parametrize("module", ["settings", "settings_sources"])
+@pytest.mark.parametrize("module", ["config.settings", "config.loader"])
 def test_settings_when_they_import_then_they_start_nothing(module: str) -> None:
     assert not {name for name in imports_of(module) if name.partition(".")[0] in {"relay", "cli"}}
 
 
 def test_settings_when_they_import_then_they_do_not_know_where_values_come_from() -> None:
-    assert set(imports_of("settings")) == {"credits.models"}
+    assert set(imports_of("config.settings")) == {"credits.models"}
 
 
 def test_relay_when_it_imports_then_it_does_not_know_the_commands() -> None:

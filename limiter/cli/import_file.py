@@ -7,11 +7,11 @@ import typer
 
 from limiter.cli.import_view import import_shown, print_report
 from limiter.cli.terminal import ConfigOption, JsonOption, RedisOption, run, settings_of
+from limiter.config.settings import Settings
 from limiter.credits.scripts import PutMode
 from limiter.importer import ImportReport
 from limiter.opening import open_limiter
 from limiter.redis.replication import replicated
-from limiter.settings import Settings
 
 _MERGE = (
     "A row that Redis has too gets the larger of each counter, those of the month from the later period; the tier of "

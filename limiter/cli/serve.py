@@ -11,6 +11,7 @@ import orjson
 import typer
 
 from limiter.cli.terminal import OUT, ConfigOption, RedisOption, log_as, program, run, settings_of
+from limiter.config.settings import RedisSettings, Settings
 from limiter.credits.keys import Keys
 from limiter.redis.connect import redacted
 from limiter.redis.embedded import folder_of, socket_path
@@ -18,7 +19,6 @@ from limiter.redis.url import read_url
 from limiter.relay import serving
 from limiter.relay.siblings import Place
 from limiter.relay.workers import supervise
-from limiter.settings import RedisSettings, Settings
 
 
 def serve(

@@ -3,7 +3,7 @@
 from rich.table import Table
 
 from limiter.cli.terminal import ConfigOption, JsonOption, print_json, print_table
-from limiter.settings_sources import load_settings
+from limiter.config.loader import load_settings
 
 
 def config(config: ConfigOption = None, json: JsonOption = False) -> None:

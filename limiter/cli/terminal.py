@@ -13,10 +13,10 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
+from limiter.config.loader import load_settings
+from limiter.config.settings import Settings, Values
 from limiter.logs import set_up_logging
 from limiter.redis.url import passwords_of
-from limiter.settings import Settings, Values
-from limiter.settings_sources import load_settings
 
 T = TypeVar("T")
 OUT = Console(highlight=False)

@@ -6,6 +6,7 @@ from functools import partial
 
 from aiohttp import web
 
+from limiter.config.settings import RelaySettings, Settings
 from limiter.credits.limiter import CreditLimiter
 from limiter.credits.models import Backend
 from limiter.licences.tokens import Licences
@@ -27,7 +28,6 @@ from limiter.relay.redis_mode import RedisMode
 from limiter.relay.settlement import Settlements
 from limiter.relay.stores import Stores
 from limiter.relay.uploads import UploadLimits, expect_later
-from limiter.settings import RelaySettings, Settings
 
 _MIB = 1 << 20
 _KIB = 1 << 10

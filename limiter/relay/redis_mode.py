@@ -11,10 +11,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import Literal, Self, TypeVar
 
+from limiter.config.settings import OnRedisDown
 from limiter.credits.limiter import CreditLimiter
 from limiter.credits.models import CORE, Decision
 from limiter.errors import BrokenRow, LimiterError, LimiterUnavailable, Overloaded, ScriptContractError
-from limiter.settings import OnRedisDown
 
 T = TypeVar("T")
 RedisState = Literal["ok", "away"]

@@ -13,6 +13,7 @@ from functools import partial
 
 from aiohttp import web
 
+from limiter.config.settings import BackendSettings, Settings
 from limiter.credits.models import Backend
 from limiter.errors import SettingsError
 from limiter.opening import open_limiter
@@ -23,7 +24,6 @@ from limiter.relay.breaker import Breaker
 from limiter.relay.echo import echo_server
 from limiter.relay.metrics import METRICS, METRICS_PAGE, Page
 from limiter.relay.siblings import Place, render_all, telling
-from limiter.settings import BackendSettings, Settings
 
 _LOG = logging.getLogger("limiter.relay")
 # Python's own (700, 10, 10) look for cycles every few requests, and take a fifth of the processor time. What is in no

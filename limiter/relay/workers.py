@@ -21,10 +21,10 @@ from dataclasses import replace
 
 import orjson
 
+from limiter.config.settings import Settings
 from limiter.errors import LimiterError, SettingsError
 from limiter.relay.serving import Serving
 from limiter.relay.siblings import Place
-from limiter.settings import Settings
 
 _LOG = logging.getLogger("limiter.relay")
 _BACKLOG = 1024

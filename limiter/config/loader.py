@@ -16,10 +16,18 @@ from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_settings import EnvSettingsSource
 from pydantic_settings import SettingsError as NoJsonError
 
+from limiter.config.settings import (
+    METERED_PATHS,
+    VARIABLE_PREFIX,
+    ModelNames,
+    RelaySettings,
+    Settings,
+    TierSettings,
+    Values,
+)
 from limiter.credits.models import MAX_COST
 from limiter.errors import SettingsError
 from limiter.redis.connect import redacted
-from limiter.settings import METERED_PATHS, VARIABLE_PREFIX, ModelNames, RelaySettings, Settings, TierSettings, Values
 
 DEFAULT_FILE = Path("limiter.toml")
 _NOT_SETTINGS = ("LIMITER_CONFIG", "LIMITER_TEST_")  # the file itself; the tests' own
