@@ -35,8 +35,8 @@ import asyncio, sys, time
 from pathlib import Path
 import uvloop
 from limiter import CreditLimiter, Tiers, connect
-from limiter.dumping import dump
-from limiter.importer import import_file
+from limiter.backup.dump import dump
+from limiter.backup.importer import import_file
 
 def most_kib():
     # Not by getrusage, which counts on from the process that started this one.

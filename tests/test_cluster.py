@@ -8,8 +8,8 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, LimiterUnavailable, SettingsError, connect
-from limiter.dumping import dump
-from limiter.importer import import_file
+from limiter.backup.dump import dump
+from limiter.backup.importer import import_file
 from limiter.redis.cluster import primaries_of
 from limiter.redis.slot_map import slot_of
 from tests.conftest import TIERS, Closing

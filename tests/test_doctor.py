@@ -11,6 +11,9 @@ from pydantic import BaseModel, SecretStr
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, LimiterUnavailable, SettingsError, connect
+from limiter.backup.dump import dump
+from limiter.backup.importer import import_file
+from limiter.backup.persister import Persister
 from limiter.config.settings import (
     BackendsSettings,
     HardwareSettings,
@@ -20,10 +23,7 @@ from limiter.config.settings import (
     Settings,
 )
 from limiter.doctor import Finding, examine
-from limiter.dumping import dump
-from limiter.importer import import_file
 from limiter.licences.tokens import issue, public_key_text
-from limiter.persister import Persister
 from limiter.redis.acl import acl_line, needed_commands, probes
 from limiter.redis.replication import replicated
 from limiter.redis.url import Kind

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, LedgerFileError, LimiterUnavailable, connect
+from limiter.backup.dump import dump
 from limiter.credits.models import Row
-from limiter.dumping import dump
 from limiter.ledger.file import LedgerFile
 from limiter.ledger.rotation import generations, prune
 from limiter.ledger.row_codec import line_from_row

@@ -14,10 +14,10 @@ from redis.asyncio import Redis
 
 from limiter import CreditLimiter, LedgerFileError, LimiterUnavailable, Row, Status, connect
 from limiter._util.timestamps import iso_from_ms
+from limiter.backup.dump import dump
+from limiter.backup.importer import _BATCHES_SENT, BATCH_ROWS, ImportReport, Progress, import_file
 from limiter.credits.models import ROW_MEMBERS
 from limiter.credits.scripts import PutMode
-from limiter.dumping import dump
-from limiter.importer import _BATCHES_SENT, BATCH_ROWS, ImportReport, Progress, import_file
 from limiter.ledger.file import LedgerFile
 from tests.conftest import TIERS, Clock
 from tests.servers import Server

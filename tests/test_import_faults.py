@@ -17,12 +17,12 @@ import pytest
 from redis import Redis as BlockingRedis
 
 from limiter import CreditLimiter, LedgerFileError, LimiterUnavailable, Status, connect
+from limiter.backup.dump import dump
+from limiter.backup.import_lock import one_import
+from limiter.backup.importer import _BATCHES_SENT, BATCH_ROWS, Progress, import_file
+from limiter.backup.row_writer import Item, RowSender
 from limiter.credits.scripts import Scripts
-from limiter.dumping import dump
-from limiter.importer import _BATCHES_SENT, BATCH_ROWS, Progress, import_file
 from limiter.ledger.file import LedgerFile
-from limiter.one_import import one_import
-from limiter.row_sender import Item, RowSender
 from tests.conftest import TIERS
 from tests.processes import LIMITER, environment, limiter
 from tests.servers import Server, binaries, eventually, wait_until

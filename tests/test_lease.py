@@ -4,7 +4,7 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter
-from limiter.lease import Lease, LeaseStatus
+from limiter.backup.lease import Lease, LeaseStatus
 from tests.conftest import Clock, text_of
 
 KEY = "credits:persister"

@@ -10,7 +10,7 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter
-from limiter.dumping import dump
+from limiter.backup.dump import dump
 from tests.conftest import Vectors
 from tests.test_import import do, many, member
 

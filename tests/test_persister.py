@@ -11,8 +11,8 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, connect
-from limiter.importer import import_file
-from limiter.persister import Persister
+from limiter.backup.importer import import_file
+from limiter.backup.persister import Persister
 from tests.conftest import TIERS, Clock
 from tests.servers import Server
 

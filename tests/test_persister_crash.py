@@ -18,12 +18,12 @@ from pathlib import Path
 import pytest
 
 from limiter import CreditLimiter, connect
+from limiter.backup.importer import import_file
+from limiter.backup.restore import newest_good
 from limiter.credits.rows import scan_keys
-from limiter.importer import import_file
 from limiter.ledger.rotation import generations
 from limiter.ledger.trailer import Seal, read_seal
 from limiter.ledger.verify import verify
-from limiter.restoring import newest_good
 from tests.conftest import TIERS
 from tests.servers import Server
 
@@ -34,7 +34,7 @@ NURSERY = """
 import asyncio, os, signal, sys
 from pathlib import Path
 from limiter import CreditLimiter, Tiers, connect
-from limiter.persister import Persister
+from limiter.backup.persister import Persister
 
 async def persist(url, file, interval_s, lease_s):
     redis = await connect(url)

@@ -16,8 +16,8 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter
+from limiter.backup.persister import Persister
 from limiter.ledger.verify import verify
-from limiter.persister import Persister
 from tests.conftest import ELSEWHERE
 
 # What a disk does has nothing to do with the server: one of them will do.

@@ -11,7 +11,7 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, connect
-from limiter.dumping import dump
+from limiter.backup.dump import dump
 from limiter.errors import LimiterUnavailable, NotReplicated
 from limiter.redis import replication
 from limiter.redis.replication import replicated

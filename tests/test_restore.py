@@ -13,9 +13,9 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter
-from limiter.dumping import dump
-from limiter.lease import Lease
-from limiter.persister import Persister
+from limiter.backup.dump import dump
+from limiter.backup.lease import Lease
+from limiter.backup.persister import Persister
 from tests.conftest import ELSEWHERE, Clock
 from tests.processes import LIMITER, environment, limiter
 

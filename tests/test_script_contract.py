@@ -13,8 +13,8 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from limiter import CreditLimiter, Row, Status, Tiers, connect
+from limiter.backup.lease import Lease, LeaseStatus
 from limiter.credits.keys import Keys
-from limiter.lease import Lease, LeaseStatus
 from limiter.redis.lua_source import compose, script_names
 from limiter.relay.stores import ClaimStatus, MintStatus, SeatStatus, Stores
 from tests.conftest import Clock

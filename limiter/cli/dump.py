@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
+from limiter.backup.dump import DumpReport
+from limiter.backup.dump import dump as dump_rows
 from limiter.cli.terminal import ERRORS, OUT, ConfigOption, JsonOption, RedisOption, print_json, run, settings_of
 from limiter.config.settings import Settings
-from limiter.dumping import DumpReport
-from limiter.dumping import dump as dump_rows
 from limiter.opening import open_limiter
 
 

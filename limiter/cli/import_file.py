@@ -5,11 +5,11 @@ from typing import Annotated
 
 import typer
 
+from limiter.backup.importer import ImportReport
 from limiter.cli.import_view import import_shown, print_report
 from limiter.cli.terminal import ConfigOption, JsonOption, RedisOption, run, settings_of
 from limiter.config.settings import Settings
 from limiter.credits.scripts import PutMode
-from limiter.importer import ImportReport
 from limiter.opening import open_limiter
 from limiter.redis.replication import replicated
 

@@ -8,11 +8,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from limiter.backup.importer import ImportReport, Phase, import_file
+from limiter.backup.importer import Progress as ImportProgress
 from limiter.cli.terminal import ERRORS, OUT, print_json
 from limiter.credits.limiter import CreditLimiter
 from limiter.credits.scripts import PutMode
-from limiter.importer import ImportReport, Phase, import_file
-from limiter.importer import Progress as ImportProgress
 
 _PHASES: dict[Phase, str] = {
     "check": "checking the file",

@@ -5,11 +5,11 @@ import signal
 
 import typer
 
+from limiter.backup.persister import persister_of
 from limiter.cli.terminal import ERRORS, OUT, ConfigOption, RedisOption, log_as, run, settings_of
 from limiter.config.settings import Settings
 from limiter.errors import SettingsError
 from limiter.opening import open_limiter
-from limiter.persister import persister_of
 
 
 def persist(redis: RedisOption = None, config: ConfigOption = None) -> None:

@@ -8,17 +8,17 @@ from typing import Annotated
 import typer
 
 from limiter._util.timestamps import ms_from_iso
+from limiter.backup.importer import ImportReport, import_file
+from limiter.backup.restore import alone, has_rows, newest_good
 from limiter.cli.import_view import import_shown, print_report
 from limiter.cli.terminal import ERRORS, ConfigOption, JsonOption, RedisOption, run, settings_of
 from limiter.config.settings import Settings
 from limiter.credits.scripts import PutMode
 from limiter.errors import LedgerFileError, SettingsError
-from limiter.importer import ImportReport, import_file
 from limiter.ledger.rotation import set_aside
 from limiter.ledger.verify import VerifyReport, verify
 from limiter.opening import open_limiter
 from limiter.redis.replication import replicated
-from limiter.restoring import alone, has_rows, newest_good
 
 _UNITS = ((86_400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds"))
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from limiter._util.atomic_file import FolderLock, in_thread
 from limiter._util.cancellation import CancelWatch
+from limiter.backup.lease import Lease, Leased
 from limiter.errors import LedgerFileError
-from limiter.lease import Lease, Leased
 from limiter.ledger.file import LedgerFile
 from limiter.ledger.rotation import generation_name, set_aside_name
 from limiter.ledger.trailer import Seal, SealedFile, check_seal, read_seal

@@ -10,10 +10,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from limiter._util.cancellation import CancelWatch
+from limiter.backup.lease import Lease
 from limiter.credits.limiter import CreditLimiter
 from limiter.credits.rows import scan_keys
 from limiter.errors import LedgerFileError, LimiterError
-from limiter.lease import Lease
 from limiter.ledger.rotation import generations
 from limiter.ledger.verify import VerifyReport, verify
 

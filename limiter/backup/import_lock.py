@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
 from limiter._util.cancellation import CancelWatch
+from limiter.backup.lease import Lease
 from limiter.credits.limiter import CreditLimiter
 from limiter.errors import LedgerFileError, LimiterUnavailable
-from limiter.lease import Lease
 
 StillOurs = Callable[[], Awaitable[None]]
 LEASE_S = 10.0

@@ -20,11 +20,11 @@ from urllib.parse import urlsplit
 import orjson
 import uvloop
 
+from limiter.backup.persister import persister_of
 from limiter.config.settings import Settings
 from limiter.errors import LimiterError
 from limiter.logs import set_up_logging
 from limiter.opening import open_limiter
-from limiter.persister import persister_of
 
 _LOG = logging.getLogger("limiter")
 _FIRST_PAUSE_S = 0.5
@@ -83,7 +83,13 @@ class PersisterProcess:
         """Run a child to its end; give whether it ever reported, and its exit code."""
         # A session of its own: a Ctrl-C is for the relay, which ends the child when its requests are settled.
         process = self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", "limiter.persister_process", stdin=PIPE, stdout=PIPE, start_new_session=True
+            sys.executable,
+            "-P",
+            "-m",
+            "limiter.backup.persister_process",
+            stdin=PIPE,
+            stdout=PIPE,
+            start_new_session=True,
         )
         assert process.stdin  # noqa: S101  it is a pipe
         assert process.stdout  # noqa: S101

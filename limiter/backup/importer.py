@@ -14,6 +14,8 @@ from redis.exceptions import RedisError
 
 from limiter._util.atomic_file import in_thread
 from limiter._util.cancellation import CancelWatch
+from limiter.backup.import_lock import StillOurs, one_import
+from limiter.backup.row_writer import Item, RowSender
 from limiter.credits.limiter import CreditLimiter
 from limiter.credits.models import Status
 from limiter.credits.rows import scan_keys
@@ -22,8 +24,6 @@ from limiter.errors import LedgerFileError, LedgerRowError, LimiterError
 from limiter.ledger.file import Entry, LedgerFile
 from limiter.ledger.trailer import check_seal
 from limiter.ledger.writer import ListFile
-from limiter.one_import import StillOurs, one_import
-from limiter.row_sender import Item, RowSender
 
 Phase = Literal["check", "compare", "write"]
 BATCH_ROWS = 500  # read at once, before others on this loop have their turn

@@ -15,17 +15,17 @@ from redis.exceptions import RedisError
 from limiter._util.atomic_file import in_thread
 from limiter._util.cancellation import CancelWatch
 from limiter._util.timestamps import iso_from_ms
+from limiter.backup.importer import moment_ms
+from limiter.backup.publish import Publication, Writer
 from limiter.credits.limiter import CreditLimiter
 from limiter.credits.rows import PackedFields, read_fields, read_values, row_or_error, scan_keys
 from limiter.credits.scripts import mapped
 from limiter.errors import BrokenRow, LedgerFileError
-from limiter.importer import moment_ms
 from limiter.ledger.rotation import KEEP, prune
 from limiter.ledger.row_codec import line_from_row
 from limiter.ledger.row_fast_path import STORED_FIELDS, line_from_values
 from limiter.ledger.trailer import SealedFile
 from limiter.ledger.writer import LedgerWriter, ListFile
-from limiter.publishing import Publication, Writer
 
 _REASONS_KEPT = 20
 _FIELDS = PackedFields(STORED_FIELDS)

@@ -12,14 +12,14 @@ from typing import Self
 
 from limiter._util.atomic_file import in_thread
 from limiter._util.cancellation import CancelWatch
+from limiter.backup.dump import DumpReport, dump
+from limiter.backup.lease import Lease, Leased
+from limiter.backup.publish import Writer
 from limiter.config.settings import PersisterSettings
 from limiter.credits.limiter import CreditLimiter
-from limiter.dumping import DumpReport, dump
 from limiter.errors import LimiterError
-from limiter.lease import Lease, Leased
 from limiter.ledger.rotation import KEEP
 from limiter.ledger.trailer import Seal, SealedFile, read_seal
-from limiter.publishing import Writer
 
 OnChange = Callable[[Mapping[str, object]], None]
 _LOG = logging.getLogger("limiter")
