@@ -25,7 +25,7 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Tiers, connect
-from limiter.logs import short_names
+from limiter.log_config import short_names
 from tests.conftest import Closing, fields_of
 from tests.fleet import Asked, Fleet
 from tests.processes import Relay, environment

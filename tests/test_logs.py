@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from limiter.logs import set_up_logging, short_names
+from limiter.log_config import set_up_logging, short_names
 from tests.relaying import new_install
 
 JWT = "eyJhbGciOiJFZERTQSJ9.eyJ0aWVyIjoicHJvIn0.c2lnbmF0dXJl"

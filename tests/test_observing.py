@@ -13,7 +13,7 @@ from aiohttp import web
 from prometheus_client.parser import text_string_to_metric_families
 
 from limiter._util.timestamps import iso_from_ms
-from limiter.logs import set_up_logging, short_names
+from limiter.log_config import set_up_logging, short_names
 from limiter.relay.answers import REQUEST_ID
 from limiter.relay.facts import facts_of
 from limiter.relay.metrics import UNMETERED, Metrics, show_metrics

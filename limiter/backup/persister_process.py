@@ -21,10 +21,10 @@ import orjson
 import uvloop
 
 from limiter.backup.persister import persister_of
+from limiter.bootstrap import open_limiter
 from limiter.config.settings import Settings
 from limiter.errors import LimiterError
-from limiter.logs import set_up_logging
-from limiter.opening import open_limiter
+from limiter.log_config import set_up_logging
 
 _LOG = logging.getLogger("limiter")
 _FIRST_PAUSE_S = 0.5

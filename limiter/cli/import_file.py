@@ -6,11 +6,11 @@ from typing import Annotated
 import typer
 
 from limiter.backup.importer import ImportReport
+from limiter.bootstrap import open_limiter
 from limiter.cli.import_view import import_shown, print_report
 from limiter.cli.terminal import ConfigOption, JsonOption, RedisOption, run, settings_of
 from limiter.config.settings import Settings
 from limiter.credits.scripts import PutMode
-from limiter.opening import open_limiter
 from limiter.redis.replication import replicated
 
 _MERGE = (

@@ -8,12 +8,12 @@ import typer
 from rich.table import Table
 
 from limiter._util.timestamps import iso_from_ms
+from limiter.bootstrap import open_limiter
 from limiter.cli.terminal import OUT, ConfigOption, JsonOption, RedisOption, print_json, print_table, run, settings_of
 from limiter.config.settings import Settings
 from limiter.credits.keys import normalise_install_id
 from limiter.errors import LimiterError, UnknownTier
 from limiter.licences.tokens import InvalidLicence, Licences, issue, make_key, public_key_text, read_key
-from limiter.opening import open_limiter
 from limiter.redis.replication import replicated
 from limiter.relay.stores import Seat, Stores
 

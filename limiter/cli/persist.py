@@ -6,10 +6,10 @@ import signal
 import typer
 
 from limiter.backup.persister import persister_of
+from limiter.bootstrap import open_limiter
 from limiter.cli.terminal import ERRORS, OUT, ConfigOption, RedisOption, log_as, run, settings_of
 from limiter.config.settings import Settings
 from limiter.errors import SettingsError
-from limiter.opening import open_limiter
 
 
 def persist(redis: RedisOption = None, config: ConfigOption = None) -> None:

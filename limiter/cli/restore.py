@@ -10,6 +10,7 @@ import typer
 from limiter._util.timestamps import ms_from_iso
 from limiter.backup.importer import ImportReport, import_file
 from limiter.backup.restore import alone, has_rows, newest_good
+from limiter.bootstrap import open_limiter
 from limiter.cli.import_view import import_shown, print_report
 from limiter.cli.terminal import ERRORS, ConfigOption, JsonOption, RedisOption, run, settings_of
 from limiter.config.settings import Settings
@@ -17,7 +18,6 @@ from limiter.credits.scripts import PutMode
 from limiter.errors import LedgerFileError, SettingsError
 from limiter.ledger.rotation import set_aside
 from limiter.ledger.verify import VerifyReport, verify
-from limiter.opening import open_limiter
 from limiter.redis.replication import replicated
 
 _UNITS = ((86_400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds"))

@@ -7,11 +7,11 @@ import typer
 from rich.table import Table
 
 from limiter._util.timestamps import iso_from_ms
+from limiter.bootstrap import open_limiter
 from limiter.cli.terminal import OUT, ConfigOption, JsonOption, RedisOption, print_json, run, settings_of
 from limiter.config.settings import Settings
 from limiter.credits.models import Balance, Row
 from limiter.errors import LimiterError
-from limiter.opening import open_limiter
 
 
 def row(

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from limiter.config.loader import load_settings
 from limiter.config.settings import Settings, Values
-from limiter.logs import set_up_logging
+from limiter.log_config import set_up_logging
 from limiter.redis.url import passwords_of
 
 T = TypeVar("T")

@@ -10,7 +10,7 @@ from limiter.config.settings import RelaySettings, Settings
 from limiter.credits.limiter import CreditLimiter
 from limiter.credits.models import Backend
 from limiter.licences.tokens import Licences
-from limiter.logs import short_names
+from limiter.log_config import short_names
 from limiter.relay.admission import Admission, trusted_networks
 from limiter.relay.backends import BackendClient
 from limiter.relay.bodies import Bodies

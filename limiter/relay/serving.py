@@ -14,10 +14,10 @@ from functools import partial
 from aiohttp import web
 
 from limiter.backup.persister_process import PersisterProcess
+from limiter.bootstrap import open_limiter
 from limiter.config.settings import BackendSettings, Settings
 from limiter.credits.models import Backend
 from limiter.errors import SettingsError
-from limiter.opening import open_limiter
 from limiter.relay.app import create_app, runner_of
 from limiter.relay.backends import BackendClient
 from limiter.relay.breaker import Breaker
