@@ -23,9 +23,9 @@ from limiter import CreditLimiter, Tiers
 from limiter.config.settings import IdempotencySettings, LicenceSettings, RedisSettings, RelaySettings, Settings
 from limiter.credits.models import Backend as BackendName
 from limiter.relay import create_app, runner_of
-from limiter.relay.backends import BackendClient
-from limiter.relay.health import Report
-from limiter.relay.metered import RELAY
+from limiter.relay.handlers.health import Report
+from limiter.relay.handlers.metered import RELAY
+from limiter.relay.upstream.client import BackendClient
 from tests.backend import Document
 from tests.conftest import MATRIX, TOPOLOGY
 

@@ -6,7 +6,7 @@ from typing import Any
 import schemathesis
 from openapi_schema_validator import OAS31Validator
 
-from limiter.relay.openapi_tables import PARAMETERS
+from limiter.relay.handlers.openapi_schema import PARAMETERS
 
 KEY: Any = PARAMETERS["idempotencyKey"]
 

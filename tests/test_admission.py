@@ -20,8 +20,8 @@ from limiter.credits.keys import Keys
 from limiter.credits.models import Decision
 from limiter.errors import SettingsError
 from limiter.licences.tokens import Licence
-from limiter.relay.admission import Admission, client_address, trusted_networks
-from limiter.relay.stores import Stores
+from limiter.relay.metering.admission import Admission, client_address, trusted_networks
+from limiter.relay.metering.claims import Stores
 from tests.conftest import text_of
 from tests.processes import limiter
 from tests.relaying import ONE_SERVER

@@ -9,7 +9,7 @@ from redis.asyncio import Redis
 
 from limiter import CreditLimiter
 from limiter.credits.keys import Keys
-from limiter.relay.stores import Mint, MintStatus, Seat, SeatStatus, Stores
+from limiter.relay.metering.claims import Mint, MintStatus, Seat, SeatStatus, Stores
 from tests.conftest import Clock
 
 SUBJECT = "alice@example.org"

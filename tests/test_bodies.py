@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from limiter.relay.bodies import Bodies
-from limiter.relay.metered import RELAY
+from limiter.relay.handlers.metered import RELAY
+from limiter.relay.requests.memory_budget import Bodies
 from tests.backend import Backend
 from tests.relaying import CHAT, ONE_SERVER, RunningRelay, StartRelay, client_of, eventually
 

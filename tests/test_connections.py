@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 
 from limiter.relay.app import routes
-from limiter.relay.metrics import METRICS
+from limiter.relay.telemetry.metrics import METRICS
 from tests.backend import Backend, Document
 from tests.relaying import CHAT, ONE_SERVER, RunningRelay, StartRelay, client_of, eventually, new_install, tiers
 

@@ -27,7 +27,7 @@ from limiter.licences.tokens import issue, public_key_text
 from limiter.redis.acl import acl_line, needed_commands, probes
 from limiter.redis.replication import replicated
 from limiter.redis.url import Kind
-from limiter.relay.stores import MintStatus, Stores
+from limiter.relay.metering.claims import MintStatus, Stores
 from tests.backend import running_backend
 from tests.conftest import TIERS, Closing
 from tests.processes import limiter

@@ -18,12 +18,12 @@ from redis.asyncio import Redis
 from limiter import CreditLimiter, Tiers, connect
 from limiter.credits.keys import Keys
 from limiter.errors import LimiterError, LimiterUnavailable
-from limiter.relay.answers import REQUEST_ID, Problem, ProblemRaised, problem_of, problem_response, refuse
-from limiter.relay.idempotency import Idempotency, Recording
-from limiter.relay.metrics import Metrics
-from limiter.relay.redis_mode import RedisAway, RedisMode
-from limiter.relay.settlement import Settlements
-from limiter.relay.stores import Claimed, ClaimStatus, Stores
+from limiter.relay.http.problems import REQUEST_ID, Problem, ProblemRaised, problem_of, problem_response, refuse
+from limiter.relay.metering.availability import RedisAway, RedisMode
+from limiter.relay.metering.claims import Claimed, ClaimStatus, Stores
+from limiter.relay.metering.idempotency import Idempotency, Recording
+from limiter.relay.metering.settlement import Settlements
+from limiter.relay.telemetry.metrics import Metrics
 from tests.conftest import text_of
 from tests.relaying import ONE_SERVER
 from tests.servers import Server, eventually

@@ -4,7 +4,7 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter
-from limiter.relay.stores import Claimed, ClaimStatus, Stores
+from limiter.relay.metering.claims import Claimed, ClaimStatus, Stores
 from tests.conftest import Clock, fields_of, text_of
 
 KEY = "credits:claim:a:k"

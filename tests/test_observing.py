@@ -14,10 +14,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from limiter._util.timestamps import iso_from_ms
 from limiter.log_config import set_up_logging, short_names
-from limiter.relay.answers import REQUEST_ID
-from limiter.relay.facts import facts_of
-from limiter.relay.metrics import UNMETERED, Metrics, show_metrics
-from limiter.relay.observing import Handler, observe
+from limiter.relay.http.problems import REQUEST_ID
+from limiter.relay.http.request_record import facts_of
+from limiter.relay.middleware.access_log import Handler, observe
+from limiter.relay.telemetry.metrics import UNMETERED, Metrics, show_metrics
 from tests.relaying import eventually, new_install
 
 INSTALL = new_install()

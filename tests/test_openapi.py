@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 
 import limiter.relay
 from limiter import CreditLimiter, Reason, connect
-from limiter.relay.openapi_tables import CODES, MEANING, OPERATIONS
+from limiter.relay.handlers.openapi_schema import CODES, MEANING, OPERATIONS
 from tests.backend import Backend, Document
 from tests.relaying import CHAT, ONE_SERVER, Answer, RunningRelay, StartRelay, client_of, relays_on, tiers
 from tests.servers import Server

@@ -10,9 +10,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from limiter.config.loader import load_settings
 from limiter.config.settings import DEFAULT_TIERS
 from limiter.credits.models import Reason, Status
-from limiter.relay.breaker import State as BreakerState
-from limiter.relay.metrics import FAILED, GAVE_UP, Answered, Metrics, SettlementKind
-from limiter.relay.upstream import Outcome
+from limiter.relay.telemetry.metrics import FAILED, GAVE_UP, Answered, Metrics, SettlementKind
+from limiter.relay.upstream.circuit_breaker import State as BreakerState
+from limiter.relay.upstream.response import Outcome
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 

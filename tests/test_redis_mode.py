@@ -12,8 +12,8 @@ from redis.asyncio import Redis
 from limiter import CreditLimiter, Decision, connect
 from limiter.config.settings import OnRedisDown
 from limiter.errors import BrokenRow, LimiterUnavailable, Overloaded
-from limiter.relay.answers import problem_of
-from limiter.relay.redis_mode import RedisAway, RedisMode
+from limiter.relay.http.problems import problem_of
+from limiter.relay.metering.availability import RedisAway, RedisMode
 from tests.relaying import ONE_SERVER, eventually, new_install, tiers
 from tests.servers import Server
 
@@ -108,7 +108,7 @@ async def test_redis_when_it_is_away_then_a_balance_is_refused_at_once_too(start
 async def test_redis_when_it_goes_while_nobody_asks_then_the_probe_notices(
     start_node: StartNode, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("limiter.relay.redis_mode._IDLE_S", 0.05)
+    monkeypatch.setattr("limiter.relay.metering.availability._IDLE_S", 0.05)
     node = await start_node()
     getattr(node.server, how)()
     await eventually(lambda: node.mode.state == "away", what="notice of it")
@@ -263,7 +263,7 @@ async def test_probe_when_it_is_stopped_at_any_moment_then_it_ends(
     redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In Python 3.11 a cancellation can get lost in redis-py: no shutdown may hang on that."""
-    monkeypatch.setattr("limiter.relay.redis_mode._IDLE_S", 0)
+    monkeypatch.setattr("limiter.relay.metering.availability._IDLE_S", 0)
     limiter = CreditLimiter(redis, tiers(lifetime=10))
     async with asyncio.timeout(20):
         for turns in range(400):

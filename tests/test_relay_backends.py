@@ -14,9 +14,9 @@ from multidict import CIMultiDict
 
 from limiter.config.loader import load_settings
 from limiter.errors import SettingsError
-from limiter.relay.backends import BackendClient
-from limiter.relay.serving import open_backends
-from limiter.relay.upstream import BackendFailed, Upstream
+from limiter.relay.process.relay_process import open_backends
+from limiter.relay.upstream.client import BackendClient
+from limiter.relay.upstream.response import BackendFailed, Upstream
 from tests.backend import Backend
 from tests.test_connect import write_certificate
 

@@ -5,7 +5,7 @@ import contextlib
 
 import pytest
 
-from limiter.relay.breaker import WINDOW_S, Breaker, CircuitOpen
+from limiter.relay.upstream.circuit_breaker import WINDOW_S, Breaker, CircuitOpen
 from tests.backend import Backend
 from tests.relaying import ONE_SERVER, RunningRelay, StartRelay, client_of, eventually
 from tests.servers import free_port

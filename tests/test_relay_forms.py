@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from limiter.relay.forms import ModelField
+from limiter.relay.requests.multipart_rewriter import ModelField
 
 BOUNDARY = "b0undary"
 

@@ -8,8 +8,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Status, connect
-from limiter.relay.breaker import Breaker
-from limiter.relay.metrics import METRICS
+from limiter.relay.telemetry.metrics import METRICS
+from limiter.relay.upstream.circuit_breaker import Breaker
 from tests.backend import Backend
 from tests.relaying import ONE_SERVER, RunningRelay, StartRelay, client_of, eventually, relays_on, tiers
 from tests.servers import Server, free_port
@@ -119,7 +119,7 @@ async def test_commit_when_the_row_was_broken_meanwhile_then_it_is_counted_as_fa
 async def test_commit_when_shutdown_cannot_wait_for_redis_then_it_is_counted_as_given_up(
     own_server: Callable[..., Server], gemini: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("limiter.relay.settlement._LEAST_DRAIN_S", 0.1)
+    monkeypatch.setattr("limiter.relay.metering.settlement._LEAST_DRAIN_S", 0.1)
     server = own_server()
     redis = await connect(server.url, timeout_ms=300)
     async with relays_on(redis) as start:
@@ -141,7 +141,7 @@ async def test_commit_when_shutdown_cannot_wait_for_redis_then_it_is_counted_as_
 async def test_undo_when_too_many_are_under_way_then_it_is_counted_as_given_up(
     own_server: Callable[..., Server], gemini: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("limiter.relay.settlement._MOST_UNDOS", 0)
+    monkeypatch.setattr("limiter.relay.metering.settlement._MOST_UNDOS", 0)
     server = own_server()
     redis = await connect(server.url, timeout_ms=300)
     async with relays_on(redis) as start:

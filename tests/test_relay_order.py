@@ -10,7 +10,7 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Decision
-from limiter.relay.metered import RELAY
+from limiter.relay.handlers.metered import RELAY
 from tests.backend import CHUNK, Backend
 from tests.relaying import ONE_SERVER, RunningRelay, StartRelay, client_of, eventually, new_install, tiers
 from tests.servers import free_port

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 import pytest
 from aiohttp.http import StreamWriter
 
-from limiter.relay.backends import BackendClient
-from limiter.relay.upstream import Upstream
+from limiter.relay.upstream.client import BackendClient
+from limiter.relay.upstream.response import Upstream
 from tests.backend import CHUNK, Backend, Document, chat
 from tests.relaying import (
     CHAT,

@@ -10,7 +10,7 @@ import orjson
 import pytest
 
 from limiter.config.loader import load_settings
-from limiter.relay.serving import open_backends
+from limiter.relay.process.relay_process import open_backends
 from tests.backend import CHUNK, Backend
 from tests.relaying import CHAT, ONE_SERVER, Answer, RunningRelay, StartRelay, client_of, eventually, new_install, tiers
 from tests.servers import free_port

@@ -12,8 +12,8 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Decision, connect
-from limiter.relay.breaker import Breaker
-from limiter.relay.metrics import METRICS
+from limiter.relay.telemetry.metrics import METRICS
+from limiter.relay.upstream.circuit_breaker import Breaker
 from tests.backend import Backend
 from tests.relaying import ONE_SERVER, Answer, RunningRelay, client_of, eventually, new_install, relays_on, tiers
 from tests.servers import Server, free_port

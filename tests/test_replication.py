@@ -15,7 +15,7 @@ from limiter.backup.dump import dump
 from limiter.errors import LimiterUnavailable, NotReplicated
 from limiter.redis import replication
 from limiter.redis.replication import replicated
-from limiter.relay.stores import Stores
+from limiter.relay.metering.claims import Stores
 from tests.conftest import TIERS, Closing
 from tests.processes import environment
 from tests.servers import Server, binaries, wait_until

@@ -16,7 +16,7 @@ from limiter import CreditLimiter, Row, Status, Tiers, connect
 from limiter.backup.lease import Lease, LeaseStatus
 from limiter.credits.keys import Keys
 from limiter.redis.lua_source import compose, script_names
-from limiter.relay.stores import ClaimStatus, MintStatus, SeatStatus, Stores
+from limiter.relay.metering.claims import ClaimStatus, MintStatus, SeatStatus, Stores
 from tests.conftest import Clock
 from tests.proxy import Proxy, proxy_of
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from limiter.credits.models import Backend as BackendName
-from limiter.relay.backends import BackendClient
+from limiter.relay.upstream.client import BackendClient
 from tests.peers import LITELLM_KEY, litellm_process
 from tests.relaying import ONE_SERVER, RunningRelay, StartRelay
 from tests.sdk_clients import Call, Operation, Sdk

@@ -2,7 +2,7 @@
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 
-from limiter.relay.tallies import Tally, Times
+from limiter.relay.telemetry.fast_metrics import Tally, Times
 
 BOUNDS_S = (0.01, 0.5, 1, 30)
 SECONDS = (0.0, 0.01, 0.010001, 0.4, 1, 29.9, 30, 31, 1e9)

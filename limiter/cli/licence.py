@@ -15,7 +15,7 @@ from limiter.credits.keys import normalise_install_id
 from limiter.errors import LimiterError, UnknownTier
 from limiter.licences.tokens import InvalidLicence, Licences, issue, make_key, public_key_text, read_key
 from limiter.redis.replication import replicated
-from limiter.relay.stores import Seat, Stores
+from limiter.relay.metering.claims import Seat, Stores
 
 app = typer.Typer(help="Licences: signed tokens that say which tier an install has paid for.", no_args_is_help=True)
 _DAY_S = 86_400

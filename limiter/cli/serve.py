@@ -16,9 +16,9 @@ from limiter.credits.keys import Keys
 from limiter.redis.connect import redacted
 from limiter.redis.embedded import folder_of, socket_path
 from limiter.redis.url import read_url
-from limiter.relay import serving
-from limiter.relay.siblings import Place
-from limiter.relay.workers import supervise
+from limiter.relay.process import relay_process as serving
+from limiter.relay.process.supervisor import supervise
+from limiter.relay.process.worker_metrics import Place
 
 
 def serve(

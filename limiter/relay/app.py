@@ -11,23 +11,23 @@ from limiter.credits.limiter import CreditLimiter
 from limiter.credits.models import Backend
 from limiter.licences.tokens import Licences
 from limiter.log_config import short_names
-from limiter.relay.admission import Admission, trusted_networks
-from limiter.relay.backends import BackendClient
-from limiter.relay.bodies import Bodies
-from limiter.relay.connections import RelayRunner
-from limiter.relay.cors import allow_origins
-from limiter.relay.error_answers import Handler, answer_errors, name_answer
-from limiter.relay.health import REPORTS, Report, show_health, show_readiness
-from limiter.relay.idempotency import Idempotency
-from limiter.relay.metered import RELAY, Relay, serve_metered, serve_upload, show_credits
-from limiter.relay.metrics import Metrics, show_metrics
-from limiter.relay.models import MODELS, Models, show_model, show_models
-from limiter.relay.observing import observe
-from limiter.relay.openapi import show_openapi
-from limiter.relay.redis_mode import RedisMode
-from limiter.relay.settlement import Settlements
-from limiter.relay.stores import Stores
-from limiter.relay.uploads import UploadLimits, expect_later
+from limiter.relay.handlers.health import REPORTS, Report, show_health, show_readiness
+from limiter.relay.handlers.metered import RELAY, Relay, serve_metered, serve_upload, show_credits
+from limiter.relay.handlers.models import MODELS, Models, show_model, show_models
+from limiter.relay.handlers.openapi import show_openapi
+from limiter.relay.http.connection import RelayRunner
+from limiter.relay.metering.admission import Admission, trusted_networks
+from limiter.relay.metering.availability import RedisMode
+from limiter.relay.metering.claims import Stores
+from limiter.relay.metering.idempotency import Idempotency
+from limiter.relay.metering.settlement import Settlements
+from limiter.relay.middleware.access_log import observe
+from limiter.relay.middleware.cors import allow_origins
+from limiter.relay.middleware.errors import Handler, answer_errors, name_answer
+from limiter.relay.requests.memory_budget import Bodies
+from limiter.relay.requests.upload import UploadLimits, expect_later
+from limiter.relay.telemetry.metrics import Metrics, show_metrics
+from limiter.relay.upstream.client import BackendClient
 
 _MIB = 1 << 20
 _KIB = 1 << 10

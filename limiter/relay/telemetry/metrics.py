@@ -23,9 +23,9 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from limiter import __version__
 from limiter._util.timestamps import ms_from_iso
 from limiter.credits.models import Backend, Reason, Status
-from limiter.relay.breaker import State as BreakerState
-from limiter.relay.tallies import Tally, Times
-from limiter.relay.upstream import Outcome
+from limiter.relay.telemetry.fast_metrics import Tally, Times
+from limiter.relay.upstream.circuit_breaker import State as BreakerState
+from limiter.relay.upstream.response import Outcome
 
 SettlementKind = Literal["commit", "release", "undo"]  # the last: release of what an unanswered reserve may hold
 FAILED, GAVE_UP = "FAILED", "GAVE_UP"  # a settlement that cannot be made, or not before its hold lapses

@@ -17,10 +17,9 @@ from yarl import URL
 
 from limiter.credits.models import Backend as BackendName
 from limiter.errors import SettingsError
-from limiter.relay.answers import Problem, ProblemRaised, retry_seconds
-from limiter.relay.breaker import Attempt, Breaker, CircuitOpen
-from limiter.relay.exchange import Answer, Origin
-from limiter.relay.upstream import (
+from limiter.relay.http.problems import Problem, ProblemRaised, retry_seconds
+from limiter.relay.upstream.circuit_breaker import Attempt, Breaker, CircuitOpen
+from limiter.relay.upstream.response import (
     FAILURES,
     SUCCESS,
     BackendFailed,
@@ -30,6 +29,7 @@ from limiter.relay.upstream import (
     next_piece,
     problem_of_backend,
 )
+from limiter.relay.upstream.transport import Answer, Origin
 
 _LOG = logging.getLogger("limiter.relay")
 _REQUEST_HEADERS = (hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.CONTENT_TYPE, "OpenAI-Beta")

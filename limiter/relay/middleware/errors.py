@@ -7,10 +7,10 @@ from aiohttp import HttpVersion10, hdrs, web
 
 from limiter.credits.limiter import new_hold_id
 from limiter.errors import LimiterError
-from limiter.relay.answers import REQUEST_ID, Problem, ProblemRaised, fail, problem_of, problem_response
-from limiter.relay.connections import REFUSED
-from limiter.relay.cors import preflight
-from limiter.relay.redis_mode import RedisAway
+from limiter.relay.http.connection import REFUSED
+from limiter.relay.http.problems import REQUEST_ID, Problem, ProblemRaised, fail, problem_of, problem_response
+from limiter.relay.metering.availability import RedisAway
+from limiter.relay.middleware.cors import preflight
 
 _LOG = logging.getLogger("limiter.relay")
 _WORTH_READING = 64 << 10  # bytes of what a refused client still sends

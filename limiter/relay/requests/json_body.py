@@ -8,9 +8,9 @@ import orjson
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from limiter.relay.answers import fail
-from limiter.relay.backends import BackendClient, Streamed
-from limiter.relay.bodies import Counted
+from limiter.relay.http.problems import fail
+from limiter.relay.requests.memory_budget import Counted
+from limiter.relay.upstream.client import BackendClient, Streamed
 
 
 class Asked(Protocol):

@@ -19,11 +19,11 @@ from limiter.config.settings import BackendSettings, Settings
 from limiter.credits.models import Backend
 from limiter.errors import SettingsError
 from limiter.relay.app import create_app, runner_of
-from limiter.relay.backends import BackendClient
-from limiter.relay.breaker import Breaker
-from limiter.relay.echo import echo_server
-from limiter.relay.metrics import METRICS, METRICS_PAGE, Page
-from limiter.relay.siblings import Place, render_all, telling
+from limiter.relay.process.worker_metrics import Place, render_all, telling
+from limiter.relay.telemetry.metrics import METRICS, METRICS_PAGE, Page
+from limiter.relay.upstream.circuit_breaker import Breaker
+from limiter.relay.upstream.client import BackendClient
+from limiter.relay.upstream.echo_server import echo_server
 
 _LOG = logging.getLogger("limiter.relay")
 # Python's own (700, 10, 10) look for cycles every few requests, and take a fifth of the processor time. What is in no

@@ -25,9 +25,9 @@ from typing import NoReturn
 from aiohttp import web
 
 from limiter.errors import LimiterUnavailable
-from limiter.relay.answers import REQUEST_ID, Problem, ProblemRaised, fail
-from limiter.relay.recording import Answer, Recording
-from limiter.relay.stores import Claimed, ClaimStatus, Stores
+from limiter.relay.http.problems import REQUEST_ID, Problem, ProblemRaised, fail
+from limiter.relay.metering.answer_recorder import Answer, Recording
+from limiter.relay.metering.claims import Claimed, ClaimStatus, Stores
 
 __all__ = ["Idempotency", "Recording", "idempotency_key"]
 Start = Callable[[str, str, Callable[[], Awaitable[object]]], "asyncio.Task[None]"]  # Settlements.start

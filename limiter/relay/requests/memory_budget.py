@@ -3,7 +3,7 @@
 from types import TracebackType
 from typing import Self
 
-from limiter.relay.answers import Problem, ProblemRaised
+from limiter.relay.http.problems import Problem, ProblemRaised
 
 
 class Counted:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from aiohttp import hdrs, web
 
-from limiter.relay.answers import REQUEST_ID
+from limiter.relay.http.problems import REQUEST_ID
 
 _ORIGINS = web.AppKey("cors_origins", frozenset[str])
 _NAMES = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+(?:\s*,\s*[A-Za-z0-9!#$%&'*+.^_`|~-]+)*")

@@ -23,8 +23,8 @@ import orjson
 
 from limiter.config.settings import Settings
 from limiter.errors import LimiterError, SettingsError
-from limiter.relay.serving import Serving
-from limiter.relay.siblings import Place
+from limiter.relay.process.relay_process import Serving
+from limiter.relay.process.worker_metrics import Place
 
 _LOG = logging.getLogger("limiter.relay")
 _BACKLOG = 1024

@@ -14,7 +14,7 @@ from aiohttp.http_exceptions import LineTooLong
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from limiter.credits.limiter import new_hold_id
-from limiter.relay.answers import REQUEST_ID, Problem, problem_of, problem_response
+from limiter.relay.http.problems import REQUEST_ID, Problem, problem_of, problem_response
 
 REFUSED = web.RequestKey("refused", Problem)  # why a request is not to be served, whatever it asks for
 _CONTINUE = "100-continue"

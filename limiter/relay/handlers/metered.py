@@ -20,21 +20,21 @@ from limiter.credits.limiter import CreditLimiter
 from limiter.credits.models import Backend, Decision
 from limiter.errors import LimiterUnavailable
 from limiter.licences.tokens import Licences
-from limiter.relay.admission import Admission
-from limiter.relay.answers import REQUEST_ID, ProblemRaised, ratelimit_headers, refuse
-from limiter.relay.asking import Asked, read_json
-from limiter.relay.backends import BackendClient
-from limiter.relay.bodies import Bodies
-from limiter.relay.facts import Facts, facts_of
-from limiter.relay.idempotency import Idempotency
-from limiter.relay.identity import Identity, identify
-from limiter.relay.metrics import UNAVAILABLE, UNMETERED
-from limiter.relay.passing import Metered, Unmetered, pass_answer
-from limiter.relay.recording import Recording
-from limiter.relay.redis_mode import RedisMode
-from limiter.relay.settlement import Settlements
-from limiter.relay.uploads import Upload, UploadLimits
-from limiter.relay.upstream import BackendFailed, Upstream
+from limiter.relay.handlers.forwarding import Metered, Unmetered, pass_answer
+from limiter.relay.http.problems import REQUEST_ID, ProblemRaised, ratelimit_headers, refuse
+from limiter.relay.http.request_record import Facts, facts_of
+from limiter.relay.metering.admission import Admission
+from limiter.relay.metering.answer_recorder import Recording
+from limiter.relay.metering.availability import RedisMode
+from limiter.relay.metering.idempotency import Idempotency
+from limiter.relay.metering.settlement import Settlements
+from limiter.relay.requests.identity import Identity, identify
+from limiter.relay.requests.json_body import Asked, read_json
+from limiter.relay.requests.memory_budget import Bodies
+from limiter.relay.requests.upload import Upload, UploadLimits
+from limiter.relay.telemetry.metrics import UNAVAILABLE, UNMETERED
+from limiter.relay.upstream.client import BackendClient
+from limiter.relay.upstream.response import BackendFailed, Upstream
 
 _LOG = logging.getLogger("limiter.relay")
 

@@ -8,7 +8,7 @@ import orjson
 from aiohttp import web
 
 from limiter import __version__
-from limiter.relay.openapi_tables import (
+from limiter.relay.handlers.openapi_schema import (
     ALSO_BACKENDS,
     CODES,
     HEADERS,

@@ -9,11 +9,11 @@ import orjson
 from aiohttp import hdrs, web
 
 from limiter.credits.models import Backend
-from limiter.relay.answers import Problem, ProblemRaised, fail
-from limiter.relay.backends import BackendClient
-from limiter.relay.identity import Identity
-from limiter.relay.metered import RELAY
-from limiter.relay.upstream import BackendFailed
+from limiter.relay.handlers.metered import RELAY
+from limiter.relay.http.problems import Problem, ProblemRaised, fail
+from limiter.relay.requests.identity import Identity
+from limiter.relay.upstream.client import BackendClient
+from limiter.relay.upstream.response import BackendFailed
 
 _FRESH_S = 30  # whoever asks without end must not make the operator's key ask without end
 _PATIENCE_S = 10

@@ -9,8 +9,8 @@ from contextlib import suppress
 from limiter.credits.limiter import CreditLimiter
 from limiter.credits.models import Backend, Settlement, Status
 from limiter.errors import LimiterError, LimiterUnavailable
-from limiter.relay.metrics import FAILED, GAVE_UP, Metrics, SettlementKind
-from limiter.relay.redis_mode import RedisMode
+from limiter.relay.metering.availability import RedisMode
+from limiter.relay.telemetry.metrics import FAILED, GAVE_UP, Metrics, SettlementKind
 
 _LOG = logging.getLogger("limiter.relay")
 _FIRST_PAUSE_S = 0.05

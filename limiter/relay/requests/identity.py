@@ -7,7 +7,7 @@ from aiohttp import hdrs, web
 from limiter.credits.keys import is_uuid
 from limiter.credits.models import CORE, Tiers
 from limiter.licences.tokens import InvalidLicence, Licence, Licences
-from limiter.relay.answers import fail
+from limiter.relay.http.problems import fail
 
 _BEARER = "bearer "
 _DOTS = 2  # in a signed token

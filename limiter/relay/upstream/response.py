@@ -11,8 +11,8 @@ from aiohttp.http_exceptions import HttpProcessingError
 from multidict import CIMultiDict
 
 from limiter.credits.models import Backend
-from limiter.relay.answers import Problem
-from limiter.relay.exchange import Answer
+from limiter.relay.http.problems import Problem
+from limiter.relay.upstream.transport import Answer
 
 Outcome = Literal["served", "refused", "failed", "timeout", "cancelled", "breaker_open"]
 FAILURES = (TimeoutError, aiohttp.ClientError, HttpProcessingError, OSError)  # the third: a body that is no HTTP

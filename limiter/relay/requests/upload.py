@@ -11,10 +11,10 @@ from email.message import Message
 from aiohttp import ClientError, hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from limiter.relay.answers import Problem, ProblemRaised, fail
-from limiter.relay.backends import BackendClient, Streamed
-from limiter.relay.bodies import Counted
-from limiter.relay.forms import ModelField
+from limiter.relay.http.problems import Problem, ProblemRaised, fail
+from limiter.relay.requests.memory_budget import Counted
+from limiter.relay.requests.multipart_rewriter import ModelField
+from limiter.relay.upstream.client import BackendClient, Streamed
 
 _LONGEST_BOUNDARY = 70  # RFC 2046
 

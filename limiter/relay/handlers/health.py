@@ -7,7 +7,7 @@ from aiohttp import web
 
 from limiter.credits.models import CORE
 from limiter.errors import LimiterError
-from limiter.relay.metered import RELAY
+from limiter.relay.handlers.metered import RELAY
 
 _PROBE = "readyz"  # an install id that no client can have: it is no UUID
 Report = Callable[[], Mapping[str, object]]

@@ -17,8 +17,8 @@ from limiter._util.cancellation import to_the_end
 from limiter.credits.models import Decision, Status
 from limiter.errors import SettingsError
 from limiter.licences.tokens import Licence
-from limiter.relay.answers import Problem, ProblemRaised
-from limiter.relay.stores import MintStatus, SeatStatus, Stores
+from limiter.relay.http.problems import Problem, ProblemRaised
+from limiter.relay.metering.claims import MintStatus, SeatStatus, Stores
 
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network

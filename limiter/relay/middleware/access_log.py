@@ -11,9 +11,9 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from limiter.relay.answers import REQUEST_ID
-from limiter.relay.facts import FACTS, Facts, facts_of
-from limiter.relay.metrics import CLIENT_LEFT, METHODS, METRICS, Answered, Metrics
+from limiter.relay.http.problems import REQUEST_ID
+from limiter.relay.http.request_record import FACTS, Facts, facts_of
+from limiter.relay.telemetry.metrics import CLIENT_LEFT, METHODS, METRICS, Answered, Metrics
 
 _LOG = logging.getLogger("limiter.request")
 _UNKNOWN_ROUTE = "unknown"

@@ -10,10 +10,10 @@ from aiohttp import hdrs, web
 from multidict import CIMultiDict
 
 from limiter.credits.models import Balance
-from limiter.relay.answers import REQUEST_ID, spendable
-from limiter.relay.idempotency import Recording
-from limiter.relay.settlement import OpenHold
-from limiter.relay.upstream import BackendFailed, Upstream
+from limiter.relay.http.problems import REQUEST_ID, spendable
+from limiter.relay.metering.idempotency import Recording
+from limiter.relay.metering.settlement import OpenHold
+from limiter.relay.upstream.response import BackendFailed, Upstream
 
 CREDITS_EVENT = "X-Credits-Event"
 _WHOLE_BODY = 1 << 20  # an answer up to this size is read whole, so that a broken one can still become an error

@@ -1,0 +1,4 @@
+"""What is counted and timed, for Prometheus.
+
+May import: relay.upstream, credits.models, _util.
+"""

@@ -1,0 +1,4 @@
+"""The backends: client, circuit breaker and transport.
+
+May import: relay.http, credits.models, errors.
+"""
