@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from limiter.cli.terminal import OUT, ConfigOption, JsonOption, RedisOption, print_json, run, settings_of
+from limiter.cli._console import OUT, ConfigOption, JsonOption, RedisOption, print_json, run, settings_of
 from limiter.doctor import Finding, acl_line_for, examine
 
 _STYLE = {"ok": "green", "warning": "yellow", "problem": "red"}

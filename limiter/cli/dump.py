@@ -8,7 +8,7 @@ import typer
 from limiter.backup.dump import DumpReport
 from limiter.backup.dump import dump as dump_rows
 from limiter.bootstrap import open_limiter
-from limiter.cli.terminal import ERRORS, OUT, ConfigOption, JsonOption, RedisOption, print_json, run, settings_of
+from limiter.cli._console import ERRORS, OUT, ConfigOption, JsonOption, RedisOption, print_json, run, settings_of
 from limiter.config.settings import Settings
 
 

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from limiter._util.timestamps import iso_from_ms
 from limiter.bootstrap import open_limiter
-from limiter.cli.terminal import OUT, ConfigOption, JsonOption, RedisOption, print_json, print_table, run, settings_of
+from limiter.cli._console import OUT, ConfigOption, JsonOption, RedisOption, print_json, print_table, run, settings_of
 from limiter.config.settings import Settings
 from limiter.credits.keys import normalise_install_id
 from limiter.errors import LimiterError, UnknownTier

@@ -5,8 +5,12 @@ import sys
 import typer
 
 from limiter import __version__
-from limiter.cli import doctor, dump, import_file, licence, persist, restore, rows, scripts, serve, settings, verify
-from limiter.cli.terminal import ERRORS
+from limiter.cli import config as settings
+from limiter.cli import doctor, dump, licence, persist, restore, serve, verify
+from limiter.cli import import_ as import_file
+from limiter.cli import lua as scripts
+from limiter.cli import row as rows
+from limiter.cli._console import ERRORS
 from limiter.errors import LimiterError
 
 app = typer.Typer(

@@ -7,7 +7,7 @@ import typer
 
 from limiter.backup.persister import persister_of
 from limiter.bootstrap import open_limiter
-from limiter.cli.terminal import ERRORS, OUT, ConfigOption, RedisOption, log_as, run, settings_of
+from limiter.cli._console import ERRORS, OUT, ConfigOption, RedisOption, log_as, run, settings_of
 from limiter.config.settings import Settings
 from limiter.errors import SettingsError
 

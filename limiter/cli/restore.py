@@ -11,8 +11,8 @@ from limiter._util.timestamps import ms_from_iso
 from limiter.backup.importer import ImportReport, import_file
 from limiter.backup.restore import alone, has_rows, newest_good
 from limiter.bootstrap import open_limiter
-from limiter.cli.import_view import import_shown, print_report
-from limiter.cli.terminal import ERRORS, ConfigOption, JsonOption, RedisOption, run, settings_of
+from limiter.cli._console import ERRORS, ConfigOption, JsonOption, RedisOption, run, settings_of
+from limiter.cli.import_progress import import_shown, print_report
 from limiter.config.settings import Settings
 from limiter.credits.scripts import PutMode
 from limiter.errors import LedgerFileError, SettingsError

@@ -10,7 +10,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import orjson
 import typer
 
-from limiter.cli.terminal import OUT, ConfigOption, RedisOption, log_as, program, run, settings_of
+from limiter.cli._console import OUT, ConfigOption, RedisOption, log_as, program, run, settings_of
 from limiter.config.settings import RedisSettings, Settings
 from limiter.credits.keys import Keys
 from limiter.redis.connect import redacted

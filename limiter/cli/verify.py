@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from limiter.cli.terminal import ERRORS, OUT, JsonOption, print_json
+from limiter.cli._console import ERRORS, OUT, JsonOption, print_json
 from limiter.ledger.verify import VerifyReport
 from limiter.ledger.verify import verify as verify_file
 

@@ -2,7 +2,7 @@
 
 from rich.table import Table
 
-from limiter.cli.terminal import ConfigOption, JsonOption, print_json, print_table
+from limiter.cli._console import ConfigOption, JsonOption, print_json, print_table
 from limiter.config.loader import load_settings
 
 

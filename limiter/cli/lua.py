@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from limiter.cli.terminal import JsonOption, print_json
+from limiter.cli._console import JsonOption, print_json
 from limiter.errors import SettingsError
 from limiter.redis.lua_source import compose, script_names
 

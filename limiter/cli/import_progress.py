@@ -10,7 +10,7 @@ from rich.table import Table
 
 from limiter.backup.importer import ImportReport, Phase, import_file
 from limiter.backup.importer import Progress as ImportProgress
-from limiter.cli.terminal import ERRORS, OUT, print_json
+from limiter.cli._console import ERRORS, OUT, print_json
 from limiter.credits.limiter import CreditLimiter
 from limiter.credits.scripts import PutMode
 

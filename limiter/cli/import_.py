@@ -7,8 +7,8 @@ import typer
 
 from limiter.backup.importer import ImportReport
 from limiter.bootstrap import open_limiter
-from limiter.cli.import_view import import_shown, print_report
-from limiter.cli.terminal import ConfigOption, JsonOption, RedisOption, run, settings_of
+from limiter.cli._console import ConfigOption, JsonOption, RedisOption, run, settings_of
+from limiter.cli.import_progress import import_shown, print_report
 from limiter.config.settings import Settings
 from limiter.credits.scripts import PutMode
 from limiter.redis.replication import replicated

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from limiter._util.timestamps import iso_from_ms
 from limiter.bootstrap import open_limiter
-from limiter.cli.terminal import OUT, ConfigOption, JsonOption, RedisOption, print_json, run, settings_of
+from limiter.cli._console import OUT, ConfigOption, JsonOption, RedisOption, print_json, run, settings_of
 from limiter.config.settings import Settings
 from limiter.credits.models import Balance, Row
 from limiter.errors import LimiterError
