@@ -52,7 +52,7 @@ $(READY): pyproject.toml requirements.lock
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) .cache tests/sdk/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .cache tests/support/sdk/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # Half an hour to an hour: every benchmark that this machine can run, into benchmarks/RESULTS.md.
 bench: $(READY)

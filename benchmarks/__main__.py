@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks import decisions, ledger, races, relay, scripts
 from benchmarks.findings import PLOTS, Finding, Measured, as_markdown, read_store, write_store
-from tests.servers import binaries
+from tests.support.redis_servers import binaries
 
 HERE = Path(__file__).parent
 _STORE = HERE / "findings.json"

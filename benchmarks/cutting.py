@@ -1,7 +1,8 @@
 """A TCP proxy before a Redis that loses replies, as a process: `python -m benchmarks.cutting PORT`; it prints its own.
 
 After a line on stdin it cuts a connection now and then, instead of passing on what the server has just answered: all of
-that was executed, and whoever asked does not know it. Unlike `tests.proxy` it knows no commands, so many are under way.
+that was executed, and whoever asked does not know it. Unlike `tests.support.redis_proxy` it knows no commands, so many
+are under way.
 """
 
 import asyncio

@@ -19,7 +19,7 @@ from pathlib import Path
 from redis import Redis
 
 from benchmarks.findings import Bar, Finding, as_text, compared
-from tests.servers import Server, binaries
+from tests.support.redis_servers import Server, binaries
 
 ROUNDS = 7
 SECONDS = 1.5

@@ -23,7 +23,7 @@ from benchmarks.findings import Bar, Finding, as_text, compared
 from limiter import CreditLimiter, Tiers, connect
 from limiter.credits.models import ROW_MEMBERS
 from limiter.redis.lua_source import compose
-from tests.servers import Server, binaries
+from tests.support.redis_servers import Server, binaries
 
 ROWS = 1_000_000
 ROUNDS = 3

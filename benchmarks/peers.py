@@ -14,8 +14,8 @@ from urllib.error import URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
-from tests.processes import environment
-from tests.servers import free_port
+from tests.support.cli import environment
+from tests.support.redis_servers import free_port
 
 ROOT = Path(__file__).parent.parent
 PORTKEY = "@portkey-ai/gateway@1.15.2"

@@ -17,7 +17,7 @@ from pathlib import Path
 from redis import Redis
 
 from benchmarks.findings import markdown_table
-from tests.servers import Server, binaries
+from tests.support.redis_servers import Server, binaries
 
 ROUNDS = 3
 RACERS, RACED_FOR, STOPPED_S = 4, 5000, 3
@@ -88,7 +88,16 @@ def race(server: Server, case: Case) -> Raced:
     with Redis(port=server.port, decode_responses=True) as redis:
         redis.flushall()
         with case(server) as trouble:
-            command = [*_PYTHON, "tests.spender", trouble.url, "raced", "pro", _LIMITS, "1", str(_GIVE_BACK)]
+            command = [
+                *_PYTHON,
+                "tests.support.race_worker",
+                trouble.url,
+                "raced",
+                "pro",
+                _LIMITS,
+                "1",
+                str(_GIVE_BACK),
+            ]
             racers = [
                 subprocess.Popen(  # noqa: S603  our own words
                     command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True

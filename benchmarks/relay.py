@@ -27,8 +27,8 @@ import aiohttp
 from benchmarks.findings import Bar, Finding, as_text, compared
 from benchmarks.peers import install_peers, litellm, portkey
 from benchmarks.quick_backend import GAP_S
-from tests.processes import Relay
-from tests.servers import Server, binaries
+from tests.support.cli import Relay
+from tests.support.redis_servers import Server, binaries
 
 T = TypeVar("T")
 ROUNDS = 5

@@ -19,7 +19,7 @@ from redis import Redis
 
 from benchmarks.findings import Bar, Finding, as_text, compared
 from limiter.redis.lua_source import compose
-from tests.servers import Server, binaries
+from tests.support.redis_servers import Server, binaries
 
 ROWS = 200_000
 REQUESTS = 10_000

@@ -11,8 +11,8 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Tiers, connect
-from tests.servers import Server, binaries
-from tests.topologies import ClusterSetUp, SentinelSetUp
+from tests.support.redis_servers import Server, binaries
+from tests.support.redis_topologies import ClusterSetUp, SentinelSetUp
 
 TIERS = Tiers.from_mapping(
     {
@@ -31,7 +31,7 @@ TOPOLOGY = "LIMITER_TEST_TOPOLOGY"
 MATRIX = (
     ["elsewhere"] if ELSEWHERE in os.environ else os.environ.get(TOPOLOGY, "valkey,redis,sentinel,cluster").split(",")
 )
-ON_EVERY_TOPOLOGY = ("test_admission_scripts", "test_dump")
+ON_EVERY_TOPOLOGY = ("test_seat_and_mint", "test_dump")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

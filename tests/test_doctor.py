@@ -28,12 +28,12 @@ from limiter.redis.acl import acl_line, needed_commands, probes
 from limiter.redis.replication import replicated
 from limiter.redis.url import Kind
 from limiter.relay.metering.claims import MintStatus, Stores
-from tests.backend import running_backend
 from tests.conftest import TIERS, Closing
-from tests.processes import limiter
-from tests.relaying import client_of, eventually, relays_on
-from tests.servers import Server, binaries, free_port
-from tests.topologies import ClusterSetUp, SentinelSetUp, told
+from tests.support.cli import limiter
+from tests.support.openai_backend import running_backend
+from tests.support.redis_servers import Server, binaries, free_port
+from tests.support.redis_topologies import ClusterSetUp, SentinelSetUp, told
+from tests.support.relay import client_of, eventually, relays_on
 
 MakeServer = Callable[..., Server]
 LICENCE_KEY = Ed25519PrivateKey.generate()

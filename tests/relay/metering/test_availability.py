@@ -1,0 +1,335 @@
+"""Redis goes away and comes back, as one node sees it: killed, stopped and restarted under load, on a real server."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, suppress
+
+import pytest
+from redis.asyncio import Redis
+
+from limiter import CreditLimiter, Decision, connect
+from limiter.config.settings import OnRedisDown
+from limiter.errors import BrokenRow, LimiterUnavailable, Overloaded
+from limiter.relay.http.problems import problem_of
+from limiter.relay.metering.availability import RedisAway, RedisMode
+from tests.support.redis_servers import Server
+from tests.support.relay import ONE_SERVER, eventually, new_install, tiers
+
+TIMEOUT_MS, DEADLINE_MS = 200, 400
+
+
+class Node:
+    """One node: its limiter and its mode, on a server that the test may stop."""
+
+    def __init__(self, server: Server, redis: Redis, on_redis_down: OnRedisDown) -> None:
+        self.server, self.redis = server, redis
+        self.limiter = CreditLimiter(redis, tiers(lifetime=1000), timeout_ms=TIMEOUT_MS, deadline_ms=DEADLINE_MS)
+        self.took_s: list[float] = []
+        self.mode = RedisMode(self.limiter, on_redis_down=on_redis_down, timed=self.took_s.append)
+        self.install_id = new_install()
+
+    async def ask(self, hold_id: str | None = None) -> Decision:
+        """Ask for one credit, as a request does."""
+        return await self.mode.decide(
+            lambda: self.limiter.reserve(self.install_id, tier="core", has_hardware=True, hold_id=hold_id)
+        )
+
+    async def outcome(self) -> str:
+        """Ask, and tell in a word what came of it; an allowed hold is given back."""
+        try:
+            answer = await self.ask()
+        except RedisAway:
+            return "away"
+        except LimiterUnavailable:
+            return "unavailable"
+        with suppress(LimiterUnavailable):
+            await self.limiter.release(self.install_id, answer.hold_id)
+        return answer.status
+
+    async def lose_redis(self, how: str) -> None:
+        """End the server in some way, and wait until this node has noticed."""
+        getattr(self.server, how)()
+        assert await self.outcome() == "unavailable"
+        assert self.mode.state == "away"
+
+    def bring_back(self, how: str) -> None:
+        """Undo it."""
+        self.server.start() if how == "kill" else self.server.resume()
+
+    async def is_back(self) -> float:
+        """Wait for the recovery, and tell how long it took."""
+        return await eventually(lambda: self.mode.state == "ok", what="the recovery")
+
+
+StartNode = Callable[..., "asyncio.Future[Node]"]
+
+
+@pytest.fixture
+async def start_node(own_server: Callable[..., Server], closing: AsyncExitStack) -> AsyncIterator[StartNode]:
+    def start(on_redis_down: OnRedisDown = "deny") -> "asyncio.Future[Node]":
+        async def open_node() -> Node:
+            server = own_server()
+            redis = await connect(server.url, timeout_ms=TIMEOUT_MS)
+            closing.push_async_callback(redis.aclose)
+            node = Node(server, redis, on_redis_down)
+            await closing.enter_async_context(node.mode)
+            return node
+
+        return asyncio.ensure_future(open_node())
+
+    yield start  # noqa: PT022  closing comes after it
+
+
+@pytest.mark.parametrize("how", ["kill", "pause"])
+async def test_redis_when_it_is_away_then_requests_are_refused_at_once_and_served_within_a_second_of_its_return(
+    start_node: StartNode, how: str
+) -> None:
+    node = await start_node()
+    assert await node.outcome() == "ALLOWED"
+    await node.lose_redis(how)
+    began_s = time.monotonic()
+    assert {await node.outcome() for _ in range(200)} == {"away"}
+    assert time.monotonic() - began_s < TIMEOUT_MS / 1000, "each waited for Redis"
+    node.bring_back(how)
+    assert await node.is_back() < 1.5
+    assert await node.outcome() == "ALLOWED"
+
+
+async def test_redis_when_it_is_away_then_a_balance_is_refused_at_once_too(start_node: StartNode) -> None:
+    node = await start_node()
+    await node.lose_redis("kill")
+    with pytest.raises(RedisAway):
+        await node.mode.call(lambda: node.limiter.balance(node.install_id, tier="core"))
+
+
+@pytest.mark.parametrize("how", ["kill", "pause"])
+async def test_redis_when_it_goes_while_nobody_asks_then_the_probe_notices(
+    start_node: StartNode, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("limiter.relay.metering.availability._IDLE_S", 0.05)
+    node = await start_node()
+    getattr(node.server, how)()
+    await eventually(lambda: node.mode.state == "away", what="notice of it")
+    node.bring_back(how)
+    await node.is_back()
+
+
+async def test_redis_when_it_goes_and_comes_then_each_change_is_logged_once(
+    start_node: StartNode, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "limiter")
+    node = await start_node()
+    for how in ("kill", "pause"):
+        caplog.clear()
+        getattr(node.server, how)()
+        await asyncio.gather(*(node.outcome() for _ in range(20)))
+        await node.outcome()
+        node.bring_back(how)
+        await node.is_back()
+        said = [record.getMessage().split(":")[0] for record in caplog.records]
+        assert said == ["Redis is away", "Redis is back"]
+
+
+@pytest.mark.parametrize("on_redis_down", ["deny", "hardware"])
+async def test_redis_when_it_is_away_then_requests_are_unmetered_until_it_is_back_if_the_operator_says_so(
+    start_node: StartNode, on_redis_down: OnRedisDown
+) -> None:
+    node = await start_node(on_redis_down)
+    assert not node.mode.serves_unmetered
+    await node.lose_redis("pause")
+    assert node.mode.serves_unmetered == (on_redis_down == "hardware")
+    node.bring_back("pause")
+    await node.is_back()
+    assert not node.mode.serves_unmetered
+
+
+async def test_back_when_redis_is_away_then_it_waits_for_its_return(start_node: StartNode) -> None:
+    node = await start_node()
+    await node.mode.back()
+    await node.lose_redis("kill")
+    waiting = asyncio.ensure_future(node.mode.back())
+    await asyncio.wait({waiting}, timeout=0.05)
+    assert not waiting.done()
+    node.bring_back("kill")
+    await waiting
+    assert node.mode.state == "ok"
+
+
+async def test_redis_when_it_takes_no_writes_then_it_is_away_though_it_answers_a_balance(
+    start_node: StartNode, own_server: Callable[..., Server]
+) -> None:
+    """A failover that left us on a replica: only what a decision runs tells."""
+    node = await start_node()
+    primary = own_server()
+    await node.redis.replicaof("127.0.0.1", str(primary.port))
+    assert await node.outcome() == "unavailable"
+    balance = await node.limiter.balance(node.install_id, tier="core")
+    assert balance.remaining == 1000
+    with pytest.raises(LimiterUnavailable):
+        await node.mode._probe()
+    assert node.mode.state == "away"
+    await node.redis.replicaof("NO", "ONE")
+    await node.is_back()
+
+
+async def test_redis_when_it_is_restarted_under_load_then_nobody_waits_long_and_all_are_served_again(
+    start_node: StartNode,
+) -> None:
+    node = await start_node()
+    stop, outcomes, longest_s = asyncio.Event(), list[str](), 0.0
+
+    async def load() -> None:
+        nonlocal longest_s
+        while not stop.is_set():
+            began_s = time.monotonic()
+            outcomes.append(await node.outcome())
+            longest_s = max(longest_s, time.monotonic() - began_s)
+            await asyncio.sleep(0.002)
+
+    loads = [asyncio.ensure_future(load()) for _ in range(10)]
+    await eventually(lambda: outcomes.count("ALLOWED") > 20)
+    for how in ("kill", "pause"):
+        getattr(node.server, how)()
+        refused = outcomes.count("away")
+        await eventually(lambda refused=refused: outcomes.count("away") > refused + 100, what="quick refusals")  # type: ignore[misc]
+        node.bring_back(how)
+        await node.is_back()
+        served = outcomes.count("ALLOWED")
+        await eventually(lambda served=served: outcomes.count("ALLOWED") > served + 20)  # type: ignore[misc]
+    stop.set()
+    await asyncio.gather(*loads)
+    assert set(outcomes) <= {"ALLOWED", "away", "unavailable"}
+    assert outcomes.count("unavailable") <= 40, "at most the requests that were under way waited for Redis"
+    assert longest_s < 4 * DEADLINE_MS / 1000
+
+
+# What is no sign of Redis being away
+
+
+async def test_call_when_it_fails_alone_then_redis_is_not_away_and_it_is_not_served_for_nothing(
+    start_node: StartNode,
+) -> None:
+    """As when one of several servers is gone: the installs of the others are served."""
+    node, gone = await start_node("hardware"), await start_node()
+    gone.server.kill()
+    failing = asyncio.ensure_future(node.mode.decide(lambda: gone.limiter.reserve("x", tier="core", has_hardware=True)))
+    await asyncio.sleep(0)
+    assert await node.outcome() == "ALLOWED"
+    with pytest.raises(LimiterUnavailable):
+        await failing
+    assert not await node.mode.serves_this_unmetered()
+    assert await node.outcome() == "ALLOWED"
+    assert node.mode.state == "ok"
+
+
+@pytest.mark.parametrize("on_redis_down", ["deny", "hardware"])
+async def test_call_when_it_fails_just_after_another_was_answered_then_a_look_tells_whether_redis_is_away(
+    start_node: StartNode, on_redis_down: OnRedisDown
+) -> None:
+    """As when Redis goes while requests overlap: the failure of the older one alone would not be believed."""
+    node, gone = await start_node(on_redis_down), await start_node()
+    gone.server.kill()
+    failing = asyncio.ensure_future(node.mode.decide(lambda: gone.limiter.reserve("x", tier="core", has_hardware=True)))
+    await asyncio.sleep(0)
+    assert await node.outcome() == "ALLOWED"
+    node.server.kill()
+    with pytest.raises(LimiterUnavailable):
+        await failing
+    looks = await asyncio.gather(*(node.mode.serves_this_unmetered() for _ in range(5)))
+    assert looks == [on_redis_down == "hardware"] * 5
+
+
+@ONE_SERVER
+async def test_row_when_it_is_broken_then_redis_is_not_away(redis: Redis) -> None:
+    limiter = CreditLimiter(redis, tiers(lifetime=10))
+    await redis.hset(limiter.keys.install("x"), "lifetime_consumed", "many")
+    async with RedisMode(limiter) as mode:
+        with pytest.raises(BrokenRow):
+            await mode.decide(lambda: limiter.reserve("x", tier="core", has_hardware=True))
+        assert mode.state == "ok"
+
+
+@ONE_SERVER
+async def test_probe_when_it_looks_then_it_leaves_no_row_behind(redis: Redis) -> None:
+    mode = RedisMode(CreditLimiter(redis, tiers(lifetime=10)))
+    await mode._probe()
+    assert await redis.keys("*") == []
+
+
+@ONE_SERVER
+async def test_probe_when_it_is_stopped_at_any_moment_then_it_ends(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In Python 3.11 a cancellation can get lost in redis-py: no shutdown may hang on that."""
+    monkeypatch.setattr("limiter.relay.metering.availability._IDLE_S", 0)
+    limiter = CreditLimiter(redis, tiers(lifetime=10))
+    async with asyncio.timeout(20):
+        for turns in range(400):
+            async with RedisMode(limiter):
+                for _ in range(turns % 40):
+                    await asyncio.sleep(0)
+
+
+@ONE_SERVER
+async def test_decide_when_redis_answers_then_its_time_is_told_and_the_report_says_ok(redis: Redis) -> None:
+    limiter, took_s = CreditLimiter(redis, tiers(lifetime=10)), list[float]()
+    async with RedisMode(limiter, timed=took_s.append) as mode:
+        await mode.decide(lambda: limiter.reserve("x", tier="core", has_hardware=True, hold_id="h"))
+        assert mode.report()["state"] == "ok"
+    assert len(took_s) == 1
+    assert 0 < took_s[0] < 1
+    await limiter.release("x", "h")
+
+
+async def test_node_when_more_decisions_wait_than_may_then_the_next_is_refused_at_once_and_redis_is_not_away(
+    own_server: Callable[..., Server], closing: AsyncExitStack
+) -> None:
+    server = own_server()
+    redis = await connect(server.url)
+    closing.push_async_callback(redis.aclose)
+    redis.server_wire._max_waiting = 1
+    node = Node(server, redis, "deny")
+    node.limiter = CreditLimiter(redis, tiers(lifetime=1000), timeout_ms=20_000, deadline_ms=20_000)
+    server.pause()
+    waiting = asyncio.ensure_future(node.ask())
+    for _ in range(3):  # it is in the queue by then
+        await asyncio.sleep(0)
+    with pytest.raises(Overloaded) as refused:
+        await node.ask()
+    assert (node.mode.state, problem_of(refused.value).code) == ("ok", "limiter_overloaded")
+    server.resume()
+    assert (await waiting).allowed
+
+
+async def test_commit_when_more_calls_wait_than_may_then_it_is_repeated_until_there_is_room(
+    own_server: Callable[..., Server], closing: AsyncExitStack
+) -> None:
+    server = own_server()
+    redis = await connect(server.url)
+    closing.push_async_callback(redis.aclose)
+    redis.server_wire._max_waiting = 1
+    limiter = CreditLimiter(redis, tiers(lifetime=1000))
+    held = await limiter.reserve("i", tier="core", has_hardware=True)
+    settled = await asyncio.gather(*(limiter.commit("i", held.hold_id) for _ in range(3)))
+    assert sorted(settlement.status for settlement in settled) == ["COMMITTED", "GONE", "GONE"]
+
+
+async def test_refusal_when_given_from_memory_then_it_does_not_show_that_redis_is_there(
+    own_server: Callable[..., Server], closing: AsyncExitStack
+) -> None:
+    server = own_server()
+    redis = await connect(server.url, timeout_ms=TIMEOUT_MS)
+    closing.push_async_callback(redis.aclose)
+    node = Node(server, redis, "deny")
+    node.limiter = CreditLimiter(redis, tiers(lifetime=0), deadline_ms=DEADLINE_MS, deny_cache_ms=60_000)
+    node.mode = RedisMode(node.limiter, timed=node.took_s.append)
+    assert not (await node.ask()).from_memory
+    server.kill()
+    lost = asyncio.ensure_future(node.mode.call(lambda: node.limiter.balance(node.install_id, tier="core")))
+    while not lost.done():
+        assert (await node.ask()).from_memory
+        await asyncio.sleep(0.01)
+    assert isinstance(lost.exception(), LimiterUnavailable)
+    assert (node.mode.state, len(node.took_s)) == ("away", 1)
