@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import ParamSpec, Self, TypeVar
 
-from limiter._util.cancellation import to_the_end
+from limiter._util.cancellation import run_to_completion
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -140,7 +140,7 @@ def free_name(path: Path, suffix: str) -> Path:
 
 async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Run it in a thread, to its end even when the caller is cancelled: a file is never closed under its writer."""
-    return await to_the_end(asyncio.to_thread(function, *args, **kwargs), if_it_fails="Meanwhile")
+    return await run_to_completion(asyncio.to_thread(function, *args, **kwargs), if_it_fails="Meanwhile")
 
 
 def _keep(path: Path, kept: Path) -> None:

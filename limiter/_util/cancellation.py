@@ -26,7 +26,7 @@ class CancelWatch:
             raise asyncio.CancelledError
 
 
-async def to_the_end(work: Coroutine[Any, Any, T], *, if_it_fails: str) -> T:
+async def run_to_completion(work: Coroutine[Any, Any, T], *, if_it_fails: str) -> T:
     """Await work to its end, however often the caller is cancelled meanwhile; that is delivered afterwards.
 
     if_it_fails: what a cancellation then notes beside the failure that it hides.

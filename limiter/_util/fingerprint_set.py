@@ -5,7 +5,7 @@ from array import array
 _FEWEST_SLOTS = 1024
 
 
-class SeenTexts:
+class FingerprintSet:
     """Texts seen before, by 64 bits of their hash: 12 to 24 bytes each, which a set of texts exceeds tenfold.
 
     expected: how many there will be; with more it grows, which takes longer.

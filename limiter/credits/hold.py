@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
-from limiter._util.cancellation import to_the_end
+from limiter._util.cancellation import run_to_completion
 from limiter.credits.models import Backend, Decision, Settlement, Status
 from limiter.errors import LimiterError, LimiterUnavailable
 
@@ -52,17 +52,17 @@ async def held(
     try:
         decision = await asyncio.shield(reserving)
     except (asyncio.CancelledError, LimiterUnavailable) as error:
-        await _noting(error, to_the_end(_undo(reserving, release), if_it_fails=_UNSETTLED))
+        await _noting(error, run_to_completion(_undo(reserving, release), if_it_fails=_UNSETTLED))
         raise
     hold = Hold(decision)
     try:
         yield hold
     except BaseException as error:
         if decision.allowed:
-            await _noting(error, to_the_end(release(), if_it_fails=_UNSETTLED))
+            await _noting(error, run_to_completion(release(), if_it_fails=_UNSETTLED))
         raise
     if decision.allowed:
-        await to_the_end(commit(hold), if_it_fails=_UNSETTLED)
+        await run_to_completion(commit(hold), if_it_fails=_UNSETTLED)
 
 
 async def _undo(reserving: "asyncio.Future[Decision]", release: Release) -> None:

@@ -14,7 +14,7 @@ from typing import BinaryIO, NamedTuple, NoReturn, Self
 
 import orjson
 
-from limiter._util.fingerprint_set import SeenTexts
+from limiter._util.fingerprint_set import FingerprintSet
 from limiter.credits.keys import normalise_install_id
 from limiter.credits.models import Row
 from limiter.errors import InvalidInstallId, LedgerFileError, LedgerRowError
@@ -171,7 +171,7 @@ class LedgerFile:
 
     def _rows(self, text: LedgerText) -> Iterator[Entry]:
         # Once all of it was read they are known to differ.
-        is_new = _is_new if self._ids_differ else SeenTexts(self.size_bytes // _ROW_BYTES).add
+        is_new = _is_new if self._ids_differ else FingerprintSet(self.size_bytes // _ROW_BYTES).add
         match = REGULAR_ROW.match
         text.expect("{", "an object")
         after = "," if text.mark() != "}" else text.expect("}", "}")

@@ -11,7 +11,7 @@ from typing import Any, cast
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from limiter._util.fingerprint_set import SeenTexts
+from limiter._util.fingerprint_set import FingerprintSet
 from limiter.redis.cluster import ClusterClient, primaries_of
 
 # Also how many rows a dump reads at once, while decisions wait. Measured at 250,000 rows on two cores: with 40 the p99
@@ -26,7 +26,7 @@ async def scan(redis: "Redis", pattern: str) -> AsyncIterator[list[bytes]]:
     A key that is made or deleted meanwhile may be among them or not. Memory: 12 to 24 bytes a key, by which one is
     known again that SCAN gives twice. Raises RedisError, also when servers and slots never come to rest.
     """
-    seen = SeenTexts()
+    seen = FingerprintSet()
     before = await _state(redis)
     for number in range(_MOST_PASSES):
         for node in await primaries_of(redis):

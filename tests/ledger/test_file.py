@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from limiter import LedgerFileError, Row
-from limiter._util.fingerprint_set import SeenTexts
+from limiter._util.fingerprint_set import FingerprintSet
 from limiter._util.timestamps import ms_from_iso
 from limiter.ledger.file import LedgerFile, row_from_member, undated_fields
 from limiter.ledger.json_stream import READ_BYTES
@@ -432,7 +432,7 @@ def test_file_when_it_may_not_be_read_then_the_error_says_so(tmp_path: Path) -> 
 
 
 def test_seen_ids_when_many_are_added_then_each_is_new_once() -> None:
-    seen = SeenTexts()
+    seen = FingerprintSet()
     assert all(seen.add(f"i-{number}") for number in range(10_000))
     assert not any(seen.add(f"i-{number}") for number in range(10_000))
     assert len(seen) == 10_000

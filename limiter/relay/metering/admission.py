@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 
 from aiohttp import web
 
-from limiter._util.cancellation import to_the_end
+from limiter._util.cancellation import run_to_completion
 from limiter.credits.models import Decision, Status
 from limiter.errors import SettingsError
 from limiter.licences.tokens import Licence
@@ -119,7 +119,7 @@ class Admission:
         decision = await reserve(False)
         if decision.status is not Status.UNKNOWN_INSTALL:
             return decision
-        return await to_the_end(
+        return await run_to_completion(
             self._reserve_new(request, install_id, licence, reserve), if_it_fails="The new install was not made"
         )
 
