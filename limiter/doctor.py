@@ -24,7 +24,7 @@ from limiter.licences.tokens import Licences
 from limiter.redis.acl import acl_line, needed_commands, probes
 from limiter.redis.cluster import primaries_of
 from limiter.redis.connect import AWAY, OLDEST_MAJOR, open_client
-from limiter.redis.url import Kind, read_url, redacted
+from limiter.redis.url import Kind, parse_url, redacted
 
 Level = Literal["ok", "warning", "problem"]
 _SLOW_MS = 5.0
@@ -269,9 +269,9 @@ async def _backend(name: str, backend: BackendSettings, *, is_on: bool) -> Findi
 
 def _place(url: str) -> tuple[Kind, int]:
     """Give the kind of a URL, and the number of its database."""
-    target = None if url.startswith("embedded:") else read_url(url)
-    if target is not None:
-        return target.kind, int(target.database or 0)
+    topology = None if url.startswith("embedded:") else parse_url(url)
+    if topology is not None:
+        return topology.kind, int(topology.database or 0)
     path = url.partition("://")[2].partition("?")[0].rpartition("/")[2]
     return "single", int(path) if path.isdecimal() else 0
 

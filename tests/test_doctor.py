@@ -25,7 +25,7 @@ from limiter.config.settings import (
 from limiter.doctor import Finding, examine
 from limiter.licences.tokens import issue, public_key_text
 from limiter.redis.acl import acl_line, needed_commands, probes
-from limiter.redis.replication import replicated
+from limiter.redis.replication import wait_for_replicas
 from limiter.redis.url import Kind
 from limiter.relay.metering.claims import MintStatus, Stores
 from tests.conftest import TIERS, Closing
@@ -132,7 +132,7 @@ async def test_user_of_the_printed_line_when_there_are_several_servers_then_noth
         assert (await credit_limiter.debit(f"i-{number}", tier="pro", has_hardware=True)).allowed
     assert (await dump(credit_limiter, tmp_path / "credits.json")).rows == 10
     if kind == "sentinel":  # the cluster has no replicas
-        async with replicated(redis, 2):
+        async with wait_for_replicas(redis, 2):
             await credit_limiter.debit("i-0", tier="pro", has_hardware=True)
     assert [denied(server) for server in servers.servers] == [[]] * len(servers.servers)
 

@@ -134,7 +134,7 @@ class _Scan:
             if not names:
                 continue
             lines, rest = [], []
-            for name, values in zip(names, await read_values(self._limiter.wire, names, _FIELDS), strict=True):
+            for name, values in zip(names, await read_values(self._limiter.channel, names, _FIELDS), strict=True):
                 line = None if isinstance(values, Exception) else line_from_values(name[prefix:], values)
                 if line is None:
                     rest.append(name)
@@ -146,7 +146,7 @@ class _Scan:
 
     async def _looked_closer(self, names: Sequence[bytes]) -> list[bytes]:
         lines = []
-        for name, fields in zip(names, await read_fields(self._limiter.wire, names), strict=True):
+        for name, fields in zip(names, await read_fields(self._limiter.channel, names), strict=True):
             if not fields:
                 continue  # it is gone by now
             row = row_or_error(self._limiter.keys, name, fields)

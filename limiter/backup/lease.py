@@ -51,7 +51,7 @@ class Lease:
         self.lease_s = lease_s
         self.owner = owner or f"{socket.gethostname()[:48]}:{os.getpid()}:{uuid.uuid4().hex[:12]}"
         self._limiter = limiter
-        self._scripts = Scripts(limiter.wire, timeout_ms=1000)
+        self._scripts = Scripts(limiter.channel, timeout_ms=1000)
         self._key = key or limiter.keys.lease()
 
     async def take(self, *, least_epoch: int = 0, checksum: str = "", good_at: str = "") -> Leased:

@@ -51,7 +51,7 @@ class RowSender:
 
     def __init__(self, limiter: CreditLimiter, reject: Reject) -> None:
         self._limiter, self._reject = limiter, reject
-        self._scripts = Scripts(limiter.wire, timeout_ms=_TIMEOUT_MS)
+        self._scripts = Scripts(limiter.channel, timeout_ms=_TIMEOUT_MS)
         self._has_slots = False  # of a cluster, once its first answer said so
 
     async def store(self, batch: Sequence[Item], mode: PutMode) -> "Counter[Status]":

@@ -11,7 +11,7 @@ from limiter.cli._console import ConfigOption, JsonOption, RedisOption, run, set
 from limiter.cli.import_progress import import_shown, print_report
 from limiter.config.settings import Settings
 from limiter.credits.scripts import PutMode
-from limiter.redis.replication import replicated
+from limiter.redis.replication import wait_for_replicas
 
 _MERGE = (
     "A row that Redis has too gets the larger of each counter, those of the month from the later period; the tier of "
@@ -48,7 +48,7 @@ def import_(
 
 async def _import(settings: Settings, file: Path, mode: PutMode, *, dry_run: bool, as_json: bool) -> ImportReport:
     wanted = 0 if dry_run else settings.redis.wait_replicas
-    async with open_limiter(settings) as limiter, replicated(limiter.redis, wanted):
+    async with open_limiter(settings) as limiter, wait_for_replicas(limiter.redis, wanted):
         report = await import_shown(limiter, file, mode=mode, dry_run=dry_run)
         print_report(report, as_json=as_json)
     return report

@@ -14,7 +14,7 @@ from limiter.config.settings import Settings
 from limiter.credits.keys import normalise_install_id
 from limiter.errors import LimiterError, UnknownTier
 from limiter.licences.tokens import InvalidLicence, Licences, issue, make_key, public_key_text, read_key
-from limiter.redis.replication import replicated
+from limiter.redis.replication import wait_for_replicas
 from limiter.relay.metering.claims import Seat, Stores
 
 app = typer.Typer(help="Licences: signed tokens that say which tier an install has paid for.", no_args_is_help=True)
@@ -111,7 +111,7 @@ def seats(
 
 async def _seats(settings: Settings, subject: str, free: str | None, *, as_json: bool) -> None:
     wanted = 0 if free is None else settings.redis.wait_replicas
-    async with open_limiter(settings) as limiter, replicated(limiter.redis, wanted):
+    async with open_limiter(settings) as limiter, wait_for_replicas(limiter.redis, wanted):
         stores = Stores(limiter, timeout_ms=settings.redis.timeout_ms)
         if free is not None and not await stores.free(subject, normalise_install_id(free)):
             raise LimiterError(f"{free} has no seat of {subject}")

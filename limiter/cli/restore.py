@@ -18,7 +18,7 @@ from limiter.credits.scripts import PutMode
 from limiter.errors import LedgerFileError, SettingsError
 from limiter.ledger.rotation import set_aside
 from limiter.ledger.verify import VerifyReport, verify
-from limiter.redis.replication import replicated
+from limiter.redis.replication import wait_for_replicas
 
 _UNITS = ((86_400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds"))
 
@@ -92,7 +92,7 @@ async def _look(settings: Settings, found: VerifyReport, mode: PutMode) -> None:
 
 
 async def _restore(settings: Settings, found: VerifyReport, mode: PutMode, *, as_json: bool) -> ImportReport:
-    async with open_limiter(settings) as limiter, replicated(limiter.redis, settings.redis.wait_replicas):
+    async with open_limiter(settings) as limiter, wait_for_replicas(limiter.redis, settings.redis.wait_replicas):
         checksum = found.seal.checksum if found.seal is not None else ""
         async with alone(limiter, lease_s=settings.persister.lease_s, checksum=checksum):
             report = await import_shown(limiter, found.path, mode=mode)

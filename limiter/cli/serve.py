@@ -15,7 +15,7 @@ from limiter.config.settings import RedisSettings, Settings
 from limiter.credits.keys import Keys
 from limiter.redis.connect import redacted
 from limiter.redis.embedded import folder_of, socket_path
-from limiter.redis.url import read_url
+from limiter.redis.url import parse_url
 from limiter.relay.process import relay_process as serving
 from limiter.relay.process.supervisor import supervise
 from limiter.relay.process.worker_metrics import Place
@@ -94,7 +94,7 @@ def _redis_cli_options(url: str) -> str:
     folder = folder_of(url)
     if folder is not None:
         return shlex.join(["-s", str(socket_path(folder))])
-    target = read_url(url)
+    target = parse_url(url)
     if target is not None and target.kind == "cluster":
         return shlex.join(["-c", "-u", redacted(target.url_of(target.seeds[0]))])
     if target is not None:

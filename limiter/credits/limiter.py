@@ -20,7 +20,7 @@ from limiter.credits.models import MAX_COST, Backend, Balance, Decision, Row, Se
 from limiter.credits.rows import read_row
 from limiter.credits.scripts import PutMode, Scripts
 from limiter.errors import LimiterUnavailable, Overloaded
-from limiter.redis.multiplexed import Wire
+from limiter.redis.multiplexed import CommandChannel
 
 T = TypeVar("T")
 _HOLD_ID = re.compile(r"[A-Za-z0-9._-]{1,48}", re.ASCII)
@@ -56,9 +56,9 @@ class CreditLimiter:
         self.clock = clock
         self._deadline_s = deadline_ms / 1000
         self._denials = Denials(deny_cache_ms, clock)
-        self.wire = _wire_of(redis)
+        self.channel = _channel_of(redis)
         self._timeout_ms = min(timeout_ms, deadline_ms)
-        self._scripts = Scripts(self.wire, timeout_ms=self._timeout_ms)
+        self._scripts = Scripts(self.channel, timeout_ms=self._timeout_ms)
 
     async def reserve(
         self,
@@ -267,11 +267,11 @@ def new_hold_id() -> str:
     return os.urandom(16).hex()
 
 
-def _wire_of(redis: "Redis") -> Wire:
-    wire: Wire | None = getattr(redis, "wire", None)
-    if wire is None:
-        raise TypeError(f"{redis!r} has no wire for scripts: give CreditLimiter what `limiter.connect` returned")
-    return wire
+def _channel_of(redis: "Redis") -> CommandChannel:
+    channel: CommandChannel | None = getattr(redis, "channel", None)
+    if channel is None:
+        raise TypeError(f"{redis!r} has no channel for scripts: give CreditLimiter what `limiter.connect` returned")
+    return channel
 
 
 def _checked_hold_id(hold_id: str) -> str:

@@ -15,7 +15,7 @@ from limiter.credits.keys import Keys
 from limiter.credits.models import CORE, MAX_COUNT, HeldCredits, Row
 from limiter.credits.scripts import mapped, plain
 from limiter.errors import BrokenRow, LimiterUnavailable
-from limiter.redis.multiplexed import Wire, packed
+from limiter.redis.multiplexed import CommandChannel, packed
 from limiter.redis.scan import scan
 
 Fields = Mapping[bytes, bytes]  # a hash as redis-py gives it
@@ -46,26 +46,28 @@ async def scan_keys(redis: "Redis", keys: Keys) -> AsyncIterator[list[bytes]]:
         raise mapped(error, keys.install_pattern) from error
 
 
-async def read_values(wire: Wire, names: Sequence[bytes], fields: "PackedFields") -> list[Values | Exception]:
+async def read_values(
+    channel: CommandChannel, names: Sequence[bytes], fields: "PackedFields"
+) -> list[Values | Exception]:
     """Read some fields of many rows in one round trip: None for one that is not there, or redis-py's error.
 
-    By the wire: there a row costs a fourth of what it does in a pipeline of redis-py 8.1. Raises LimiterUnavailable.
+    By the channel: there a row costs a fourth of what it does in a pipeline of redis-py 8.1. Raises LimiterUnavailable.
     """
     head = b"*%d\r\n$5\r\nHMGET\r\n" % (fields.count + 2)
-    return await _answers(wire, names, head, fields.packed)
+    return await _answers(channel, names, head, fields.packed)
 
 
-async def read_fields(wire: Wire, names: Sequence[bytes]) -> list[Fields | Exception]:
+async def read_fields(channel: CommandChannel, names: Sequence[bytes]) -> list[Fields | Exception]:
     """Read many rows whole in one round trip: no fields of one that is gone, or redis-py's error.
 
     Raises LimiterUnavailable.
     """
-    answers = await _answers(wire, names, b"*2\r\n$7\r\nHGETALL\r\n", b"")
+    answers = await _answers(channel, names, b"*2\r\n$7\r\nHGETALL\r\n", b"")
     return [each if isinstance(each, Exception) else dict(zip(each[::2], each[1::2], strict=True)) for each in answers]
 
 
-async def _answers(wire: Wire, names: Sequence[bytes], head: bytes, tail: bytes) -> list[Any]:
-    calls = [wire.send(name.decode(errors="replace"), head + packed(name) + tail, _READ_S) for name in names]
+async def _answers(channel: CommandChannel, names: Sequence[bytes], head: bytes, tail: bytes) -> list[Any]:
+    calls = [channel.send(name.decode(errors="replace"), head + packed(name) + tail, _READ_S) for name in names]
     answers = await asyncio.gather(*calls, return_exceptions=True)
     for answer in answers:
         if isinstance(answer, LimiterUnavailable):

@@ -29,7 +29,7 @@ from limiter._util.cancellation import CancelWatch
 from limiter.credits.models import Backend, Balance, Decision, Reason, Row, Settlement, Status, Tier
 from limiter.errors import ACL_HINT, BrokenRow, LimiterUnavailable, ScriptContractError
 from limiter.redis.lua_source import compose
-from limiter.redis.multiplexed import Argument, Wire, command, packed
+from limiter.redis.multiplexed import Argument, CommandChannel, command, packed
 
 T = TypeVar("T")
 PutMode = Literal["create", "replace", "merge"]
@@ -55,10 +55,10 @@ _DENIED_IN_SCRIPT = ("ACL failure in script", "The user executing the script can
 class Scripts:
     """The scripts on one Redis. Keys come from `Keys`; times are epoch milliseconds, None for the server's own."""
 
-    __slots__ = ("_timeout_s", "_wire")
+    __slots__ = ("_channel", "_timeout_s")
 
-    def __init__(self, wire: Wire, *, timeout_ms: int) -> None:
-        self._wire = wire
+    def __init__(self, channel: CommandChannel, *, timeout_ms: int) -> None:
+        self._channel = channel
         self._timeout_s = timeout_ms / 1000
 
     def reserve(
@@ -162,10 +162,10 @@ class Scripts:
         """Send a call, and read its reply; more: what `read` wants besides."""
         try:
             try:
-                reply = await self._wire.send(row_key, evalsha, self._timeout_s)
+                reply = await self._channel.send(row_key, evalsha, self._timeout_s)
             except NoScriptError:
-                await self._wire.send(row_key, command("SCRIPT", "LOAD", compose(name).text), self._timeout_s)
-                reply = await self._wire.send(row_key, evalsha, self._timeout_s)
+                await self._channel.send(row_key, command("SCRIPT", "LOAD", compose(name).text), self._timeout_s)
+                reply = await self._channel.send(row_key, evalsha, self._timeout_s)
         except RedisError as error:
             raise mapped(error, row_key) from error
         return read(reply, *more)

@@ -1,9 +1,9 @@
-"""The client that `connect` gives: redis-py's, for whatever is asked of Redis, and beside it the wire for scripts."""
+"""The client that `connect` returns: redis-py's for any command, and beside it the channel for scripts."""
 
 from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.connection import AbstractConnection
 
-from limiter.redis.multiplexed import ServerWire, Wire
+from limiter.redis.multiplexed import CommandChannel, MultiplexedConnection
 
 
 class Client(Redis):
@@ -12,12 +12,12 @@ class Client(Redis):
     def __init__(self, pool: "ConnectionPool") -> None:
         super().__init__(connection_pool=pool)
         self.auto_close_connection_pool = True
-        self.server_wire = ServerWire(self._dial)
-        self.wire: Wire = self.server_wire
+        self.multiplexed = MultiplexedConnection(self._dial)
+        self.channel: CommandChannel = self.multiplexed
 
     async def open(self) -> None:
-        """Connect the wire now. Raises RedisError, OSError."""
-        await self.server_wire.open()
+        """Connect the channel now. Raises RedisError, OSError."""
+        await self.multiplexed.open()
 
     async def _dial(self) -> AbstractConnection:
         """Connect and greet the server as the pool's connections do: address, TLS, user, database."""
@@ -26,6 +26,6 @@ class Client(Redis):
         return connection
 
     async def aclose(self, close_connection_pool: bool | None = None) -> None:
-        """Close the wire and the pool."""
-        await self.wire.aclose()
+        """Close the channel and the pool."""
+        await self.channel.aclose()
         await super().aclose(close_connection_pool)

@@ -19,7 +19,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from limiter.errors import LimiterUnavailable, Overloaded
 from limiter.redis.client import Client
 from limiter.redis.multiplexed import packed
-from limiter.redis.slot_map import SlotMap, asked_over, slot_of
+from limiter.redis.slot_map import SlotMap, redirect_target, slot_of
 from limiter.redis.url import Address
 
 _MOST_REDIRECTIONS = 8
@@ -42,11 +42,11 @@ class ClusterClient(Client):
 
     def __init__(self, slots: SlotMap, seed: Address) -> None:
         super().__init__(slots.client(seed).connection_pool)
-        self.wire = ClusterWire(slots)
+        self.channel = ClusterChannel(slots)
         self._slots = slots
 
     async def open(self) -> None:
-        """Connect the wires to all primaries."""
+        """Connect to all primaries."""
         await asyncio.gather(*(node.open() for node in await self.primaries()))
 
     async def primaries(self) -> list[Client]:
@@ -72,12 +72,12 @@ class ClusterClient(Client):
     async def aclose(self, close_connection_pool: bool | None = None) -> None:
         """Close the connections to all nodes."""
         await self._slots.aclose()
-        await self.server_wire.aclose()
+        await self.multiplexed.aclose()
         await super().aclose(close_connection_pool)
 
-    def doubt(self) -> None:
+    def invalidate(self) -> None:
         """Note that the cluster may have changed."""
-        self._slots.doubt()
+        self._slots.invalidate()
 
     async def by_node(self, commands: Mapping[int, tuple[Any, ...]]) -> dict[Client, list[int]]:
         """Group commands, by their places in a pipeline, by the node that each goes to."""
@@ -100,14 +100,14 @@ class ClusterClient(Client):
                     return (await pipeline.execute())[1]
                 return await node.execute_command(*args, **options)  # type: ignore[no-untyped-call]  # redis-py 8.1
             except MovedError as moved:
-                address = asked_over(address, moved)
+                address = redirect_target(address, moved)
                 self._slots.moved(moved.slot_id, address)
                 asking = False
             except AskError as ask:
-                address = asked_over(address, ask)
+                address = redirect_target(address, ask)
                 asking = True
             except (RedisConnectionError, RedisTimeoutError, ClusterDownError, OSError):
-                self._slots.doubt()
+                self._slots.invalidate()
                 raise
         raise ClusterDownError(f"slot {slot} was passed on {_MOST_REDIRECTIONS} times")
 
@@ -118,8 +118,8 @@ class ClusterClient(Client):
         return slot_of(args[place]) if len(args) > place else 0
 
 
-class ClusterWire:
-    """The wires to all primaries: each call goes to the one that has its key, following MOVED and ASK."""
+class ClusterChannel:
+    """The channel to all primaries: each call goes to the one that has its key, following MOVED and ASK."""
 
     def __init__(self, slots: SlotMap) -> None:
         self._slots = slots
@@ -127,26 +127,26 @@ class ClusterWire:
         self._asked: dict[int, Address] = {}  # where a slot's new keys go while it moves
 
     async def send(self, key: str, command: bytes, timeout_s: float) -> Any:
-        """Send a packed command. See `Wire`."""
+        """Send a packed command. See `CommandChannel`."""
         slot, ends = slot_of(key), self._loop.time() + timeout_s
         if slot in self._asked and command.startswith(_SCRIPT_LOAD):
-            await self._slots.client(self._asked[slot]).server_wire.send(key, command, timeout_s)
+            await self._slots.client(self._asked[slot]).multiplexed.send(key, command, timeout_s)
         address, asking = await self._owner(slot, timeout_s), False
         for _ in range(_MOST_REDIRECTIONS):
-            wire = self._slots.client(address).server_wire
+            channel = self._slots.client(address).multiplexed
             try:
-                return await wire.send(key, command, ends - self._loop.time(), asking=asking)
+                return await channel.send(key, command, ends - self._loop.time(), asking=asking)
             except MovedError as moved:
-                address, asking = asked_over(address, moved), False
+                address, asking = redirect_target(address, moved), False
                 self._slots.moved(slot, address)
                 self._asked.pop(slot, None)
             except AskError as ask:
-                address, asking = asked_over(address, ask), True
+                address, asking = redirect_target(address, ask), True
                 self._asked[slot] = address
             except Overloaded:
                 raise
             except (LimiterUnavailable, ClusterDownError):
-                self._slots.doubt()
+                self._slots.invalidate()
                 raise
         raise ClusterDownError(f"slot {slot} was passed on {_MOST_REDIRECTIONS} times")
 
@@ -190,7 +190,7 @@ class ClusterPipeline(Pipeline):
         sent = await asyncio.gather(*(send(node, places) for node, places in groups.items()), return_exceptions=True)
         for failure in sent:
             if isinstance(failure, BaseException):
-                self._cluster.doubt()
+                self._cluster.invalidate()
                 raise failure
         for place, reply in enumerate(replies):
             if isinstance(reply, AskError):  # MOVED as well

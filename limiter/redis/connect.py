@@ -18,7 +18,7 @@ from limiter.redis.client import Client
 from limiter.redis.cluster import ClusterClient, primaries_of
 from limiter.redis.sentinel import PrimaryConnection, SentinelClient, Sentinels, TlsPrimaryConnection
 from limiter.redis.slot_map import SlotMap
-from limiter.redis.url import no_url, read_url, redacted
+from limiter.redis.url import invalid_url, parse_url, redacted
 
 __all__ = ["connect", "redacted"]
 _LOG = logging.getLogger("limiter")
@@ -55,26 +55,26 @@ async def open_client(url: str, *, timeout_ms: int, max_connections: int = 64) -
         return Client(_pool(one, timeout_ms, max_connections))
 
     folder = embedded.folder_of(url)
-    target = None if folder is not None else read_url(url)
+    topology = None if folder is not None else parse_url(url)
     if folder is not None:
-        seat = await asyncio.to_thread(embedded.start_or_join, folder)
-        return _EmbeddedClient(seat, _pool(f"unix://{seat.socket}", timeout_ms, max_connections))
-    if target is None:
+        lease = await asyncio.to_thread(embedded.start_or_join, folder)
+        return _EmbeddedClient(lease, _pool(f"unix://{lease.socket}", timeout_ms, max_connections))
+    if topology is None:
         return single(url)
-    if target.kind == "cluster":
-        slots = SlotMap(target.seeds, lambda address: single(target.url_of(address)))
-        return ClusterClient(slots, target.seeds[0])
-    sentinels = Sentinels(target.seeds, target.name, lambda address: single(target.sentinel_url_of(address)))
-    pool = _pool(target.url_of(target.seeds[0]), timeout_ms, max_connections, sentinels=sentinels)
+    if topology.kind == "cluster":
+        slots = SlotMap(topology.seeds, lambda address: single(topology.url_of(address)))
+        return ClusterClient(slots, topology.seeds[0])
+    sentinels = Sentinels(topology.seeds, topology.name, lambda address: single(topology.sentinel_url_of(address)))
+    pool = _pool(topology.url_of(topology.seeds[0]), timeout_ms, max_connections, sentinels=sentinels)
     return SentinelClient(sentinels, pool)
 
 
 class _EmbeddedClient(Client):
     """A client of the embedded server, which stops with its last client."""
 
-    def __init__(self, seat: embedded.Seat, pool: BlockingConnectionPool) -> None:
+    def __init__(self, lease: embedded.ServerLease, pool: BlockingConnectionPool) -> None:
         super().__init__(pool)
-        self._seat = seat
+        self._lease = lease
         self._reviving: asyncio.Task[None] | None = None
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
@@ -98,7 +98,7 @@ class _EmbeddedClient(Client):
 
     async def _revive(self) -> None:
         try:
-            await asyncio.to_thread(embedded.revive, self._seat)
+            await asyncio.to_thread(embedded.revive, self._lease)
         except (LimiterError, OSError) as error:
             _LOG.error("the embedded server is gone: %s", error)
 
@@ -106,7 +106,7 @@ class _EmbeddedClient(Client):
         if self._reviving is not None:
             await self._reviving
         await super().aclose(close_connection_pool)
-        await asyncio.to_thread(embedded.stop_if_last, self._seat)
+        await asyncio.to_thread(embedded.stop_if_last, self._lease)
 
 
 def _pool(
@@ -127,7 +127,7 @@ def _pool(
             protocol=2,  # RESP3 would add pushes that nothing here reads
         )
     except ValueError:  # its text may quote a part of the password
-        raise no_url(url) from None
+        raise invalid_url(url) from None
     if sentinels is not None:
         tls = issubclass(pool.connection_class, SSLConnection)
         pool.connection_class = TlsPrimaryConnection if tls else PrimaryConnection

@@ -59,7 +59,7 @@ def socket_path(folder: Path) -> Path:
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
+class ServerLease:
     """One client's place at a folder's server. Leave it with `stop_if_last`."""
 
     folder: Path
@@ -67,8 +67,8 @@ class Seat:
     users: IO[str]
 
 
-def start_or_join(folder: Path) -> Seat:
-    """Make sure that a server runs on this folder, and take a seat at it. Blocks until it answers.
+def start_or_join(folder: Path) -> ServerLease:
+    """Make sure that a server runs on this folder, and take a lease at it. Blocks until it answers.
 
     Raises LimiterUnavailable with the end of the server's log when it does not start.
     """
@@ -78,34 +78,34 @@ def start_or_join(folder: Path) -> Seat:
             users = undo.enter_context((folder / "users").open("a"))
             fcntl.flock(users, fcntl.LOCK_SH)
             path = _ensure_running(folder)
-            undo.pop_all()  # from here on the seat holds it
+            undo.pop_all()  # from here on the lease holds it
     except OSError as error:
         raise SettingsError(f"the data folder {folder} cannot be used: {error.strerror}") from error
-    return Seat(folder, path, users)
+    return ServerLease(folder, path, users)
 
 
-def revive(seat: Seat) -> None:
+def revive(lease: ServerLease) -> None:
     """Start the server again if it has died, as by a kill -9. Blocks until one answers; raises as `start_or_join`."""
-    with _lock(seat.folder):
-        _ensure_running(seat.folder)
+    with _lock(lease.folder):
+        _ensure_running(lease.folder)
 
 
-def stop_if_last(seat: Seat) -> bool:
+def stop_if_last(lease: ServerLease) -> bool:
     """Leave, and stop the server unless somebody still sits at it. Gives whether it was stopped.
 
     Call it after closing your own connections. The server writes its AOF to disk before it goes.
     """
-    with _lock(seat.folder), (seat.folder / "users").open("a") as users:
-        seat.users.close()
+    with _lock(lease.folder), (lease.folder / "users").open("a") as users:
+        lease.users.close()
         try:
             fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        told = _command(seat.socket, "SHUTDOWN") is not None
+        told = _command(lease.socket, "SHUTDOWN") is not None
         deadline = time.monotonic() + _START_TIMEOUT_S
-        while _ping(seat.socket) is not None and time.monotonic() < deadline:
+        while _ping(lease.socket) is not None and time.monotonic() < deadline:
             time.sleep(_PAUSE_S)
-        if child := _children.pop(seat.socket, None):
+        if child := _children.pop(lease.socket, None):
             if not told:
                 child.terminate()  # its socket is gone: a signal still reaches it, and ends it as cleanly
             child.wait(_START_TIMEOUT_S)

@@ -12,7 +12,7 @@ T = TypeVar("T")
 FAILURES = (RedisError, OSError, TimeoutError)
 
 
-class AskingAround(Generic[T]):
+class FanOut(Generic[T]):
     """One question. ask: puts it to the server at an address; it must end in time, and may raise redis-py's errors."""
 
     def __init__(self, ask: Callable[[Address], Coroutine[Any, Any, T]]) -> None:

@@ -32,7 +32,7 @@ _UNREACHED = "Redis was not reached in time"
 _Call = tuple[Answer, bytes, float, float]
 
 
-class Wire(Protocol):
+class CommandChannel(Protocol):
     """Carries each command to a server that has its key, once."""
 
     def send(self, key: str, command: bytes, timeout_s: float) -> Awaitable[Any]:
@@ -62,8 +62,8 @@ def command(*words: Argument) -> bytes:
     return hiredis.pack_command(words)  # type: ignore[arg-type,no-any-return]  # its hints (3.5) mean one word
 
 
-class ServerWire:
-    """The wire to one server. Make it inside the event loop that uses it.
+class MultiplexedConnection:
+    """The channel to one server. Make it inside the event loop that uses it.
 
     dial: gives a redis-py connection that is connected and greeted; it is called anew for the first call after the
     last one broke. max_waiting: above so many unanswered calls, further ones are Overloaded.
@@ -73,7 +73,7 @@ class ServerWire:
         self._dial = dial
         self._max_waiting = max_waiting
         self._loop = asyncio.get_running_loop()
-        self._link: _Link | None = None
+        self._protocol: _ReplyProtocol | None = None
         self._unsent: list[_Call] = []
         self._flush_due = False
         self._dialling: asyncio.Task[None] | None = None
@@ -84,15 +84,15 @@ class ServerWire:
 
     async def open(self) -> None:
         """Connect now, not at the first call. Raises what `dial` raises."""
-        self._link = _Link(await self._dial(), self._loop, on_ready=self._flush, on_lost=self._lost)
+        self._protocol = _ReplyProtocol(await self._dial(), self._loop, on_ready=self._flush, on_lost=self._lost)
 
     def send(self, key: str, command: bytes, timeout_s: float, *, asking: bool = False) -> Answer:  # noqa: ARG002
-        """Send a packed command, whatever its key. See `Wire`.
+        """Send a packed command, whatever its key. See `CommandChannel`.
 
         asking: with ASKING just before it, for a cluster's slot that is being moved to this server.
         """
-        link = self._link
-        if len(self._unsent) + (len(link.waiting) if link else 0) >= self._max_waiting:
+        protocol = self._protocol
+        if len(self._unsent) + (len(protocol.waiting) if protocol else 0) >= self._max_waiting:
             raise Overloaded(self._max_waiting)
         if self._closed:
             raise LimiterUnavailable("the connection was closed", executed=False)
@@ -111,8 +111,8 @@ class ServerWire:
 
     def renew(self) -> None:
         """Give the connection up for a new one: another server has taken this one's place."""
-        if self._link is not None:
-            self._link.drop("another server took over")
+        if self._protocol is not None:
+            self._protocol.drop("another server took over")
 
     async def aclose(self) -> None:
         """Close the connection. Calls that still wait get LimiterUnavailable."""
@@ -124,25 +124,25 @@ class ServerWire:
         if self._dialling is not None:
             self._dialling.cancel()
             await asyncio.wait({self._dialling})  # it may connect all the same, see `cancelling.CancelWatch`
-        if self._link is not None:
-            await self._link.close()
+        if self._protocol is not None:
+            await self._protocol.close()
 
     def _flush(self) -> None:
         """Send what was called for in this turn; without a connection, get one first."""
         self._flush_due = False
-        link = self._link
-        if link is None:
+        protocol = self._protocol
+        if protocol is None:
             if self._unsent and self._dialling is None:
                 self._dialling = self._loop.create_task(self._connect(), name="connection to Redis")
-        elif self._unsent and not link.paused:
+        elif self._unsent and not protocol.paused:
             calls, self._unsent = self._unsent, []
-            link.write(calls)
+            protocol.write(calls)
 
-    def _lost(self, link: "_Link", reason: str) -> None:
+    def _lost(self, protocol: "_ReplyProtocol", reason: str) -> None:
         """Tell those whose commands were sent that nobody knows what became of them; the others are sent anew."""
-        if link is self._link:
-            self._link = None
-            _fail(link.waiting, f"the connection to Redis broke: {reason}: the outcome is unknown", executed=None)
+        if protocol is self._protocol:
+            self._protocol = None
+            _fail(protocol.waiting, f"the connection to Redis broke: {reason}: the outcome is unknown", executed=None)
             if self._unsent:
                 self._flush()
 
@@ -168,16 +168,16 @@ class ServerWire:
         if late:
             self._unsent = [call for call in self._unsent if now - call[2] < call[3]]
             _fail(late, _UNREACHED, executed=False)
-        link = self._link
-        if link is not None:
-            _fail([call for call in link.waiting if now - call[2] >= call[3]], _LATE, executed=None)
-            if link.is_silent(now):
-                link.drop("it did not answer")
-        busy = self._unsent or (self._link and self._link.waiting)
+        protocol = self._protocol
+        if protocol is not None:
+            _fail([call for call in protocol.waiting if now - call[2] >= call[3]], _LATE, executed=None)
+            if protocol.is_silent(now):
+                protocol.drop("it did not answer")
+        busy = self._unsent or (self._protocol and self._protocol.waiting)
         self._tick = self._loop.call_later(_TICK_S, self._check) if busy else None
 
 
-class _Link(asyncio.Protocol):
+class _ReplyProtocol(asyncio.Protocol):
     """One connection, taken over from redis-py once that has greeted the server, and the calls sent on it."""
 
     def __init__(
@@ -186,7 +186,7 @@ class _Link(asyncio.Protocol):
         loop: asyncio.AbstractEventLoop,
         *,
         on_ready: Callable[[], None],
-        on_lost: Callable[["_Link", str], None],
+        on_lost: Callable[["_ReplyProtocol", str], None],
     ) -> None:
         self.waiting: deque[_Call] = deque()  # cancelled ones, too: their answers still come
         self.paused = False

@@ -1,6 +1,6 @@
 """Waiting until replicas have what a command wrote, so that a failover does not lose it. It only reads.
 
-Redis' own WAIT speaks of the writes of its own connection and blocks it: it would have to be sent on the wires, where
+Redis' own WAIT speaks of the writes of its own connection and blocks it: it would have to be sent on the channel, where
 others' decisions would queue behind it. So each primary is asked by INFO, as of when it had written all of it, how far
 each of its replicas is. Replicas say so once a second; no connection is blocked, and a user needs no further right.
 """
@@ -25,7 +25,7 @@ _REPLICA = re.compile(r"slave\d+", re.ASCII)
 
 
 @asynccontextmanager
-async def replicated(redis: "Redis", replicas: int) -> AsyncIterator[None]:
+async def wait_for_replicas(redis: "Redis", replicas: int) -> AsyncIterator[None]:
     """Wait, when the block has done its work, until so many replicas of every primary have it; 0: do not.
 
     Raises NotReplicated when they have it not within WITHIN_S, or another server took the place of a primary since the

@@ -13,8 +13,8 @@ from redis.exceptions import AuthenticationError, ReadOnlyError
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from limiter.redis.client import Client
-from limiter.redis.fan_out import AskingAround
-from limiter.redis.multiplexed import ServerWire
+from limiter.redis.fan_out import FanOut
+from limiter.redis.multiplexed import MultiplexedConnection
 from limiter.redis.url import Address
 
 
@@ -24,7 +24,7 @@ class Sentinels:
     def __init__(self, seeds: tuple[Address, ...], name: str, make_client: Callable[[Address], Client]) -> None:
         self.name = name
         self._clients = {seed: make_client(seed) for seed in seeds}
-        self._asking = AskingAround(self._ask)
+        self._asking = FanOut(self._ask)
 
     async def primary(self) -> Address:
         """Ask all Sentinels at once, and give the address that most of them name, as soon as that is certain.
@@ -100,7 +100,7 @@ class SentinelClient(Client):
 
     def __init__(self, sentinels: Sentinels, pool: BlockingConnectionPool) -> None:
         super().__init__(pool)
-        self.wire = SentinelWire(self.server_wire)
+        self.channel = SentinelChannel(self.multiplexed)
         self._sentinels = sentinels
 
     async def aclose(self, close_connection_pool: bool | None = None) -> None:
@@ -109,20 +109,20 @@ class SentinelClient(Client):
         await self._sentinels.aclose()
 
 
-class SentinelWire:
-    """The wire to the primary: it leaves a server that was demoted. One that fell silent the wire leaves by itself."""
+class SentinelChannel:
+    """The channel to the primary: it leaves a server that was demoted. A silent one its connection leaves by itself."""
 
-    def __init__(self, wire: ServerWire) -> None:
-        self._wire = wire
+    def __init__(self, channel: MultiplexedConnection) -> None:
+        self._channel = channel
 
     async def send(self, key: str, command: bytes, timeout_s: float) -> Any:
-        """Send a packed command. See `Wire`."""
+        """Send a packed command. See `CommandChannel`."""
         try:
-            return await self._wire.send(key, command, timeout_s)
+            return await self._channel.send(key, command, timeout_s)
         except ReadOnlyError:
-            self._wire.renew()
+            self._channel.renew()
             raise
 
     async def aclose(self) -> None:
         """Close the connection."""
-        await self._wire.aclose()
+        await self._channel.aclose()

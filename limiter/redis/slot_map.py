@@ -12,7 +12,7 @@ from redis.exceptions import AskError, ClusterDownError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from limiter.redis.client import Client
-from limiter.redis.fan_out import AskingAround
+from limiter.redis.fan_out import FanOut
 from limiter.redis.url import Address
 
 SLOTS = 16384
@@ -24,7 +24,7 @@ class SlotMap:
     def __init__(self, seeds: tuple[Address, ...], make_client: Callable[[Address], Client]) -> None:
         self._seeds, self._make_client = seeds, make_client
         self._clients: dict[Address, Client] = {}
-        self._asking = AskingAround(self._slots_by)
+        self._asking = FanOut(self._slots_by)
         self._owners: list[Address | None] = [None] * SLOTS
         self._refreshing: asyncio.Task[None] | None = None
         self._doubted = True
@@ -35,7 +35,7 @@ class SlotMap:
             self._clients[address] = self._make_client(address)
         return self._clients[address]
 
-    def doubt(self) -> None:
+    def invalidate(self) -> None:
         """Note that the map may be out of date: the next use asks for a new one."""
         self._doubted = True
 
@@ -45,7 +45,7 @@ class SlotMap:
         self._doubted = True
 
     def known_owner(self, slot: int) -> Address | None:
-        """Give the primary of a slot as far as it is known and not in doubt."""
+        """Give the primary of a slot as far as it is known and not in invalidate."""
         return None if self._doubted else self._owners[slot]
 
     async def owner(self, slot: int) -> Address:
@@ -117,7 +117,7 @@ def slot_of(key: object) -> int:
     return key_slot(key if isinstance(key, bytes) else str(key).encode())
 
 
-def asked_over(asked: Address, redirection: AskError) -> Address:
+def redirect_target(asked: Address, redirection: AskError) -> Address:
     """Give where a redirection leads; without a host it means the one that was asked."""
     return Address(redirection.host or asked.host, redirection.port)
 

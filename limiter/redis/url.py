@@ -43,7 +43,7 @@ class Address:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Target:
+class Topology:
     """A URL, read. seeds: the Sentinels, or some nodes of the cluster. name: what the Sentinels call the primary."""
 
     kind: Kind
@@ -70,14 +70,14 @@ class Target:
         return f"{self.scheme}://{login}{address}/{database}" + (f"?{urlencode(query)}" if query else "")
 
 
-def read_url(url: str) -> Target | None:
+def parse_url(url: str) -> Topology | None:
     """Read a URL of several servers; None for one of a single server, which redis-py reads itself.
 
     Raises SettingsError, which says what a URL looks like, for one that is none.
     """
     scheme, separator, rest = url.partition("://")
     if scheme not in _SCHEMES or not separator:
-        raise no_url(url)
+        raise invalid_url(url)
     kind, plain = _SCHEMES[scheme]
     if kind == "single":
         return None
@@ -85,16 +85,16 @@ def read_url(url: str) -> Target | None:
     login, at, place = rest.rpartition("@")
     hosts, *path = place.rstrip("/").split("/")
     if login.count(":") > 1 or "/" in login or len(path) > (2 if kind == "sentinel" else 0):
-        raise no_url(url)
+        raise invalid_url(url)
     name = unquote(path[0]) if path else ""
     database = path[1] if len(path) > 1 else ""
     if (kind == "sentinel" and not name) or not (database == "" or database.isdecimal()):
-        raise no_url(url)
+        raise invalid_url(url)
     seeds = tuple(_address(host, kind, url) for host in hosts.split(","))
-    return Target(kind, plain, login + at, seeds, name, database, tuple(parse_qsl(query)))
+    return Topology(kind, plain, login + at, seeds, name, database, tuple(parse_qsl(query)))
 
 
-def no_url(url: str) -> SettingsError:
+def invalid_url(url: str) -> SettingsError:
     """Make the error for a text that is no Redis URL."""
     return SettingsError(f"{redacted(url)!r} is no Redis URL: give {_FORMS}")
 
@@ -119,5 +119,5 @@ def _address(text: str, kind: Kind, url: str) -> Address:
     found = _PLACE.fullmatch(text)
     port = int(found["port"] or _DEFAULT_PORT[kind]) if found else 0
     if not found or not 0 < port <= _MOST_PORT:
-        raise no_url(url)
+        raise invalid_url(url)
     return Address(unquote(found["host"].strip("[]")), port)

@@ -110,7 +110,7 @@ async def test_other_installs_when_one_row_is_broken_then_they_are_served_and_li
     await redis.set("credits:install:c", "no row")
     assert (await limiter.debit("b", tier="core", has_hardware=False)).allowed
     names = [name async for some in scan_keys(redis, limiter.keys) for name in some]
-    answers = await read_fields(limiter.wire, names)
+    answers = await read_fields(limiter.channel, names)
     found = [row_or_error(limiter.keys, name, fields) for name, fields in zip(names, answers, strict=True)]
     assert sorted(str(row) if isinstance(row, BrokenRow) else row.install_id for row in found) == [
         "b",

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from limiter import CreditLimiter, LimiterUnavailable, SettingsError, connect
 from limiter.redis.cluster import primaries_of
 from limiter.redis.connect import redacted
-from limiter.redis.url import Address, passwords_of, read_url
+from limiter.redis.url import Address, parse_url, passwords_of
 from tests.conftest import TIERS, Closing
 from tests.support.redis_servers import Server, binaries, free_port
 from tests.support.redis_topologies import ClusterSetUp, SentinelServer, told
@@ -54,23 +54,25 @@ async def test_url_of_several_servers_when_it_is_none_then_the_error_has_no_pass
 
 
 def test_url_of_sentinels_when_read_then_each_server_has_a_url_of_its_own() -> None:
-    target = read_url("rediss+sentinel://me:pa%2Fss@h1,[::1]:5/my%20name/2?sentinel_password=s%26&ssl_ca_certs=/ca.pem")
-    assert target is not None
-    assert (target.kind, target.name, [str(seed) for seed in target.seeds]) == (
+    topology = parse_url(
+        "rediss+sentinel://me:pa%2Fss@h1,[::1]:5/my%20name/2?sentinel_password=s%26&ssl_ca_certs=/ca.pem"
+    )
+    assert topology is not None
+    assert (topology.kind, topology.name, [str(seed) for seed in topology.seeds]) == (
         "sentinel",
         "my name",
         ["h1:26379", "[::1]:5"],
     )
-    assert target.url_of(Address("h3", 1)) == "rediss://me:pa%2Fss@h3:1/2?ssl_ca_certs=%2Fca.pem"
-    assert target.sentinel_url_of(target.seeds[0]) == "rediss://:s%26@h1:26379/?ssl_ca_certs=%2Fca.pem"
-    assert "pa%2Fss" not in repr(target)
+    assert topology.url_of(Address("h3", 1)) == "rediss://me:pa%2Fss@h3:1/2?ssl_ca_certs=%2Fca.pem"
+    assert topology.sentinel_url_of(topology.seeds[0]) == "rediss://:s%26@h1:26379/?ssl_ca_certs=%2Fca.pem"
+    assert "pa%2Fss" not in repr(topology)
 
 
 def test_url_of_a_cluster_when_read_then_without_ports_it_means_the_usual_one() -> None:
-    target = read_url("redis+cluster://h1,h2:7001/")
-    assert target is not None
-    assert target.seeds == (Address("h1", 6379), Address("h2", 7001))
-    assert target.url_of(Address("h3", 7002)) == "redis://h3:7002/"
+    topology = parse_url("redis+cluster://h1,h2:7001/")
+    assert topology is not None
+    assert topology.seeds == (Address("h1", 6379), Address("h2", 7001))
+    assert topology.url_of(Address("h3", 7002)) == "redis://h3:7002/"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from redis.asyncio import Connection
 from redis.exceptions import NoScriptError, ResponseError
 
 from limiter.errors import LimiterUnavailable, Overloaded
-from limiter.redis.multiplexed import ServerWire, command
+from limiter.redis.multiplexed import MultiplexedConnection, command
 from tests.conftest import Closing
 from tests.support.redis_servers import Server, eventually
 
@@ -19,15 +19,17 @@ MakeServer = Callable[..., Server]
 PLENTY_S = 20.0
 
 
-async def wire_to(port: int, closing: Closing, *, max_waiting: int = 8192, database: int = 0) -> ServerWire:
+async def connection_to(
+    port: int, closing: Closing, *, max_waiting: int = 8192, database: int = 0
+) -> MultiplexedConnection:
     async def dial() -> Connection:
         connection = Connection(port=port, db=database, protocol=2, socket_timeout=0.5, socket_connect_timeout=0.5)
         await connection.connect()  # type: ignore[no-untyped-call]  # redis-py 8.1
         return connection
 
-    wire = ServerWire(dial, max_waiting=max_waiting)
-    closing.push_async_callback(wire.aclose)
-    return wire
+    channel = MultiplexedConnection(dial, max_waiting=max_waiting)
+    closing.push_async_callback(channel.aclose)
+    return channel
 
 
 class Recorder:
@@ -64,16 +66,16 @@ def echo(word: object) -> bytes:
 async def test_answers_when_many_calls_are_under_way_then_each_caller_has_its_own(
     own_server: MakeServer, closing: Closing
 ) -> None:
-    wire = await wire_to(own_server().port, closing)
-    answers = await asyncio.gather(*(wire.send("", echo(number), PLENTY_S) for number in range(3000)))
+    channel = await connection_to(own_server().port, closing)
+    answers = await asyncio.gather(*(channel.send("", echo(number), PLENTY_S) for number in range(3000)))
     assert answers == [str(number).encode() for number in range(3000)]
 
 
 async def test_calls_when_of_one_turn_then_they_leave_as_one_write(closing: Closing) -> None:
     async with recording() as recorder:
-        wire = await wire_to(recorder.port, closing)
-        await wire.open()
-        answers = [wire.send("", echo(word), PLENTY_S) for word in "abc"]
+        channel = await connection_to(recorder.port, closing)
+        await channel.open()
+        answers = [channel.send("", echo(word), PLENTY_S) for word in "abc"]
         await eventually(lambda: came(recorder, 3), what="the calls")
         assert recorder.reads == [b"".join(map(echo, "abc"))]
         recorder.writers[-1].write(b"+a\r\n+b\r\n+c\r\n")
@@ -86,8 +88,8 @@ async def came(recorder: Recorder, count: int) -> bool:
 
 async def test_call_when_cancelled_after_it_was_sent_then_it_keeps_its_place(closing: Closing) -> None:
     async with recording() as recorder:
-        wire = await wire_to(recorder.port, closing)
-        first, second = wire.send("", echo(1), PLENTY_S), wire.send("", echo(2), PLENTY_S)
+        channel = await connection_to(recorder.port, closing)
+        first, second = channel.send("", echo(1), PLENTY_S), channel.send("", echo(2), PLENTY_S)
         await eventually(lambda: came(recorder, 2), what="the calls")
         first.cancel()
         recorder.writers[-1].write(b"+one\r\n+two\r\n")
@@ -96,9 +98,9 @@ async def test_call_when_cancelled_after_it_was_sent_then_it_keeps_its_place(clo
 
 async def test_call_when_cancelled_before_it_was_sent_then_it_never_is(closing: Closing) -> None:
     async with recording() as recorder:
-        wire = await wire_to(recorder.port, closing)
-        await wire.open()
-        first, second = wire.send("", echo(1), PLENTY_S), wire.send("", echo(2), PLENTY_S)
+        channel = await connection_to(recorder.port, closing)
+        await channel.open()
+        first, second = channel.send("", echo(1), PLENTY_S), channel.send("", echo(2), PLENTY_S)
         first.cancel()
         await eventually(lambda: came(recorder, 1), what="the call")
         assert recorder.reads == [echo(2)]
@@ -110,8 +112,8 @@ async def test_call_when_its_time_is_over_before_that_of_others_then_it_is_late_
     closing: Closing,
 ) -> None:
     async with recording() as recorder:
-        wire = await wire_to(recorder.port, closing)
-        first, late, patient = (wire.send("", echo(word), s) for word, s in ((1, PLENTY_S), (2, 0.1), (3, PLENTY_S)))
+        channel = await connection_to(recorder.port, closing)
+        first, late, patient = (channel.send("", echo(word), s) for word, s in ((1, PLENTY_S), (2, 0.1), (3, PLENTY_S)))
         await eventually(lambda: came(recorder, 3), what="the calls")
         with pytest.raises(LimiterUnavailable, match="did not answer in time") as unknown:
             await late
@@ -124,24 +126,24 @@ async def test_call_when_its_time_is_over_before_that_of_others_then_it_is_late_
 async def test_server_when_it_is_slow_but_answers_one_after_the_other_then_it_is_not_silent(closing: Closing) -> None:
     """Times are seconds: a call of 1 s that was sent at 100, and what came last."""
     async with recording() as recorder:
-        wire = await wire_to(recorder.port, closing)
-        await wire.open()
-        assert wire._link
-        link = wire._link
-        assert not link.is_silent(1000)
-        link.waiting.append((asyncio.get_running_loop().create_future(), b"", 100.0, 1.0))
+        channel = await connection_to(recorder.port, closing)
+        await channel.open()
+        assert channel._protocol
+        protocol = channel._protocol
+        assert not protocol.is_silent(1000)
+        protocol.waiting.append((asyncio.get_running_loop().create_future(), b"", 100.0, 1.0))
         for heard, now, silent in ((90, 100.9, False), (90, 101, True), (100.5, 101.4, False), (100.5, 101.5, True)):
-            link._heard = heard
-            assert link.is_silent(now) is silent
-        link.waiting.clear()
+            protocol._heard = heard
+            assert protocol.is_silent(now) is silent
+        protocol.waiting.clear()
 
 
 async def test_server_when_it_answers_and_then_says_nothing_more_then_the_connection_is_given_up(
     closing: Closing,
 ) -> None:
     async with recording() as recorder:
-        wire = await wire_to(recorder.port, closing)
-        first, second = wire.send("", echo(1), PLENTY_S), wire.send("", echo(2), 0.1)
+        channel = await connection_to(recorder.port, closing)
+        first, second = channel.send("", echo(1), PLENTY_S), channel.send("", echo(2), 0.1)
         await eventually(lambda: came(recorder, 2), what="the calls")
         recorder.writers[-1].write(b"+one\r\n")
         assert await first == b"one"
@@ -149,10 +151,10 @@ async def test_server_when_it_answers_and_then_says_nothing_more_then_the_connec
             await second
 
         async def is_given_up() -> bool:
-            return wire._link is None
+            return channel._protocol is None
 
         await eventually(is_given_up, what="the end of the connection")
-        after = wire.send("", echo(3), PLENTY_S)
+        after = channel.send("", echo(3), PLENTY_S)
         await eventually(lambda: came(recorder, 3), what="the call")
         recorder.writers[-1].write(b"+three\r\n")
         assert await after == b"three"
@@ -162,13 +164,13 @@ async def test_server_when_it_says_nothing_then_the_connection_is_given_up_and_t
     closing: Closing,
 ) -> None:
     async with recording() as recorder:
-        wire = await wire_to(recorder.port, closing)
-        late, patient = wire.send("", echo(1), 0.1), wire.send("", echo(2), PLENTY_S)
+        channel = await connection_to(recorder.port, closing)
+        late, patient = channel.send("", echo(1), 0.1), channel.send("", echo(2), PLENTY_S)
         for call in (late, patient):
             with pytest.raises(LimiterUnavailable, match="the outcome is unknown") as unknown:
                 await call
             assert unknown.value.executed is None
-        after = wire.send("", echo(3), PLENTY_S)
+        after = channel.send("", echo(3), PLENTY_S)
         await eventually(lambda: came(recorder, 3), what="the call")
         recorder.writers[-1].write(b"+three\r\n")
         assert (await after, len(recorder.writers)) == (b"three", 2)
@@ -179,12 +181,12 @@ async def test_server_when_it_sends_what_is_no_answer_then_the_connection_is_giv
     closing: Closing, said: bytes
 ) -> None:
     async with recording() as recorder:
-        wire = await wire_to(recorder.port, closing)
-        call = wire.send("", echo(1), PLENTY_S)
+        channel = await connection_to(recorder.port, closing)
+        call = channel.send("", echo(1), PLENTY_S)
         await eventually(lambda: came(recorder, 1), what="the call")
         recorder.writers[-1].write(b"+one\r\n" + said)
         assert await call == b"one"
-        after = wire.send("", echo(2), PLENTY_S)
+        after = channel.send("", echo(2), PLENTY_S)
         await eventually(lambda: came(recorder, 2), what="the call")
         recorder.writers[-1].write(b"+two\r\n")
         assert (await after, len(recorder.writers)) == (b"two", 2)
@@ -194,14 +196,14 @@ async def test_connection_when_it_breaks_then_who_was_sent_hears_that_nobody_kno
     closing: Closing,
 ) -> None:
     async with recording() as recorder:
-        wire = await wire_to(recorder.port, closing)
-        sent = wire.send("", echo(1), PLENTY_S)
+        channel = await connection_to(recorder.port, closing)
+        sent = channel.send("", echo(1), PLENTY_S)
         await eventually(lambda: came(recorder, 1), what="the call")
         recorder.writers[-1].close()
         with pytest.raises(LimiterUnavailable, match="broke: the server closed it: the outcome is unknown") as unknown:
             await sent
         assert unknown.value.executed is None
-        after = wire.send("", echo(2), PLENTY_S)
+        after = channel.send("", echo(2), PLENTY_S)
         await eventually(lambda: came(recorder, 2), what="the call")
         recorder.writers[-1].write(b"+two\r\n")
         assert await after == b"two"
@@ -211,14 +213,14 @@ async def test_server_when_away_then_calls_say_that_nothing_was_executed_and_go_
     own_server: MakeServer, closing: Closing
 ) -> None:
     server = own_server()
-    wire = await wire_to(server.port, closing)
-    await wire.open()
+    channel = await connection_to(server.port, closing)
+    await channel.open()
     server.kill()
     refused: list[LimiterUnavailable] = []
 
     async def answers() -> bool:
         try:
-            return bool(await wire.send("", echo("again"), PLENTY_S) == b"again")
+            return bool(await channel.send("", echo("again"), PLENTY_S) == b"again")
         except LimiterUnavailable as error:
             refused.append(error)
             return False
@@ -234,10 +236,10 @@ async def test_server_when_it_stands_still_at_the_greeting_then_the_call_ends_in
     own_server: MakeServer, closing: Closing
 ) -> None:
     server = own_server()
-    wire = await wire_to(server.port, closing)
+    channel = await connection_to(server.port, closing)
     server.pause()
     with pytest.raises(LimiterUnavailable, match="not reached in time") as unsent:
-        await wire.send("", echo(1), 0.05)
+        await channel.send("", echo(1), 0.05)
     assert unsent.value.executed is False
     server.resume()
 
@@ -245,13 +247,13 @@ async def test_server_when_it_stands_still_at_the_greeting_then_the_call_ends_in
 async def test_calls_when_more_wait_than_may_then_the_next_is_overloaded_and_later_there_is_room_again(
     own_server: MakeServer, closing: Closing
 ) -> None:
-    wire = await wire_to(own_server().port, closing, max_waiting=10)
-    calls = [wire.send("", echo(number), PLENTY_S) for number in range(10)]
+    channel = await connection_to(own_server().port, closing, max_waiting=10)
+    calls = [channel.send("", echo(number), PLENTY_S) for number in range(10)]
     with pytest.raises(Overloaded, match="10 calls wait") as refused:
-        wire.send("", echo(10), PLENTY_S)
+        channel.send("", echo(10), PLENTY_S)
     assert refused.value.executed is False
     assert len(await asyncio.gather(*calls)) == 10
-    assert await wire.send("", echo(11), PLENTY_S) == b"11"
+    assert await channel.send("", echo(11), PLENTY_S) == b"11"
 
 
 async def test_server_when_it_reads_slower_than_calls_come_then_they_wait_here_and_are_counted(
@@ -261,16 +263,16 @@ async def test_server_when_it_reads_slower_than_calls_come_then_they_wait_here_a
     with socket.create_server(("127.0.0.1", 0)) as listening:
         listening.setblocking(False)
         loop = asyncio.get_running_loop()
-        wire = await wire_to(listening.getsockname()[1], closing, max_waiting=100)
-        opening = asyncio.ensure_future(wire.open())
-        link, _ = await loop.sock_accept(listening)
-        with link:
-            await loop.sock_recv(link, 1000)
-            await loop.sock_sendall(link, b"+OK\r\n+OK\r\n")
+        channel = await connection_to(listening.getsockname()[1], closing, max_waiting=100)
+        opening = asyncio.ensure_future(channel.open())
+        protocol, _ = await loop.sock_accept(listening)
+        with protocol:
+            await loop.sock_recv(protocol, 1000)
+            await loop.sock_sendall(protocol, b"+OK\r\n+OK\r\n")
             await opening
             calls: list[Awaitable[object]] = []
             for _ in range(30):
-                calls.append(wire.send("", echo("x" * 1_000_000), 1.0))
+                calls.append(channel.send("", echo("x" * 1_000_000), 1.0))
                 await asyncio.sleep(0)
             outcomes = await asyncio.gather(*calls, return_exceptions=True)
     executed = [outcome.executed for outcome in outcomes if isinstance(outcome, LimiterUnavailable)]
@@ -282,11 +284,11 @@ async def test_server_when_it_reads_slower_than_calls_come_then_they_wait_here_a
 async def test_errors_when_the_server_answers_one_then_the_caller_has_it_and_nobody_else(
     own_server: MakeServer, closing: Closing
 ) -> None:
-    wire = await wire_to(own_server().port, closing)
+    channel = await connection_to(own_server().port, closing)
     answers = await asyncio.gather(
-        wire.send("", command("EVALSHA", "0" * 40, 0), PLENTY_S),
-        wire.send("", echo(1), PLENTY_S),
-        wire.send("", command("NONSENSE"), PLENTY_S),
+        channel.send("", command("EVALSHA", "0" * 40, 0), PLENTY_S),
+        channel.send("", echo(1), PLENTY_S),
+        channel.send("", command("NONSENSE"), PLENTY_S),
         return_exceptions=True,
     )
     assert isinstance(answers[0], NoScriptError)
@@ -297,41 +299,41 @@ async def test_errors_when_the_server_answers_one_then_the_caller_has_it_and_nob
 async def test_wire_when_its_address_names_a_database_then_it_is_that_one(
     own_server: MakeServer, closing: Closing
 ) -> None:
-    wire = await wire_to(own_server().port, closing, database=3)
-    assert b"db=3 " in await wire.send("", command("CLIENT", "INFO"), PLENTY_S)
+    channel = await connection_to(own_server().port, closing, database=3)
+    assert b"db=3 " in await channel.send("", command("CLIENT", "INFO"), PLENTY_S)
 
 
 async def test_wire_when_closed_then_who_waits_is_told_and_nobody_can_call_any_more(closing: Closing) -> None:
     async with recording() as recorder:
-        wire = await wire_to(recorder.port, closing)
-        call = wire.send("", echo(1), PLENTY_S)
+        channel = await connection_to(recorder.port, closing)
+        call = channel.send("", echo(1), PLENTY_S)
         await eventually(lambda: came(recorder, 1), what="the call")
-        await wire.aclose()
+        await channel.aclose()
         with pytest.raises(LimiterUnavailable, match="closed"):
             await call
         with pytest.raises(LimiterUnavailable, match="closed"):
-            wire.send("", echo(2), PLENTY_S)
+            channel.send("", echo(2), PLENTY_S)
 
 
 async def test_wire_when_closed_with_calls_that_were_not_sent_then_they_are_told_and_nobody_connects_any_more(
     closing: Closing,
 ) -> None:
     async with recording() as recorder:
-        wire = await wire_to(recorder.port, closing)
-        await wire.open()
-        call = wire.send("", echo(1), PLENTY_S)  # closed in the same turn
-        await wire.aclose()
+        channel = await connection_to(recorder.port, closing)
+        await channel.open()
+        call = channel.send("", echo(1), PLENTY_S)  # closed in the same turn
+        await channel.aclose()
         with pytest.raises(LimiterUnavailable, match="closed") as unsent:
             await call
         assert unsent.value.executed is False
-        assert (recorder.reads, len(recorder.writers), wire._dialling) == ([], 1, None)
+        assert (recorder.reads, len(recorder.writers), channel._dialling) == ([], 1, None)
 
 
 def test_wire_when_the_loop_is_uvloop_then_it_does_the_same() -> None:
     async def calls() -> None:
         async with recording() as recorder, Closing() as closing:
-            wire = await wire_to(recorder.port, closing)
-            first, second = wire.send("", echo(1), PLENTY_S), wire.send("", echo(2), 0.1)
+            channel = await connection_to(recorder.port, closing)
+            first, second = channel.send("", echo(1), PLENTY_S), channel.send("", echo(2), 0.1)
             await eventually(lambda: came(recorder, 2), what="the calls")
             recorder.writers[-1].write(b"+one\r\n")
             assert await first == b"one"

@@ -14,7 +14,7 @@ from limiter import CreditLimiter, connect
 from limiter.backup.dump import dump
 from limiter.errors import LimiterUnavailable, NotReplicated
 from limiter.redis import replication
-from limiter.redis.replication import replicated
+from limiter.redis.replication import wait_for_replicas
 from limiter.relay.metering.claims import Stores
 from tests.conftest import TIERS, Closing
 from tests.support.cli import environment
@@ -157,13 +157,13 @@ async def test_wait_when_redis_is_away_or_the_block_fails_then_that_is_the_error
     server = own_server()
     redis = await connected(server.url, closing)
     with pytest.raises(LookupError):
-        async with replicated(redis, 1):
+        async with wait_for_replicas(redis, 1):
             raise LookupError
     server.kill()
     with pytest.raises(LimiterUnavailable, match="Redis is not reachable"):
-        async with replicated(redis, 1):
+        async with wait_for_replicas(redis, 1):
             raise AssertionError("the block began")
-    async with replicated(redis, 0):
+    async with wait_for_replicas(redis, 0):
         pass  # nobody is asked
 
 
@@ -184,7 +184,7 @@ async def seat(redis: "Redis") -> None:
 
 async def written(redis: "Redis", *, replicas: int, then: Callable[[], None] = lambda: None) -> None:
     """Write rows, and wait for replicas to have them. then: what happens after the last write."""
-    async with replicated(redis, replicas):
+    async with wait_for_replicas(redis, replicas):
         for number in range(WRITTEN):
             await redis.hset(f"credits:install:{number}", "field", "value")
         then()

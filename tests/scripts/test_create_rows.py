@@ -25,7 +25,7 @@ OTHER = Row("b", "core", 1, 0, "2026-05-02T08:00:00.000Z", 2, 0, 0, "2026-05-02T
 
 async def create(limiter: CreditLimiter, *rows: Row) -> list[Status]:
     keys = [limiter.keys.install(row.install_id) for row in rows]
-    return await Scripts(limiter.wire, timeout_ms=1000).create_rows(keys, [stored_text(row) for row in rows])
+    return await Scripts(limiter.channel, timeout_ms=1000).create_rows(keys, [stored_text(row) for row in rows])
 
 
 async def test_create_rows_when_they_are_new_then_each_is_what_put_row_makes_of_it(
@@ -65,7 +65,7 @@ async def test_create_rows_when_texts_are_not_whole_then_it_is_refused_and_nothi
 ) -> None:
     keys = [limiter.keys.install(row.install_id) for row in (ROW, OTHER)]
     with pytest.raises(ScriptContractError, match="BADARG create_rows"):
-        await Scripts(limiter.wire, timeout_ms=1000).create_rows(keys, texts)
+        await Scripts(limiter.channel, timeout_ms=1000).create_rows(keys, texts)
     assert await redis.dbsize() == 0
 
 

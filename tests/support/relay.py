@@ -67,7 +67,7 @@ async def eventually(
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole answer; `body` is as it came over the wire."""
+    """A whole answer; `body` is as it came over the channel."""
 
     status: int
     headers: CIMultiDictProxy[str]

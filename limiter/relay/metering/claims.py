@@ -91,7 +91,7 @@ class Stores:
         self._limiter = limiter
         self._call = call
         self._timeout_ms = timeout_ms
-        self._scripts = Scripts(limiter.wire, timeout_ms=timeout_ms)
+        self._scripts = Scripts(limiter.channel, timeout_ms=timeout_ms)
         self.keys = limiter.keys
 
     @property

@@ -289,7 +289,7 @@ async def test_node_when_more_decisions_wait_than_may_then_the_next_is_refused_a
     server = own_server()
     redis = await connect(server.url)
     closing.push_async_callback(redis.aclose)
-    redis.server_wire._max_waiting = 1
+    redis.multiplexed._max_waiting = 1
     node = Node(server, redis, "deny")
     node.limiter = CreditLimiter(redis, tiers(lifetime=1000), timeout_ms=20_000, deadline_ms=20_000)
     server.pause()
@@ -309,7 +309,7 @@ async def test_commit_when_more_calls_wait_than_may_then_it_is_repeated_until_th
     server = own_server()
     redis = await connect(server.url)
     closing.push_async_callback(redis.aclose)
-    redis.server_wire._max_waiting = 1
+    redis.multiplexed._max_waiting = 1
     limiter = CreditLimiter(redis, tiers(lifetime=1000))
     held = await limiter.reserve("i", tier="core", has_hardware=True)
     settled = await asyncio.gather(*(limiter.commit("i", held.hold_id) for _ in range(3)))
