@@ -107,7 +107,7 @@ async def _server(node: Any, settings: Settings, where: str) -> AsyncIterator[Fi
 async def _missing(node: Any, settings: Settings) -> str:
     """Try each command; tell what the user may not do, "" when there is nothing."""
     kind, database = _place(settings.redis.url)
-    key = Keys(settings.redis.prefix).nobodys()
+    key = Keys(settings.redis.prefix).probe()
     missing = []
     for command, probe in probes(needed_commands(kind, database=database), key):
         try:

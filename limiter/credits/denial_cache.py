@@ -14,7 +14,7 @@ _MOST = 10_000  # refusals that are kept; the oldest go first
 _SLOTS = 4096  # a change forgets the refusals of some other installs, too, and costs no memory
 
 
-class Denials:
+class DenialCache:
     """The refusals of one limiter. keep_ms: how long each counts; 0: not at all. clock: the limiter's own, if any."""
 
     __slots__ = ("_changed", "_changes", "_denied", "_keep_ms", "_now_ms")
@@ -26,11 +26,11 @@ class Denials:
         self._changes = 0
         self._changed = [0] * _SLOTS
 
-    def asked(self) -> Asked:
+    def snapshot(self) -> Asked:
         """Give what `note` wants to know of the time before Redis was asked."""
         return self._changes, self._now_ms() if self._keep_ms else 0
 
-    def find(self, row_key: str, tier: str, cost: int, hold_id: str) -> Decision | None:
+    def lookup(self, row_key: str, tier: str, cost: int, hold_id: str) -> Decision | None:
         """Give the refusal that Redis would give, if it is known."""
         denied = self._denied.get((row_key, tier))
         if denied is None:
@@ -45,7 +45,7 @@ class Denials:
         balance = balance._replace(now_ms=balance.now_ms + int(now_ms - asked_ms))
         return Decision(Status.DENIED, Reason.OUT_OF_CREDITS, None, hold_id, balance, from_memory=True)
 
-    def note(self, row_key: str, asked: Asked, decision: Decision | None) -> None:
+    def record(self, row_key: str, asked: Asked, decision: Decision | None) -> None:
         """Remember a refusal; anything else may have changed the row. None: nobody knows what was decided.
 
         Where something is held, Redis is asked again: this hold id may be live already, which is no refusal.
@@ -53,7 +53,7 @@ class Denials:
         if not self._keep_ms:
             return
         if decision is None or decision.status is not Status.DENIED:
-            self.changed(row_key)
+            self.invalidate(row_key)
         elif decision.reason is Reason.OUT_OF_CREDITS and not decision.balance.held:
             balance = decision.balance
             lasts_ms = self._keep_ms
@@ -65,13 +65,13 @@ class Denials:
                 del self._denied[next(iter(self._denied))]
             self._denied[key] = asked, asked[1] + lasts_ms, balance
 
-    def all_changed(self) -> None:
+    def invalidate_all(self) -> None:
         """Forget everything."""
         self._denied.clear()
         self._changes += 1
         self._changed = [self._changes] * _SLOTS
 
-    def changed(self, row_key: str) -> None:
+    def invalidate(self, row_key: str) -> None:
         """Forget what is known of a row that this process changed, or may have, and what is being asked just now."""
         self._changes += 1
         self._changed[hash(row_key) % _SLOTS] = self._changes

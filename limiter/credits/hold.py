@@ -42,7 +42,7 @@ class Hold:
 
 
 @asynccontextmanager
-async def held(
+async def hold_context(
     reserve: Callable[[], Coroutine[Any, Any, Decision]],
     commit: Callable[[Hold], Coroutine[Any, Any, Settlement]],
     release: Release,

@@ -63,7 +63,7 @@ class Keys:
         """Give the key of what became of an install's `Idempotency-Key`. Raises InvalidInstallId."""
         return f"{self._prefix}:claim:{normalise_install_id(install_id)}:{_digest(idempotency_key)}"
 
-    def retry(self, install_id: str, fingerprint: str) -> str:
+    def sdk_retry(self, install_id: str, fingerprint: str) -> str:
         """Give the key of what became of an install's latest request of a kind. Raises InvalidInstallId."""
         return f"{self._prefix}:retry:{normalise_install_id(install_id)}:{fingerprint}"
 
@@ -71,7 +71,7 @@ class Keys:
         """Give the key of the seats of a licence's subject, which may be any text."""
         return f"{self._prefix}:seats:{_digest(subject)}"
 
-    def nobodys(self) -> str:
+    def probe(self) -> str:
         """Give a key that nothing is kept at, to try out what may be done."""
         return f"{self._prefix}:doctor"
 

@@ -13,8 +13,8 @@ from typing import TypeVar
 
 from redis.asyncio import Redis
 
-from limiter.credits.denial_cache import Denials
-from limiter.credits.hold import Hold, held
+from limiter.credits.denial_cache import DenialCache
+from limiter.credits.hold import Hold, hold_context
 from limiter.credits.keys import Keys, normalise_install_id
 from limiter.credits.models import MAX_COST, Backend, Balance, Decision, Row, Settlement, Status, Tiers
 from limiter.credits.rows import read_row
@@ -55,7 +55,7 @@ class CreditLimiter:
         self.hold_ms = hold_ms
         self.clock = clock
         self._deadline_s = deadline_ms / 1000
-        self._denials = Denials(deny_cache_ms, clock)
+        self._denial_cache = DenialCache(deny_cache_ms, clock)
         self.channel = _channel_of(redis)
         self._timeout_ms = min(timeout_ms, deadline_ms)
         self._scripts = Scripts(self.channel, timeout_ms=self._timeout_ms)
@@ -123,7 +123,7 @@ class CreditLimiter:
                 when_overloaded=True,
             )
         finally:
-            self._denials.changed(key)
+            self._denial_cache.invalidate(key)
 
     async def release(self, install_id: str, hold_id: str) -> Status:
         """Give a hold back: RELEASED, or GONE when there is no such hold. Raises as `commit`."""
@@ -134,7 +134,7 @@ class CreditLimiter:
                 lambda: self._scripts.release(key, hold_id=hold, now_ms=self._now_ms()), when_overloaded=True
             )
         finally:
-            self._denials.changed(key)
+            self._denial_cache.invalidate(key)
 
     async def debit(
         self, install_id: str, *, tier: str, has_hardware: bool, cost: int = 1, may_create: bool = True
@@ -182,11 +182,11 @@ class CreditLimiter:
         try:
             return await self.repeated(lambda: self._scripts.put_row(key, row, mode=mode))
         finally:
-            self._denials.changed(key)
+            self._denial_cache.invalidate(key)
 
     def rows_changed(self) -> None:
         """Hear that rows were changed past these methods, as by an import."""
-        self._denials.all_changed()
+        self._denial_cache.invalidate_all()
 
     def hold(
         self, install_id: str, *, tier: str, has_hardware: bool, cost: int = 1, hold_id: str | None = None
@@ -196,7 +196,7 @@ class CreditLimiter:
         Look at `hold.allowed` first: a refused hold has nothing to settle. `hold.charge()` says what was really used.
         """
         own_id = hold_id or new_hold_id()
-        return held(
+        return hold_context(
             lambda: self.reserve(install_id, tier=tier, has_hardware=has_hardware, cost=cost, hold_id=own_id),
             lambda hold: self.commit(install_id, own_id, backend=hold.used_backend, cost=hold.used_cost),
             lambda: self.release(install_id, own_id),
@@ -212,10 +212,10 @@ class CreditLimiter:
         hold_id: str = "",
         when_unknown: bool = True,
     ) -> Decision:
-        denied = self._denials.find(key, tier, cost, hold_id)
+        denied = self._denial_cache.lookup(key, tier, cost, hold_id)
         if denied is not None:
             return denied
-        asked = self._denials.asked()
+        asked = self._denial_cache.snapshot()
         decision = None
         try:
             decision = await self.repeated(attempt, when_unknown=when_unknown)
@@ -223,7 +223,7 @@ class CreditLimiter:
             error.hold_id = hold_id or None
             raise
         finally:
-            self._denials.note(key, asked, decision)
+            self._denial_cache.record(key, asked, decision)
         return decision
 
     def _now_ms(self) -> int | None:

@@ -102,7 +102,7 @@ def row_or_error(keys: Keys, name: bytes, fields: "Fields | Exception") -> Row |
 def decode_row(keys: Keys, key: str, fields: Fields) -> Row:
     """Read a row's fields. Raises BrokenRow, which names key and field."""
     text = {name.decode(errors="replace"): value.decode(errors="replace") for name, value in fields.items()}
-    stored = _Stored(key, text)
+    stored = _RowFields(key, text)
     began = stored.time("last_renewal_at")
     return Row(
         install_id=keys.install_id(key),
@@ -120,7 +120,7 @@ def decode_row(keys: Keys, key: str, fields: Fields) -> Row:
 
 
 @dataclass(frozen=True, slots=True)
-class _Stored:
+class _RowFields:
     """The fields of one row, as text. Each method reads one of them, or raises BrokenRow."""
 
     key: str

@@ -9,7 +9,7 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Reason, Status, Tiers, connect
-from limiter.credits.denial_cache import Denials
+from limiter.credits.denial_cache import DenialCache
 from limiter.credits.models import Balance, Decision
 from tests.conftest import Clock, Closing
 from tests.support.redis_proxy import Proxy, proxy_of
@@ -219,22 +219,22 @@ def refusal(now_ms: int = 0) -> Decision:
 
 @pytest.mark.parametrize("told", ["a change", "another answer", "no answer"])
 def test_refusal_when_the_row_was_changed_since_redis_was_asked_then_it_is_not_kept(told: str) -> None:
-    denials = Denials(KEEP_MS, None)
-    before = denials.asked()
+    denials = DenialCache(KEEP_MS, None)
+    before = denials.snapshot()
     if told == "a change":
-        denials.changed("key")
+        denials.invalidate("key")
     else:
-        denials.note("key", before, refusal()._replace(status=Status.ALLOWED) if told == "another answer" else None)
-    denials.note("key", before, refusal())
-    assert denials.find("key", "core", 1, "h") is None
-    denials.note("key", denials.asked(), refusal())
-    assert denials.find("key", "core", 1, "h")
+        denials.record("key", before, refusal()._replace(status=Status.ALLOWED) if told == "another answer" else None)
+    denials.record("key", before, refusal())
+    assert denials.lookup("key", "core", 1, "h") is None
+    denials.record("key", denials.snapshot(), refusal())
+    assert denials.lookup("key", "core", 1, "h")
 
 
 def test_refusals_when_they_are_many_then_the_oldest_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("limiter.credits.denial_cache._MOST", 3)
-    denials = Denials(KEEP_MS, None)
+    denials = DenialCache(KEEP_MS, None)
     for number in (0, 1, 2, 0, 3):
-        denials.note(f"key-{number}", denials.asked(), refusal())
-    kept = [number for number in range(4) if denials.find(f"key-{number}", "core", 1, "h")]
+        denials.record(f"key-{number}", denials.snapshot(), refusal())
+    kept = [number for number in range(4) if denials.lookup(f"key-{number}", "core", 1, "h")]
     assert kept == [0, 2, 3]

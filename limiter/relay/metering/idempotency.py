@@ -129,7 +129,7 @@ class Idempotency:
         if attempt is None or body is None or not self._window_ms:
             return None
         fingerprint = await _fingerprint(request, body)
-        return _Slot(self._stores.keys.retry(install_id, fingerprint), fingerprint, self._window_ms, attempt)
+        return _Slot(self._stores.keys.sdk_retry(install_id, fingerprint), fingerprint, self._window_ms, attempt)
 
     async def _claim(self, slot: _Slot, owner: str) -> Claimed:
         for pause_s in (*_PATIENCE_S, 0):
