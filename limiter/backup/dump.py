@@ -24,8 +24,8 @@ from limiter.errors import BrokenRow, LedgerFileError
 from limiter.ledger.rotation import KEEP, prune
 from limiter.ledger.row_codec import line_from_row
 from limiter.ledger.row_fast_path import STORED_FIELDS, line_from_values
-from limiter.ledger.trailer import SealedFile
-from limiter.ledger.writer import LedgerWriter, ListFile
+from limiter.ledger.trailer import DumpedFile
+from limiter.ledger.writer import LedgerWriter, SideFile
 
 _REASONS_KEPT = 20
 _FIELDS = PackedFields(STORED_FIELDS)
@@ -42,7 +42,7 @@ class DumpReport:
 
     path: Path
     time: str
-    file: SealedFile
+    file: DumpedFile
     unchanged: bool
     kept: Path | None
     is_set_aside: bool
@@ -58,12 +58,12 @@ class DumpReport:
     @property
     def rows(self) -> int:
         """How many rows the file has."""
-        return self.file.seal.rows if self.file.seal is not None else 0
+        return self.file.trailer.rows if self.file.trailer is not None else 0
 
     @property
     def checksum(self) -> str:
         """The file's checksum."""
-        return self.file.seal.checksum if self.file.seal is not None else ""
+        return self.file.trailer.checksum if self.file.trailer is not None else ""
 
     @property
     def size_bytes(self) -> int:
@@ -76,7 +76,7 @@ async def dump(
     path: Path,
     *,
     keep: int = KEEP,
-    last: SealedFile | None = None,
+    last: DumpedFile | None = None,
     writer: Writer | None = None,
 ) -> DumpReport:
     """Write every row to a credits.json at `path`, without live holds; it is replaced whole or not at all.
@@ -88,7 +88,7 @@ async def dump(
     Redis goes away.
     """
     time = iso_from_ms(await moment_ms(limiter))
-    with ListFile(path.parent / f"{path.name}.broken.json", "broken") as broken_file, LedgerWriter(path) as file:
+    with SideFile(path.parent / f"{path.name}.broken.json", "broken") as broken_file, LedgerWriter(path) as file:
         scan, publication = _Scan(limiter, broken_file), Publication(path, time, writer)
         found = await publication.find(last)
         await scan.write_to(file)
@@ -120,7 +120,7 @@ async def dump(
 class _Scan:
     """The rows of Redis, once; those that no file can hold go to `broken_file`."""
 
-    def __init__(self, limiter: CreditLimiter, broken_file: ListFile) -> None:
+    def __init__(self, limiter: CreditLimiter, broken_file: SideFile) -> None:
         self.broken_file = broken_file
         self.first_broken: list[str] = []
         self._limiter = limiter
@@ -181,7 +181,7 @@ class _Scan:
         return kept
 
 
-async def _refuse_loss(publication: Publication, found: SealedFile | None, scan: _Scan) -> None:
+async def _refuse_loss(publication: Publication, found: DumpedFile | None, scan: _Scan) -> None:
     """Refuse to replace rows by none."""
     path = publication.path
     if scan.broken_file.count:
@@ -196,8 +196,8 @@ async def _refuse_loss(publication: Publication, found: SealedFile | None, scan:
         )
 
 
-def _is_unchanged(found: SealedFile, rows_digest: bytes, broken: int) -> bool:
-    return found.seal is not None and found.rows_digest == rows_digest and found.seal.broken == broken
+def _is_unchanged(found: DumpedFile, rows_digest: bytes, broken: int) -> bool:
+    return found.trailer is not None and found.rows_digest == rows_digest and found.trailer.broken == broken
 
 
 def _readable(raw: bytes) -> str:

@@ -22,8 +22,8 @@ from limiter.credits.rows import scan_keys
 from limiter.credits.scripts import PutMode, mapped
 from limiter.errors import LedgerFileError, LedgerRowError, LimiterError
 from limiter.ledger.file import Entry, LedgerFile
-from limiter.ledger.trailer import check_seal
-from limiter.ledger.writer import ListFile
+from limiter.ledger.trailer import check_trailer
+from limiter.ledger.writer import SideFile
 
 Phase = Literal["check", "compare", "write"]
 BATCH_ROWS = 500  # read at once, before others on this loop have their turn
@@ -86,7 +86,7 @@ async def import_file(
     """
     now_ms = await moment_ms(limiter)
     rejected_path = path.parent / f"{path.name}.rejected.json"
-    with LedgerFile(path) as file, ListFile(rejected_path, "rejected") as rejected_file:
+    with LedgerFile(path) as file, SideFile(rejected_path, "rejected") as rejected_file:
         run = _Import(limiter, file, now_ms, None if dry_run else rejected_file, on_progress)
         await run.check()
         if dry_run:
@@ -131,7 +131,7 @@ class _Import:
         limiter: CreditLimiter,
         file: LedgerFile,
         now_ms: int,
-        rejected_file: ListFile | None,
+        rejected_file: SideFile | None,
         on_progress: Callable[[Progress], None] | None,
     ) -> None:
         self.total = self.rejected = self.good = 0
@@ -242,7 +242,7 @@ class _Import:
 
 def _is_intact(path: Path) -> bool:
     try:
-        return check_seal(path).is_intact
+        return check_trailer(path).is_intact
     except OSError as error:
         raise LedgerFileError(f"{path} cannot be read: {error.strerror}") from error
 

@@ -19,7 +19,7 @@ from limiter.config.settings import PersisterSettings
 from limiter.credits.limiter import CreditLimiter
 from limiter.errors import LimiterError
 from limiter.ledger.rotation import KEEP
-from limiter.ledger.trailer import Seal, SealedFile, read_seal
+from limiter.ledger.trailer import DumpedFile, Trailer, read_trailer
 
 OnChange = Callable[[Mapping[str, object]], None]
 _LOG = logging.getLogger("limiter")
@@ -52,7 +52,7 @@ class Persister:
         self._limiter, self._path, self._interval_s, self._keep = limiter, path, interval_s, keep
         self._lease = Lease(limiter, lease_s=lease_s)
         self._leased: Leased | None = None
-        self._file: SealedFile | None = None
+        self._file: DumpedFile | None = None
         self._stopped = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -135,8 +135,8 @@ class Persister:
     async def _ask(self) -> None:
         """Take the lease, or keep it."""
         before, role = self._leased, self.role
-        seal = await in_thread(_seal_of, self._path)
-        self._leased = await self._lease.take(least_epoch=seal.epoch if seal else 0, good_at=self._good_at)
+        trailer = await in_thread(_trailer_of, self._path)
+        self._leased = await self._lease.take(least_epoch=trailer.epoch if trailer else 0, good_at=self._good_at)
         if self.role != role or (before is not None and before.owner != self._leased.owner):
             said = {"role": self.role, "epoch": self._leased.epoch, "writer": self._leased.owner}
             _LOG.info("persister: %s", self.role, extra=said)
@@ -205,8 +205,8 @@ def persister_of(
     )
 
 
-def _seal_of(path: Path) -> Seal | None:
+def _trailer_of(path: Path) -> Trailer | None:
     try:
-        return read_seal(path)
+        return read_trailer(path)
     except OSError:
         return None  # the dump says what is wrong with it

@@ -15,7 +15,7 @@ from limiter.backup.lease import Lease, Leased
 from limiter.errors import LedgerFileError
 from limiter.ledger.file import LedgerFile
 from limiter.ledger.rotation import generation_name, set_aside_name
-from limiter.ledger.trailer import Seal, SealedFile, check_seal, read_seal
+from limiter.ledger.trailer import DumpedFile, Trailer, check_trailer, read_trailer
 from limiter.ledger.writer import LedgerWriter
 
 _LEAST_SHARE = 0.9  # a dump with fewer of the last one's rows than that sets the last one aside
@@ -39,12 +39,12 @@ class Publication:
         self._time, self._writer = time, writer
         self._cancel = CancelWatch()
 
-    async def find(self, last: SealedFile | None) -> SealedFile | None:
+    async def find(self, last: DumpedFile | None) -> DumpedFile | None:
         """Look at the file that is there; None when there is none. One that is not `last` is read as a whole."""
         try:
             if last is not None and last.is_still(self.path.stat()):
                 return last
-            return await in_thread(check_seal, self.path)
+            return await in_thread(check_trailer, self.path)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -56,27 +56,27 @@ class Publication:
         """Tell whether there is anything in the file to lose; one that cannot be read may have it."""
         return await in_thread(_has_rows, self.path)
 
-    async def name_for(self, found: SealedFile | None, rows: int, last: SealedFile | None) -> tuple[Path | None, bool]:
+    async def name_for(self, found: DumpedFile | None, rows: int, last: DumpedFile | None) -> tuple[Path | None, bool]:
         """Give the name under which the replaced file stays, and whether it is set aside for good."""
         if found is None:
             return None, False
-        if found.seal is None or not found.is_intact:
+        if found.trailer is None or not found.is_intact:
             is_foreign = await self.has_rows()
             return (set_aside_name(self.path, self._time), True) if is_foreign else (None, False)
-        is_own = found is last or self._writer is None or found.seal.checksum == self._writer.leased.checksum
-        if is_own and rows >= found.seal.rows * _LEAST_SHARE:
-            return generation_name(self.path, found.seal), False
+        is_own = found is last or self._writer is None or found.trailer.checksum == self._writer.leased.checksum
+        if is_own and rows >= found.trailer.rows * _LEAST_SHARE:
+            return generation_name(self.path, found.trailer), False
         return set_aside_name(self.path, self._time), True
 
     async def publish(
-        self, file: LedgerWriter, rows_digest: bytes, found: SealedFile | None, *, kept: Path | None, broken: int
-    ) -> SealedFile:
+        self, file: LedgerWriter, rows_digest: bytes, found: DumpedFile | None, *, kept: Path | None, broken: int
+    ) -> DumpedFile:
         """Replace the file, if it is still the one that was found and the lease is still ours.
 
         kept: its name from now on. broken: rows that were left out.
         """
-        before = found.seal if found is not None else None
-        seal = await file.seal(
+        before = found.trailer if found is not None else None
+        trailer = await file.write_trailer(
             epoch=self._writer.leased.epoch if self._writer is not None else before.epoch if before else 0,
             sequence=before.sequence + 1 if before else 1,
             time=self._time,
@@ -85,7 +85,7 @@ class Publication:
         with FolderLock(self.path) as lock:
             await self._lock(lock)
             if self._writer is not None:
-                await self._ask_again(self._writer, seal)
+                await self._ask_again(self._writer, trailer)
             self._check_still(found)
             self._cancel.check()
             return await file.publish(rows_digest, keep_as=kept)
@@ -103,15 +103,15 @@ class Publication:
                     f"{lock.path} cannot be locked: {error.strerror}; nothing was replaced"
                 ) from error
 
-    async def _ask_again(self, writer: Writer, seal: Seal) -> None:
-        leased = await writer.lease.take(least_epoch=seal.epoch, checksum=seal.checksum)
-        if not leased.is_mine or leased.epoch != seal.epoch:
+    async def _ask_again(self, writer: Writer, trailer: Trailer) -> None:
+        leased = await writer.lease.take(least_epoch=trailer.epoch, checksum=trailer.checksum)
+        if not leased.is_mine or leased.epoch != trailer.epoch:
             raise LedgerFileError(
-                f"{self.path} was not written: this persister's lease (epoch {seal.epoch}) lapsed during the dump, and "
-                f"{'another took it' if not leased.is_mine else 'was taken anew'} (epoch {leased.epoch})"
+                f"{self.path} was not written: this persister's lease (epoch {trailer.epoch}) expired during the dump, "
+                f"and {'another took it' if not leased.is_mine else 'was taken anew'} (epoch {leased.epoch})"
             )
 
-    def _check_still(self, found: SealedFile | None) -> None:
+    def _check_still(self, found: DumpedFile | None) -> None:
         try:
             status = self.path.stat()
         except FileNotFoundError:
@@ -119,7 +119,7 @@ class Publication:
         except OSError as error:
             raise LedgerFileError(f"{self.path} cannot be read: {error.strerror}; nothing was replaced") from error
         if found is None or not found.is_still(status):
-            there = read_seal(self.path)
+            there = read_trailer(self.path)
             what = f"a dump of epoch {there.epoch}, number {there.sequence}" if there else "another file"
             raise LedgerFileError(f"{self.path} was not written: {what} has come there during this dump")
 

@@ -34,7 +34,7 @@ def newest_good(path: Path, *, passed_over: Callable[[VerifyReport], None]) -> V
         try:
             report = verify(each.path)
         except LedgerFileError as error:
-            report = VerifyReport(each.path, 0, each.seal, 0, (str(error),), 1)
+            report = VerifyReport(each.path, 0, each.trailer, 0, (str(error),), 1)
         if report.is_good:
             return report
         passed_over(report)

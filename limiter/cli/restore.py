@@ -93,7 +93,7 @@ async def _look(settings: Settings, found: VerifyReport, mode: PutMode) -> None:
 
 async def _restore(settings: Settings, found: VerifyReport, mode: PutMode, *, as_json: bool) -> ImportReport:
     async with open_limiter(settings) as limiter, wait_for_replicas(limiter.redis, settings.redis.wait_replicas):
-        checksum = found.seal.checksum if found.seal is not None else ""
+        checksum = found.trailer.checksum if found.trailer is not None else ""
         async with alone(limiter, lease_s=settings.persister.lease_s, checksum=checksum):
             report = await import_shown(limiter, found.path, mode=mode)
         print_report(report, as_json=as_json)
@@ -101,11 +101,11 @@ async def _restore(settings: Settings, found: VerifyReport, mode: PutMode, *, as
 
 
 def _what_it_means(found: VerifyReport) -> str:
-    if found.seal is None:
+    if found.trailer is None:
         return f"{found.path}: {found.rows:,} rows, not dumped by limiter: it does not say of when they are."
-    left_out = f" {found.seal.broken:,} rows of Redis were left out of it." if found.seal.broken else ""
+    left_out = f" {found.trailer.broken:,} rows of Redis were left out of it." if found.trailer.broken else ""
     return (
-        f"{found.path}: {found.rows:,} rows of {found.seal.time}, {_age(found.seal.time)} ago.{left_out} "
+        f"{found.path}: {found.rows:,} rows of {found.trailer.time}, {_age(found.trailer.time)} ago.{left_out} "
         "What was debited since is lost, as are installs that came since; live holds are free again."
     )
 

@@ -32,13 +32,16 @@ def verify(
 def print_verified(report: VerifyReport) -> None:
     """Print what was found: on stdout what it is, on stderr what is wrong with it."""
     OUT.print(f"{report.path}: {report.rows:,} rows, {report.size_bytes:,} bytes", markup=False, soft_wrap=True)
-    if report.seal is None:
+    if report.trailer is None:
         OUT.print("not dumped by limiter: without a checksum")
     else:
-        seal = report.seal
-        OUT.print(f"dumped at {seal.time}, epoch {seal.epoch}, number {seal.sequence}, {seal.checksum}", soft_wrap=True)
-        if seal.broken:
-            OUT.print(f"{seal.broken:,} rows of Redis were left out of it, because they could not be read")
+        trailer = report.trailer
+        OUT.print(
+            f"dumped at {trailer.time}, epoch {trailer.epoch}, number {trailer.sequence}, {trailer.checksum}",
+            soft_wrap=True,
+        )
+        if trailer.broken:
+            OUT.print(f"{trailer.broken:,} rows of Redis were left out of it, because they could not be read")
     for fault in report.faults:
         ERRORS.print(f"wrong: {fault}", markup=False, soft_wrap=True)
     if report.is_good:
@@ -48,7 +51,7 @@ def print_verified(report: VerifyReport) -> None:
 
 
 def _document(report: VerifyReport) -> dict[str, object]:
-    seal = report.seal
+    trailer = report.trailer
     return {
         "file": str(report.path),
         "good": report.is_good,
@@ -57,13 +60,13 @@ def _document(report: VerifyReport) -> dict[str, object]:
         "fault_count": report.fault_count,
         "faults": list(report.faults),
         "meta": None
-        if seal is None
+        if trailer is None
         else {
-            "epoch": seal.epoch,
-            "sequence": seal.sequence,
-            "time": seal.time,
-            "rows": seal.rows,
-            "broken": seal.broken,
-            "checksum": seal.checksum,
+            "epoch": trailer.epoch,
+            "sequence": trailer.sequence,
+            "time": trailer.time,
+            "rows": trailer.rows,
+            "broken": trailer.broken,
+            "checksum": trailer.checksum,
         },
     }

@@ -18,7 +18,7 @@ from limiter._util.fingerprint_set import FingerprintSet
 from limiter.credits.keys import normalise_install_id
 from limiter.credits.models import Row
 from limiter.errors import InvalidInstallId, LedgerFileError, LedgerRowError
-from limiter.ledger.json_stream import LedgerText, Unusable
+from limiter.ledger.json_stream import JsonStream, Unusable
 from limiter.ledger.row_codec import row_from_member, undated_fields
 from limiter.ledger.row_fast_path import REGULAR_ROW, row_from_groups
 
@@ -90,7 +90,7 @@ class LedgerFile:
         if not stat.S_ISREG(self.stat.st_mode):
             self._stream.close()
             raise LedgerFileError(f"{path} cannot be read: it is no regular file")
-        self._text = LedgerText(path, self._stream)
+        self._text = JsonStream(path, self._stream)
 
     @property
     def size_bytes(self) -> int:
@@ -134,7 +134,7 @@ class LedgerFile:
     def entries(self) -> Iterator[Entry]:
         """Read every member of `rows`, from the start of the file; one reading at a time. Raises as `rows`."""
         self._check_unchanged()
-        text = self._text = LedgerText(self.path, self._stream)
+        text = self._text = JsonStream(self.path, self._stream)
         names: set[str] = set()
         self._expect_object(text, "it is {}, want an object with a member rows")
         for name in text.names():
@@ -150,7 +150,7 @@ class LedgerFile:
             value = text.value(f"the member {name[:80]!r}", most_bytes=_MAX_OTHER_BYTES)
             if name == "meta":
                 self.meta = value
-        if text.mark():
+        if text.peek():
             text.fail("it is not JSON: something follows its end")
         if "rows" not in names:
             text.fail("it has no member rows")
@@ -162,21 +162,21 @@ class LedgerFile:
         if (now.st_size, now.st_mtime_ns) != (self.stat.st_size, self.stat.st_mtime_ns):
             raise LedgerFileError(f"{self.path} was written to while it was read: stop what writes it, or take a copy")
 
-    def _expect_object(self, text: LedgerText, want: str) -> None:
-        mark = text.mark()
+    def _expect_object(self, text: JsonStream, want: str) -> None:
+        mark = text.peek()
         if not mark:
             text.expect("{", "an object")
         if mark != "{":
             text.fail(want.format(_KINDS.get(mark, "a number" if mark.isdigit() or mark == "-" else "no JSON")))
 
-    def _rows(self, text: LedgerText) -> Iterator[Entry]:
+    def _rows(self, text: JsonStream) -> Iterator[Entry]:
         # Once all of it was read they are known to differ.
         is_new = _is_new if self._ids_differ else FingerprintSet(self.size_bytes // _ROW_BYTES).add
         match = REGULAR_ROW.match
         text.expect("{", "an object")
-        after = "," if text.mark() != "}" else text.expect("}", "}")
+        after = "," if text.peek() != "}" else text.expect("}", "}")
         while after == ",":
-            text.mark()  # a dump has each row on a line of its own
+            text.peek()  # a dump has each row on a line of its own
             # Nearly all rows are of one form, which needs no parser; each takes its comma along.
             while found := match(text.window, text.at):
                 install_id = found[1]
@@ -203,5 +203,5 @@ def _is_new(_install_id: str) -> bool:
     return True
 
 
-def _fail_twice(text: LedgerText, install_id: str) -> NoReturn:
+def _fail_twice(text: JsonStream, install_id: str) -> NoReturn:
     text.fail(f"the install id {install_id[:80]!r} is there twice; a UUID is the same in upper and lower case")

@@ -22,7 +22,7 @@ _LONGEST_WORD = max(map(len, _WORDS))
 _TRUNCATED = "the file ends in the middle: it is truncated"
 
 
-class LedgerText:
+class JsonStream:
     """A window on the text, and where in it the reading stands. Each method goes on from there.
 
     What cannot be read raises LedgerFileError, with line and column, both from 1, the column in characters.
@@ -37,7 +37,7 @@ class LedgerText:
         self._line = self._column = 1  # of the window's first character
         self._stream.seek(0)
 
-    def more(self) -> bool:
+    def fill(self) -> bool:
         """Let go what is read, and read on; False at the end of the file."""
         self._line, self._column = self._place(self.at)
         self.window, self.at = self.window[self.at :], 0
@@ -55,7 +55,7 @@ class LedgerText:
             self.fail("it is not UTF-8" if raw else _TRUNCATED, at=len(self.window))
         return bool(raw)
 
-    def mark(self) -> str:
+    def peek(self) -> str:
         """Pass over white space, and give the character that stands there; "" at the end of the file."""
         while True:
             window, at = self.window, self.at
@@ -64,12 +64,12 @@ class LedgerText:
             self.at = at
             if at < len(window):
                 return window[at]
-            if not self.more():
+            if not self.fill():
                 return ""
 
     def expect(self, marks: str, what: str) -> str:
         """Pass over white space and one of these characters, and give it."""
-        mark = self.mark()
+        mark = self.peek()
         if not mark:
             self.fail("it is empty" if self._place(self.at) == (1, 1) else _TRUNCATED)
         if mark not in marks:
@@ -79,7 +79,7 @@ class LedgerText:
 
     def name(self) -> str:
         """Read the name of a member, and the colon after it."""
-        if self.mark() != '"':
+        if self.peek() != '"':
             self.expect("", "a name in quotes")
         name = self.value("a name")
         self.expect(":", "a colon")
@@ -88,7 +88,7 @@ class LedgerText:
     def names(self) -> Iterator[str]:
         """Read an object, name by name: the caller reads the value before it asks for the next one."""
         self.expect("{", "an object")
-        if self.mark() == "}":
+        if self.peek() == "}":
             self.at += 1
             return
         while True:
@@ -116,7 +116,7 @@ class LedgerText:
 
     def _decoded(self, of: str, most_bytes: int) -> tuple[object, int]:
         """Read on until a value is whole in the window; give it and where it ends."""
-        self.mark()
+        self.peek()
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.window, self.at)
@@ -125,7 +125,7 @@ class LedgerText:
                     self.fail(f"{of} is longer than {most_bytes:,} bytes")
                 offset = error.pos - self.at
                 may_go_on = error.pos > len(self.window) - _LONGEST_WORD or error.msg.startswith("Unterminated")
-                if may_go_on and self.more():
+                if may_go_on and self.fill():
                     continue
                 self._fail_broken(error, self.at + offset)
             except _Refused as error:
@@ -135,7 +135,7 @@ class LedgerText:
             except RecursionError:
                 self.fail(f"{of} is nested more than {_MAX_DEPTH} deep")
             length, rest = end - self.at, len(self.window) - end
-            if rest < len("e+5") and self.more():  # a number may go on
+            if rest < len("e+5") and self.fill():  # a number may go on
                 continue
             return value, self.at + length
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from limiter._util.atomic_file import free_name
-from limiter.ledger.trailer import Seal, check_seal, read_seal
+from limiter.ledger.trailer import Trailer, check_trailer, read_trailer
 
 KEEP = 5  # with the file itself
 _SUFFIX = re.compile(r"\.\d{8}T\d{6}\.\d{3}Z(-\d+)?", re.ASCII)
@@ -19,15 +19,15 @@ _SUFFIX = re.compile(r"\.\d{8}T\d{6}\.\d{3}Z(-\d+)?", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One of the files, or the one that has the name itself; seal: None where the last line cannot be read."""
+    """One of the files, or the one that has the name itself; trailer: None where the last line cannot be read."""
 
     path: Path
-    seal: Seal | None
+    trailer: Trailer | None
 
 
-def generation_name(path: Path, seal: Seal) -> Path:
+def generation_name(path: Path, trailer: Trailer) -> Path:
     """Give a free name for a file that is about to be replaced."""
-    return free_name(path, _stamp(seal.time))
+    return free_name(path, _stamp(trailer.time))
 
 
 def set_aside_name(path: Path, time: str) -> Path:
@@ -41,11 +41,13 @@ def generations(path: Path) -> list[Generation]:
     found = []
     for entry in _beside(path):
         if entry == path or _SUFFIX.fullmatch(entry.name.removeprefix(path.name)):
-            seal = None
+            trailer = None
             with contextlib.suppress(OSError):
-                seal = read_seal(entry)
-            found.append(Generation(entry, seal))
-    return sorted(found, key=lambda each: (each.seal.age_key if each.seal else (-1, -1), each.path.name), reverse=True)
+                trailer = read_trailer(entry)
+            found.append(Generation(entry, trailer))
+    return sorted(
+        found, key=lambda each: (each.trailer.age_key if each.trailer else (-1, -1), each.path.name), reverse=True
+    )
 
 
 def set_aside(path: Path) -> list[Path]:
@@ -60,9 +62,9 @@ def prune(path: Path, keep: int) -> list[Path]:
     The file itself is read again first: unless it is good, nothing goes. The latest that has every row stays in any
     case. Raises OSError.
     """
-    listed = [each for each in generations(path) if each.seal is not None]
+    listed = [each for each in generations(path) if each.trailer is not None]
     spare = _spare(listed, keep)
-    if not spare or not check_seal(path).is_intact:
+    if not spare or not check_trailer(path).is_intact:
         return []
     for each in spare:
         each.unlink(missing_ok=True)
@@ -70,7 +72,7 @@ def prune(path: Path, keep: int) -> list[Path]:
 
 
 def _spare(listed: Sequence[Generation], keep: int) -> list[Path]:
-    whole = next((each for each in listed if each.seal is not None and each.seal.broken == 0), None)
+    whole = next((each for each in listed if each.trailer is not None and each.trailer.broken == 0), None)
     return [each.path for each in listed[keep:] if each is not whole]
 
 

@@ -25,7 +25,7 @@ _READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Seal:
+class Trailer:
     """What the last line says. epoch: of the writer's lease. sequence: which dump it is. broken: rows left out."""
 
     epoch: int
@@ -42,14 +42,14 @@ class Seal:
 
 
 @dataclass(frozen=True, slots=True)
-class SealedFile:
+class DumpedFile:
     """A file as it was found or published.
 
-    seal: None when it has no such last line. is_intact: the checksum is that of the file; without a seal False.
+    trailer: None when it has no such last line. is_intact: the checksum is that of the file; without a trailer False.
     rows_digest: of all before the last line, by which two files have the same rows; empty unless intact.
     """
 
-    seal: Seal | None
+    trailer: Trailer | None
     is_intact: bool
     rows_digest: bytes
     stat: os.stat_result
@@ -75,15 +75,15 @@ def checksum_end(checksum: str) -> bytes:
     return b',"checksum":"%s"}}\n' % checksum.encode()
 
 
-def read_seal(path: Path) -> Seal | None:
+def read_trailer(path: Path) -> Trailer | None:
     """Read the last line alone; None when it is not of this form. Raises OSError."""
     with path.open("rb") as stream:
         stream.seek(max(0, os.fstat(stream.fileno()).st_size - _END_BYTES))
         found = _END.search(stream.read(_END_BYTES))
-    return None if found is None else _seal(found)
+    return None if found is None else _trailer(found)
 
 
-def check_seal(path: Path, *, on_read: Callable[[int], None] | None = None) -> SealedFile:
+def check_trailer(path: Path, *, on_read: Callable[[int], None] | None = None) -> DumpedFile:
     """Read the whole file and compare the checksum; rows are not looked at. Raises OSError."""
     with path.open("rb") as stream:
         status = os.fstat(stream.fileno())
@@ -91,8 +91,8 @@ def check_seal(path: Path, *, on_read: Callable[[int], None] | None = None) -> S
         end = stream.read(_END_BYTES)
         found = _END.search(end)
         if found is None:
-            return SealedFile(None, is_intact=False, rows_digest=b"", stat=status)
-        seal = _seal(found)
+            return DumpedFile(None, is_intact=False, rows_digest=b"", stat=status)
+        trailer = _trailer(found)
         stream.seek(0)
         digest, rest = hashlib.sha256(), status.st_size - (len(end) - found.start())
         while rest and (chunk := stream.read(min(rest, _READ_BYTES))):
@@ -102,16 +102,16 @@ def check_seal(path: Path, *, on_read: Callable[[int], None] | None = None) -> S
                 on_read(len(chunk))
         rows_digest = digest.digest()
         digest.update(found[0][:-CHECKSUM_BYTES])
-    is_intact = rest == 0 and int(found[1]) == FORMAT and seal.checksum == f"sha256:{digest.hexdigest()}"
-    return SealedFile(seal, is_intact=is_intact, rows_digest=rows_digest if is_intact else b"", stat=status)
+    is_intact = rest == 0 and int(found[1]) == FORMAT and trailer.checksum == f"sha256:{digest.hexdigest()}"
+    return DumpedFile(trailer, is_intact=is_intact, rows_digest=rows_digest if is_intact else b"", stat=status)
 
 
-def begins_as_ours(path: Path) -> bool:
+def has_header(path: Path) -> bool:
     """Tell whether a file begins as those that limiter writes. Raises OSError."""
     with path.open("rb") as stream:
         return stream.read(len(HEAD)) == HEAD
 
 
-def _seal(found: "re.Match[bytes]") -> Seal:
+def _trailer(found: "re.Match[bytes]") -> Trailer:
     epoch, sequence, rows, broken = (int(found[group]) for group in (2, 3, 5, 6))
-    return Seal(epoch, sequence, found[4].decode(), rows, broken, found[7].decode())
+    return Trailer(epoch, sequence, found[4].decode(), rows, broken, found[7].decode())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from limiter.errors import LedgerFileError
 from limiter.ledger.file import LedgerFile
-from limiter.ledger.trailer import Seal, begins_as_ours, check_seal
+from limiter.ledger.trailer import Trailer, check_trailer, has_header
 
 _FAULTS_KEPT = 20
 
@@ -19,13 +19,13 @@ _FAULTS_KEPT = 20
 class VerifyReport:
     """What was found. It `is_good` when there is no fault.
 
-    seal: what the last line says; None in a file that limiter did not write, which has no checksum either. rows: how
+    trailer: what the last line says; None in a file that limiter did not write, which has no checksum either. rows: how
     many can be taken. faults: the first of `fault_count`.
     """
 
     path: Path
     size_bytes: int
-    seal: Seal | None
+    trailer: Trailer | None
     rows: int
     faults: tuple[str, ...]
     fault_count: int
@@ -43,13 +43,13 @@ def verify(path: Path) -> VerifyReport:
     """
     with LedgerFile(path) as file:
         faults = _Faults()
-        seal = _check_seal(path, faults)
+        trailer = _check_trailer(path, faults)
         rows = _check_rows(file, faults)
-        if seal is None and not faults.count and file.has_checksum:
+        if trailer is None and not faults.count and file.has_checksum:
             faults.note("its checksum is not that of the file: it was written anew after limiter had")
-        if rows is not None and seal is not None and seal.rows != rows:
-            faults.note(f"it has {rows} rows, and its last line says {seal.rows}")
-        return VerifyReport(path, file.size_bytes, seal, rows or 0, tuple(faults.first), faults.count)
+        if rows is not None and trailer is not None and trailer.rows != rows:
+            faults.note(f"it has {rows} rows, and its last line says {trailer.rows}")
+        return VerifyReport(path, file.size_bytes, trailer, rows or 0, tuple(faults.first), faults.count)
 
 
 class _Faults:
@@ -65,15 +65,17 @@ class _Faults:
             self.first.append(fault)
 
 
-def _check_seal(path: Path, faults: _Faults) -> Seal | None:
+def _check_trailer(path: Path, faults: _Faults) -> Trailer | None:
     try:
-        sealed = check_seal(path)
-        is_ours = sealed.seal is not None or begins_as_ours(path)
+        dumped = check_trailer(path)
+        is_ours = dumped.trailer is not None or has_header(path)
     except OSError as error:
         raise LedgerFileError(f"{path} cannot be read: {error.strerror}") from error
-    if is_ours and not sealed.is_intact:
-        faults.note("the checksum is not that of the file" if sealed.seal else "its last line is not one of limiter's")
-    return sealed.seal
+    if is_ours and not dumped.is_intact:
+        faults.note(
+            "the checksum is not that of the file" if dumped.trailer else "its last line is not one of limiter's"
+        )
+    return dumped.trailer
 
 
 def _check_rows(file: LedgerFile, faults: _Faults) -> int | None:

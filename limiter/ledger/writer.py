@@ -21,7 +21,7 @@ from typing import Self, TypeVar
 from limiter._util.atomic_file import AtomicFile, in_thread
 from limiter.errors import LedgerFileError
 from limiter.ledger.row_codec import json_bytes
-from limiter.ledger.trailer import HEAD, Seal, SealedFile, checksum_end, meta_line
+from limiter.ledger.trailer import HEAD, DumpedFile, Trailer, checksum_end, meta_line
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -29,7 +29,7 @@ _WRITE_BYTES = 256 * 1024
 
 
 class LedgerWriter:
-    """A credits.json in the making: `add` the rows, `seal` it, `publish` it.
+    """A credits.json in the making: `add` the rows, `write_trailer`, `publish`.
 
     A `with` block that ends without leaves no trace. Methods raise LedgerFileError; the file at `path` then is as it
     was, and the temp file gone with the block.
@@ -41,7 +41,7 @@ class LedgerWriter:
         self._digest = hashlib.sha256()
         self._waiting: list[bytes] = [HEAD]
         self._waiting_bytes = 0
-        self._seal: Seal | None = None
+        self._trailer: Trailer | None = None
         try:
             self._file = AtomicFile(path)
         except OSError as error:
@@ -73,19 +73,19 @@ class LedgerWriter:
         await self._flush()
         return self._digest.digest()
 
-    async def seal(self, *, epoch: int, sequence: int, time: str, broken: int) -> Seal:
+    async def write_trailer(self, *, epoch: int, sequence: int, time: str, broken: int) -> Trailer:
         """Write the last line, after `rows_digest`, and bring all of it to disk."""
         line = meta_line(epoch=epoch, sequence=sequence, time=time, rows=self.rows, broken=broken)
         self._waiting.append(line)
         await self._flush()
-        self._seal = Seal(epoch, sequence, time, self.rows, broken, f"sha256:{self._digest.hexdigest()}")
-        await self._run(self._end, checksum_end(self._seal.checksum))
-        return self._seal
+        self._trailer = Trailer(epoch, sequence, time, self.rows, broken, f"sha256:{self._digest.hexdigest()}")
+        await self._run(self._end, checksum_end(self._trailer.checksum))
+        return self._trailer
 
-    async def publish(self, rows_digest: bytes, *, keep_as: Path | None) -> SealedFile:
+    async def publish(self, rows_digest: bytes, *, keep_as: Path | None) -> DumpedFile:
         """Bring it under its name; with keep_as, the file that it replaces stays under that one."""
         status = await self._run(self._publish, keep_as)
-        return SealedFile(self._seal, is_intact=True, rows_digest=rows_digest, stat=status)
+        return DumpedFile(self._trailer, is_intact=True, rows_digest=rows_digest, stat=status)
 
     async def _flush(self) -> None:
         data = b"".join(self._waiting)
@@ -115,7 +115,7 @@ def _unwritten(path: Path, error: OSError) -> LedgerFileError:
     return LedgerFileError(f"{path} cannot be written: {error.strerror or error}; nothing was replaced")
 
 
-class ListFile:
+class SideFile:
     """A JSON file `{"<word>": […]}`, one item a line, of what a ledger cannot hold; it is made with its first item."""
 
     def __init__(self, path: Path, word: str) -> None:

@@ -254,8 +254,8 @@ async def test_dump_when_a_dump_is_replaced_then_it_stays_under_its_time_and_so_
     for number in range(6):
         await limiter.debit(f"i-{number}", tier="core", has_hardware=True)
         report = await dump(limiter, path, keep=3)
-        assert report.file.seal
-        assert (report.rows, report.file.seal.sequence, report.is_set_aside) == (number + 1, number + 1, False)
+        assert report.file.trailer
+        assert (report.rows, report.file.trailer.sequence, report.is_set_aside) == (number + 1, number + 1, False)
         clock.now_ms += 1000
     assert names(path.parent) == [
         "credits.json",
@@ -293,11 +293,11 @@ async def test_dump_when_rows_are_missing_from_it_then_the_last_whole_one_is_nev
         clock.now_ms += 1000
         await limiter.debit("i-1", tier="pro", has_hardware=True)
         assert (await dump(limiter, path, keep=2)).broken == 1
-    assert [each.seal.broken for each in generations(path) if each.seal] == [1, 1, 0]
-    assert generations(path)[-1].seal == whole.file.seal
+    assert [each.trailer.broken for each in generations(path) if each.trailer] == [1, 1, 0]
+    assert generations(path)[-1].trailer == whole.file.trailer
     await redis.hset("credits:install:i-0", "monthly_consumed", "1")
     await dump(limiter, path, keep=2)
-    assert [each.seal.broken for each in generations(path) if each.seal] == [0, 1]
+    assert [each.trailer.broken for each in generations(path) if each.trailer] == [0, 1]
 
 
 async def test_prune_when_the_file_itself_is_broken_then_nothing_is_removed(

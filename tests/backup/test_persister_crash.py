@@ -22,7 +22,7 @@ from limiter.backup.importer import import_file
 from limiter.backup.restore import newest_good
 from limiter.credits.rows import scan_keys
 from limiter.ledger.rotation import generations
-from limiter.ledger.trailer import Seal, read_seal
+from limiter.ledger.trailer import Trailer, read_trailer
 from limiter.ledger.verify import verify
 from tests.conftest import TIERS
 from tests.support.redis_servers import Server
@@ -136,9 +136,9 @@ async def load(core: CreditLimiter) -> AsyncIterator[None]:
         await task
 
 
-def seal_of(path: Path) -> Seal | None:
+def seal_of(path: Path) -> Trailer | None:
     try:
-        return read_seal(path)
+        return read_trailer(path)
     except OSError:
         return None
 
@@ -150,14 +150,14 @@ async def until(predicate: Callable[[], object], *, within_s: float = 30) -> Non
 
 
 def age_of(path: Path) -> tuple[int, int]:
-    seal = read_seal(path)
-    assert seal
-    return seal.age_key
+    trailer = read_trailer(path)
+    assert trailer
+    return trailer.age_key
 
 
 def is_later(path: Path, epoch: int) -> bool:
-    seal = seal_of(path)
-    return seal is not None and seal.epoch > epoch
+    trailer = seal_of(path)
+    return trailer is not None and trailer.epoch > epoch
 
 
 def is_whole(temp: Path) -> bool:
@@ -183,11 +183,11 @@ async def test_file_when_its_persister_is_killed_at_any_moment_then_it_is_a_good
             nursery.signal(pid, signal.SIGKILL)
             report = verify(path)
             assert report.is_good, report.faults
-            assert report.seal
-            assert report.seal.age_key >= last
-            last = report.seal.age_key
+            assert report.trailer
+            assert report.trailer.age_key >= last
+            last = report.trailer.age_key
             pid = nursery.start(interval_s=0.01, lease_s=0.1)
-            await until(partial(is_later, path, report.seal.epoch))
+            await until(partial(is_later, path, report.trailer.epoch))
     rows = await rows_of(core)
     nursery.signal(pid, signal.SIGTERM)
     await until(lambda: not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_bytes())

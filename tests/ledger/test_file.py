@@ -20,7 +20,7 @@ from limiter._util.timestamps import ms_from_iso
 from limiter.ledger.file import LedgerFile, row_from_member, undated_fields
 from limiter.ledger.json_stream import READ_BYTES
 from limiter.ledger.row_codec import MAX_EXTRA_BYTES, json_bytes, line_from_row, merged_extra
-from limiter.ledger.trailer import Seal, check_seal, read_seal
+from limiter.ledger.trailer import Trailer, check_trailer, read_trailer
 from limiter.ledger.writer import LedgerWriter
 from tests.support.ledger_files import write_ledger
 
@@ -461,8 +461,8 @@ async def test_write_when_rows_are_given_then_the_file_is_the_described_one(tmp_
         "broken": 0,
         "checksum": checksum,
     }
-    assert written.seal == read_seal(path) == Seal(7, 41, NOW, 3, 0, checksum)
-    assert check_seal(path) == written
+    assert written.trailer == read_trailer(path) == Trailer(7, 41, NOW, 3, 0, checksum)
+    assert check_trailer(path) == written
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert files(tmp_path) == ["credits.json"]
 

@@ -33,8 +33,12 @@ async def path(tmp_path: Path) -> Path:
 def test_verify_when_a_dump_is_whole_then_it_says_what_it_is(path: Path) -> None:
     report = verify(path)
     assert (report.is_good, report.rows, report.faults, report.size_bytes) == (True, 3, (), path.stat().st_size)
-    assert report.seal
-    assert (report.seal.age_key, report.seal.time, report.seal.rows) == ((3, 41), "2026-05-11T23:02:57.123Z", 3)
+    assert report.trailer
+    assert (report.trailer.age_key, report.trailer.time, report.trailer.rows) == (
+        (3, 41),
+        "2026-05-11T23:02:57.123Z",
+        3,
+    )
 
 
 def test_verify_when_any_one_byte_is_another_then_it_is_found(path: Path) -> None:
@@ -95,7 +99,7 @@ def test_verify_when_the_file_is_of_the_old_ledger_then_its_rows_are_checked_and
 ) -> None:
     path = tmp_path / "credits.json"
     path.write_text(json.dumps({"rows": {"a": PERIOD, "b": {"month": "2025-10"}}}))
-    assert (verify(path).is_good, verify(path).rows, verify(path).seal) == (True, 2, None)
+    assert (verify(path).is_good, verify(path).rows, verify(path).trailer) == (True, 2, None)
     path.write_text(json.dumps({"rows": {"a": PERIOD, "b": {"lifetime_consumed": -1}}}))
     report = verify(path)
     assert (report.is_good, report.rows, report.fault_count) == (False, 1, 1)
@@ -109,7 +113,7 @@ def test_verify_when_a_dump_was_written_anew_by_something_else_then_it_is_found(
     for content in (json.dumps(document, indent=2), path.read_text().replace("\n", "\r\n")):
         anew.write_text(content, newline="")
         report = verify(anew)
-        assert (report.is_good, report.seal) == (False, None)
+        assert (report.is_good, report.trailer) == (False, None)
         assert "its checksum is not that of the file" in report.faults[0]
     del document["meta"]
     anew.write_text(json.dumps(document))

@@ -6,13 +6,13 @@ from pathlib import Path
 from limiter._util.timestamps import iso_from_ms
 from limiter.credits.models import Row
 from limiter.ledger.row_codec import line_from_row
-from limiter.ledger.trailer import SealedFile
+from limiter.ledger.trailer import DumpedFile
 from limiter.ledger.writer import LedgerWriter
 
 
 async def write_ledger(
     path: Path, rows: AsyncIterable[Row] | Iterable[Row], *, now_ms: int, epoch: int = 0, sequence: int = 1
-) -> SealedFile:
+) -> DumpedFile:
     """Write the rows to a credits.json, which replaces the one there."""
     with LedgerWriter(path) as file:
         if isinstance(rows, AsyncIterable):
@@ -22,5 +22,5 @@ async def write_ledger(
             for row in rows:
                 await file.add([line_from_row(row)])
         digest = await file.rows_digest()
-        await file.seal(epoch=epoch, sequence=sequence, time=iso_from_ms(now_ms), broken=0)
+        await file.write_trailer(epoch=epoch, sequence=sequence, time=iso_from_ms(now_ms), broken=0)
         return await file.publish(digest, keep_as=None)
