@@ -90,7 +90,7 @@ async def dump(
     time = iso_from_ms(await moment_ms(limiter))
     with SideFile(path.parent / f"{path.name}.broken.json", "broken") as broken_file, LedgerWriter(path) as file:
         scan, publication = _Scan(limiter, broken_file), Publication(path, time, writer)
-        found = await publication.find(last)
+        found = await publication.current(last)
         await scan.write_to(file)
         rows_digest = await file.rows_digest()
         kept, is_set_aside = None, False
@@ -98,7 +98,7 @@ async def dump(
         if found is None or not unchanged:
             if not file.rows:
                 await _refuse_loss(publication, found, scan)
-            kept, is_set_aside = await publication.name_for(found, file.rows, last)
+            kept, is_set_aside = await publication.backup_name(found, file.rows, last)
             published = await publication.publish(file, rows_digest, found, kept=kept, broken=broken_file.count)
             with suppress(OSError):  # too many files are no reason to call a good dump bad
                 await in_thread(prune, publication.path, keep)
@@ -141,10 +141,10 @@ class _Scan:
                 else:
                     lines.append(line)
             if rest:
-                lines += await self._looked_closer(rest)
+                lines += await self._read_slowly(rest)
             await file.add(lines)
 
-    async def _looked_closer(self, names: Sequence[bytes]) -> list[bytes]:
+    async def _read_slowly(self, names: Sequence[bytes]) -> list[bytes]:
         lines = []
         for name, fields in zip(names, await read_fields(self._limiter.channel, names), strict=True):
             if not fields:

@@ -21,7 +21,7 @@ _LOG = logging.getLogger("limiter")
 
 
 @asynccontextmanager
-async def one_import(limiter: CreditLimiter, *, lease_s: float = LEASE_S) -> AsyncIterator[StillOurs]:
+async def exclusive_import(limiter: CreditLimiter, *, lease_s: float = LEASE_S) -> AsyncIterator[StillOurs]:
     """Wait until no other import runs, and keep others waiting until the block ends.
 
     Gives a check, for right before each writing, that raises LedgerFileError once another import had the lease, be it

@@ -14,8 +14,8 @@ from redis.exceptions import RedisError
 
 from limiter._util.atomic_file import in_thread
 from limiter._util.cancellation import CancelWatch
-from limiter.backup.import_lock import StillOurs, one_import
-from limiter.backup.row_writer import Item, RowSender
+from limiter.backup.import_lock import StillOurs, exclusive_import
+from limiter.backup.row_writer import Item, RowWriter
 from limiter.credits.limiter import CreditLimiter
 from limiter.credits.models import Status
 from limiter.credits.rows import scan_keys
@@ -92,7 +92,7 @@ async def import_file(
         if dry_run:
             answers = await run.compared(mode)
         else:
-            async with one_import(limiter) as still_ours:
+            async with exclusive_import(limiter) as still_ours:
                 answers = await run.compared(mode) if mode == "create" else Counter()
                 if not answers or answers.total() != answers[Status.SAME]:
                     try:
@@ -139,7 +139,7 @@ class _Import:
         self.faults: Counter[str] = Counter()
         self._limiter, self._file, self._now_ms = limiter, file, now_ms
         self._rejected_file, self._on_progress = rejected_file, on_progress
-        self._sender = RowSender(limiter, self._reject)
+        self._writer = RowWriter(limiter, self._reject)
         self._cancel = CancelWatch()
 
     async def check(self) -> None:
@@ -153,9 +153,9 @@ class _Import:
                 except LedgerRowError as error:
                     await self._reject(entry, str(error), error.fault)
             if self.total % BATCH_ROWS == 0:
-                self._tell("check", self.total)
+                self._report("check", self.total)
                 await asyncio.sleep(0)  # others on this loop have their turn, and a cancellation is seen
-        self._tell("check", self.total)
+        self._report("check", self.total)
         self.good = self.total - self.rejected
         if not is_intact and self._file.has_checksum:
             raise LedgerFileError(
@@ -174,9 +174,9 @@ class _Import:
         answers: Counter[Status] = Counter()
         rows = 0
         for batch in self._batches():
-            answers += await self._sender.put(batch, mode, asks=True)
+            answers += await self._writer.put(batch, mode, asks=True)
             rows += len(batch)
-            self._tell("compare", rows)
+            self._report("compare", rows)
         if mode == "create":
             _refuse_other_rows(self._file.path, stored, answers)
         return answers
@@ -191,18 +191,18 @@ class _Import:
         rows = 0
         sent: deque[tuple[int, asyncio.Task[Counter[Status]]]] = deque()
         batches = self._batches()
-        self._tell("write", 0)
+        self._report("write", 0)
         try:
             while True:
                 while len(sent) < _BATCHES_SENT and (batch := next(batches, None)):
                     await still_ours()
-                    sent.append((len(batch), asyncio.create_task(self._sender.store(batch, mode))))
+                    sent.append((len(batch), asyncio.create_task(self._writer.store(batch, mode))))
                     await asyncio.sleep(0)
                 if not sent:
                     return answers
                 answers += await sent[0][1]
                 rows += sent.popleft()[0]
-                self._tell("write", rows)
+                self._report("write", rows)
         except LimiterError as error:
             told = str(error).rstrip(".")
             error.args = (f"{told}. Of {self.good:,} rows {rows:,} or more are in, each whole: import the file again",)
@@ -233,7 +233,7 @@ class _Import:
         if self._rejected_file is not None:
             await self._rejected_file.add({"install_id": entry.install_id, "reason": reason, "row": entry.member})
 
-    def _tell(self, phase: Phase, rows: int) -> None:
+    def _report(self, phase: Phase, rows: int) -> None:
         self._cancel.check()
         if self._on_progress is not None:
             read_bytes = self._file.read_bytes if rows else 0  # or a phase that begins shows the end of the last one

@@ -23,7 +23,7 @@ class LeaseStatus(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Leased:
+class LeaseState:
     """What lease.lua answered.
 
     owner: who has the lease. checksum: of the file that was published last, or was about to be. good_at: the time of
@@ -54,15 +54,15 @@ class Lease:
         self._scripts = Scripts(limiter.channel, timeout_ms=1000)
         self._key = key or limiter.keys.lease()
 
-    async def take(self, *, least_epoch: int = 0, checksum: str = "", good_at: str = "") -> Leased:
+    async def take(self, *, least_epoch: int = 0, checksum: str = "", good_at: str = "") -> LeaseState:
         """Take the lease or keep it, for another `lease_s`. Run lease.lua."""
         return await self._call(least_epoch, max(1, round(self.lease_s * 1000)), checksum, good_at)
 
-    async def give_back(self) -> Leased:
+    async def give_back(self) -> LeaseState:
         """Let another take it at once; without any effect when it is another's."""
         return await self._call(0, 0, "", "")
 
-    async def _call(self, least_epoch: int, lease_ms: int, checksum: str, good_at: str) -> Leased:
+    async def _call(self, least_epoch: int, lease_ms: int, checksum: str, good_at: str) -> LeaseState:
         clock = self._limiter.clock
         status, epoch, owner, noted, good = await self._limiter.repeated(
             lambda: self._scripts.call(
@@ -76,4 +76,4 @@ class Lease:
                 None if clock is None else clock(),
             )
         )
-        return Leased(LeaseStatus(status.decode()), epoch, owner.decode(), noted.decode(), good.decode())
+        return LeaseState(LeaseStatus(status.decode()), epoch, owner.decode(), noted.decode(), good.decode())

@@ -13,7 +13,7 @@ from typing import Self
 from limiter._util.atomic_file import in_thread
 from limiter._util.cancellation import CancelWatch
 from limiter.backup.dump import DumpReport, dump
-from limiter.backup.lease import Lease, Leased
+from limiter.backup.lease import Lease, LeaseState
 from limiter.backup.publish import Writer
 from limiter.config.settings import PersisterSettings
 from limiter.credits.limiter import CreditLimiter
@@ -51,7 +51,7 @@ class Persister:
         self._good_at = ""
         self._limiter, self._path, self._interval_s, self._keep = limiter, path, interval_s, keep
         self._lease = Lease(limiter, lease_s=lease_s)
-        self._leased: Leased | None = None
+        self._leased: LeaseState | None = None
         self._file: DumpedFile | None = None
         self._stopped = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -161,7 +161,7 @@ class Persister:
             except LimiterError as error:
                 _LOG.debug("the persister's lease was not given back, and will lapse: %s", error)
 
-    async def _dump(self, leased: Leased) -> None:
+    async def _dump(self, leased: LeaseState) -> None:
         try:
             if self.last_report is None:  # later on, a folder that is gone may be a disk that is
                 await in_thread(self._path.parent.mkdir, parents=True, exist_ok=True)
@@ -191,7 +191,7 @@ class Persister:
         _LOG.error("%s; the first: %s", self.last_error, report.first_broken[0])
 
 
-def persister_of(
+def make_persister(
     limiter: CreditLimiter, settings: PersisterSettings, *, on_change: OnChange | None = None
 ) -> Persister:
     """Make the persister that the settings ask for. on_change: given each new report."""

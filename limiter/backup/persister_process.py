@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import orjson
 import uvloop
 
-from limiter.backup.persister import persister_of
+from limiter.backup.persister import make_persister
 from limiter.bootstrap import open_limiter
 from limiter.config.settings import Settings
 from limiter.errors import LimiterError
@@ -125,7 +125,7 @@ async def _main(settings: Settings) -> None:
     reader = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     async with open_limiter(settings) as limiter:
-        persister = persister_of(limiter, settings.persister, on_change=_tell)
+        persister = make_persister(limiter, settings.persister, on_change=_tell)
         loop.add_signal_handler(signal.SIGTERM, persister.stop)
 
         async def stop_with_parent() -> None:

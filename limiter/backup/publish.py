@@ -11,7 +11,7 @@ from pathlib import Path
 
 from limiter._util.atomic_file import FolderLock, in_thread
 from limiter._util.cancellation import CancelWatch
-from limiter.backup.lease import Lease, Leased
+from limiter.backup.lease import Lease, LeaseState
 from limiter.errors import LedgerFileError
 from limiter.ledger.file import LedgerFile
 from limiter.ledger.rotation import generation_name, set_aside_name
@@ -28,7 +28,7 @@ class Writer:
     """A persister's right to replace a file: its lease, and what was answered when it took it."""
 
     lease: Lease
-    leased: Leased
+    leased: LeaseState
 
 
 class Publication:
@@ -39,7 +39,7 @@ class Publication:
         self._time, self._writer = time, writer
         self._cancel = CancelWatch()
 
-    async def find(self, last: DumpedFile | None) -> DumpedFile | None:
+    async def current(self, last: DumpedFile | None) -> DumpedFile | None:
         """Look at the file that is there; None when there is none. One that is not `last` is read as a whole."""
         try:
             if last is not None and last.is_still(self.path.stat()):
@@ -56,7 +56,9 @@ class Publication:
         """Tell whether there is anything in the file to lose; one that cannot be read may have it."""
         return await in_thread(_has_rows, self.path)
 
-    async def name_for(self, found: DumpedFile | None, rows: int, last: DumpedFile | None) -> tuple[Path | None, bool]:
+    async def backup_name(
+        self, found: DumpedFile | None, rows: int, last: DumpedFile | None
+    ) -> tuple[Path | None, bool]:
         """Give the name under which the replaced file stays, and whether it is set aside for good."""
         if found is None:
             return None, False

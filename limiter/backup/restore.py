@@ -44,7 +44,7 @@ def newest_good(path: Path, *, passed_over: Callable[[VerifyReport], None]) -> V
 
 
 @asynccontextmanager
-async def alone(limiter: CreditLimiter, *, lease_s: float, checksum: str) -> AsyncIterator[None]:
+async def exclusive(limiter: CreditLimiter, *, lease_s: float, checksum: str) -> AsyncIterator[None]:
     """Keep persisters from writing until the block ends. Raises LedgerFileError while one is at work.
 
     checksum: of the file that is restored; after the block persisters know it as the fleet's own.

@@ -43,7 +43,7 @@ class Item(NamedTuple):
         return "\n".join((*self.entry.groups[1:], "")) if self.read is None else stored_text(self.read)
 
 
-class RowSender:
+class RowWriter:
     """Sends batches to one Redis. reject: told of each row that Redis cannot take, and why.
 
     Methods raise LimiterUnavailable: then some rows of the batch may be in, each of them whole.

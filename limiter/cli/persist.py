@@ -5,7 +5,7 @@ import signal
 
 import typer
 
-from limiter.backup.persister import persister_of
+from limiter.backup.persister import make_persister
 from limiter.bootstrap import open_limiter
 from limiter.cli._console import ERRORS, OUT, ConfigOption, RedisOption, log_as, run, settings_of
 from limiter.config.settings import Settings
@@ -33,7 +33,7 @@ def persist(redis: RedisOption = None, config: ConfigOption = None) -> None:
 async def _persist(settings: Settings) -> str | None:
     """Persist until told to stop; give the error of the last dump, if it failed."""
     async with open_limiter(settings) as limiter:
-        persister = persister_of(limiter, settings.persister)
+        persister = make_persister(limiter, settings.persister)
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, persister.stop)
         OUT.print(f"limiter: dumping to {settings.persister.file} every {settings.persister.interval_s:g} s")

@@ -9,7 +9,7 @@ import typer
 
 from limiter._util.timestamps import ms_from_iso
 from limiter.backup.importer import ImportReport, import_file
-from limiter.backup.restore import alone, has_rows, newest_good
+from limiter.backup.restore import exclusive, has_rows, newest_good
 from limiter.bootstrap import open_limiter
 from limiter.cli._console import ERRORS, ConfigOption, JsonOption, RedisOption, run, settings_of
 from limiter.cli.import_progress import import_shown, print_report
@@ -94,7 +94,7 @@ async def _look(settings: Settings, found: VerifyReport, mode: PutMode) -> None:
 async def _restore(settings: Settings, found: VerifyReport, mode: PutMode, *, as_json: bool) -> ImportReport:
     async with open_limiter(settings) as limiter, wait_for_replicas(limiter.redis, settings.redis.wait_replicas):
         checksum = found.trailer.checksum if found.trailer is not None else ""
-        async with alone(limiter, lease_s=settings.persister.lease_s, checksum=checksum):
+        async with exclusive(limiter, lease_s=settings.persister.lease_s, checksum=checksum):
             report = await import_shown(limiter, found.path, mode=mode)
         print_report(report, as_json=as_json)
     return report

@@ -18,9 +18,9 @@ from redis import Redis as BlockingRedis
 
 from limiter import CreditLimiter, LedgerFileError, LimiterUnavailable, Status, connect
 from limiter.backup.dump import dump
-from limiter.backup.import_lock import one_import
+from limiter.backup.import_lock import exclusive_import
 from limiter.backup.importer import _BATCHES_SENT, BATCH_ROWS, Progress, import_file
-from limiter.backup.row_writer import Item, RowSender
+from limiter.backup.row_writer import Item, RowWriter
 from limiter.credits.scripts import Scripts
 from limiter.ledger.file import LedgerFile
 from tests.backup.test_import import counts, do, dumps, many, member
@@ -136,7 +136,7 @@ async def test_import_when_another_has_the_lease_then_it_waits_until_it_is_given
     redis = await connect(url_of(server))
     closing.push_async_callback(redis.aclose)
     limiter = CreditLimiter(redis, TIERS)
-    async with one_import(limiter):
+    async with exclusive_import(limiter):
         second = asyncio.create_task(do(limiter, ledger))
         await asyncio.sleep(0.5)  # it has read the file, and asks
         assert not second.done()
@@ -150,7 +150,7 @@ async def test_import_when_another_took_the_lease_meanwhile_then_the_check_says_
     redis = await connect(url_of(server))
     closing.push_async_callback(redis.aclose)
     limiter = CreditLimiter(redis, TIERS)
-    async with one_import(limiter, lease_s=0.1) as still_ours:
+    async with exclusive_import(limiter, lease_s=0.1) as still_ours:
         server.hset("credits:import", mapping={"owner": "other:1:x", "lapses_ms": "9999999999999"})
 
         async def lost() -> bool:
@@ -243,9 +243,9 @@ async def test_batch_when_one_of_its_calls_fails_then_the_others_are_over_when_i
 
     monkeypatch.setattr(Scripts, "create_rows", some_fail)
     monkeypatch.setattr(limiter, "repeated", unrepeated)
-    sender = RowSender(limiter, reject=lambda *_: asyncio.sleep(0))
+    writer = RowWriter(limiter, reject=lambda *_: asyncio.sleep(0))
     with LedgerFile(path) as file, pytest.raises(LimiterUnavailable):
-        await sender.store([Item(entry, entry.row(now_ms=0)) for entry in file.entries()], "create")
+        await writer.store([Item(entry, entry.row(now_ms=0)) for entry in file.entries()], "create")
     assert len(over) == 4
     assert server.dbsize() == 80
 

@@ -42,7 +42,7 @@ def chat(relay: Relay, install_id: str) -> None:
         assert answer.status == 200
 
 
-def persister_of(relay: Relay) -> int:
+def persister_pid(relay: Relay) -> int:
     return int(reported(relay)["writer"].split(":")[1])
 
 
@@ -64,13 +64,13 @@ def test_persister_when_its_process_or_its_disk_fails_then_readiness_says_so_and
     wait_until(lambda: reported(relay).get("last_good_at") is not None, within_s=30, what="the first dump")
     assert (reported(relay)["role"], reported(relay)["epoch"], reported(relay)["error"]) == ("writer", 1, None)
     assert "limiter_dump_age_seconds NaN" not in get(relay, "/metrics")
-    first = persister_of(relay)
+    first = persister_pid(relay)
     assert first != relay.process.pid
 
     os.kill(first, signal.SIGKILL)
     wait_until(lambda: "ended with code -9" in str(reported(relay)["error"]), what="the report of its end")
     wait_until(lambda: reported(relay)["epoch"] == 2, within_s=30, what="its return")
-    assert persister_of(relay) != first
+    assert persister_pid(relay) != first
 
     path = tmp_path / "data" / "credits.json"
     path.unlink()
@@ -86,7 +86,7 @@ def test_persister_when_its_process_or_its_disk_fails_then_readiness_says_so_and
 
 def test_persister_when_its_relay_is_killed_then_it_dumps_once_more_and_ends(relay: Relay, tmp_path: Path) -> None:
     wait_until(lambda: reported(relay).get("last_good_at") is not None, within_s=30, what="the first dump")
-    pid, install_id = persister_of(relay), str(uuid.uuid4())
+    pid, install_id = persister_pid(relay), str(uuid.uuid4())
     chat(relay, install_id)
     relay.kill()
     wait_until(lambda: not is_running(pid), within_s=30, what="its end")
