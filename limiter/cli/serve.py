@@ -18,7 +18,7 @@ from limiter.redis.embedded import folder_of, socket_path
 from limiter.redis.url import parse_url
 from limiter.relay.process import relay_process as serving
 from limiter.relay.process.supervisor import supervise
-from limiter.relay.process.worker_metrics import Place
+from limiter.relay.process.worker_metrics import WorkerSlot
 
 
 def serve(
@@ -36,7 +36,7 @@ def serve(
     settings = settings_of(config, redis=redis, relay={"host": host, "port": port, "workers": workers})
     log_as(settings)
     if worker is not None:
-        run(_work(settings, Place.from_text(worker)))
+        run(_work(settings, WorkerSlot.from_text(worker)))
         return
     same = [] if config is None else ["--config", str(config)]
     if redis is not None or (config is None and settings.redis.url != RedisSettings().url):
@@ -46,12 +46,12 @@ def serve(
     OUT.print("limiter: stopped; every row is kept")
 
 
-async def _work(settings: Settings, place: Place) -> None:
+async def _work(settings: Settings, slot: WorkerSlot) -> None:
     """Serve as one worker: what it has to say goes to its supervisor. The first one has the persister."""
-    if place.number:
+    if slot.number:
         settings = settings.model_copy(update={"persister": settings.persister.model_copy(update={"file": ""})})
-    with socket.socket(fileno=place.line) as line:
-        await serving.serve(settings, lambda relay: line.sendall(orjson.dumps(asdict(relay)) + b"\n"), place)
+    with socket.socket(fileno=slot.line) as line:
+        await serving.serve(settings, lambda relay: line.sendall(orjson.dumps(asdict(relay)) + b"\n"), slot)
 
 
 def _announce(settings: Settings, relay: serving.Serving, same: str) -> None:

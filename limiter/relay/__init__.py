@@ -1,8 +1,8 @@
 """The relay: an OpenAI-compatible aiohttp application that spends an install's credits.
 
-`create_app` is its door, and `runner_of` runs it. Nothing here talks to Redis: `CreditLimiter` and `stores` do.
+`create_app` is its door, and `make_runner` runs it. Nothing here talks to Redis: `CreditLimiter` and `stores` do.
 """
 
-from limiter.relay.app import create_app, runner_of
+from limiter.relay.app import create_app, make_runner
 
-__all__ = ["create_app", "runner_of"]
+__all__ = ["create_app", "make_runner"]

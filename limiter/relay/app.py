@@ -17,14 +17,14 @@ from limiter.relay.handlers.models import MODELS, Models, show_model, show_model
 from limiter.relay.handlers.openapi import show_openapi
 from limiter.relay.http.connection import RelayRunner
 from limiter.relay.metering.admission import Admission, trusted_networks
-from limiter.relay.metering.availability import RedisMode
+from limiter.relay.metering.availability import RedisAvailability
 from limiter.relay.metering.claims import Stores
 from limiter.relay.metering.idempotency import Idempotency
 from limiter.relay.metering.settlement import Settlements
-from limiter.relay.middleware.access_log import observe
-from limiter.relay.middleware.cors import allow_origins
-from limiter.relay.middleware.errors import Handler, answer_errors, name_answer
-from limiter.relay.requests.memory_budget import Bodies
+from limiter.relay.middleware.access_log import add_access_log
+from limiter.relay.middleware.cors import add_cors
+from limiter.relay.middleware.errors import Handler, add_request_id, error_middleware
+from limiter.relay.requests.memory_budget import MemoryBudget
 from limiter.relay.requests.upload import UploadLimits, expect_later
 from limiter.relay.telemetry.metrics import Metrics, show_metrics
 from limiter.relay.upstream.client import BackendClient
@@ -43,11 +43,11 @@ def create_app(
     """Make the application. The caller owns limiter and backends, and closes them after the app.
 
     Of the settings, what limiter and backends are made of is not looked at again. reports: parts of `/readyz` by name.
-    Run it with `runner_of`.
+    Run it with `make_runner`.
     """
-    app = web.Application(client_max_size=settings.relay.body_limit_mb * _MIB, middlewares=[answer_errors])
+    app = web.Application(client_max_size=settings.relay.body_limit_mb * _MIB, middlewares=[error_middleware])
     metrics = Metrics(tiers=limiter.tiers, routes=[path for _, path, _ in _ROUTES])
-    mode = RedisMode(limiter, on_redis_down=settings.redis.on_redis_down, timed=metrics.decision_took)
+    mode = RedisAvailability(limiter, on_redis_down=settings.redis.on_redis_down, timed=metrics.decision_took)
     app[RELAY] = relay = _relay(limiter, backends, settings, mode, metrics)
     app[MODELS] = Models(backends)
     app[REPORTS] = {"redis_mode": mode.report, **(reports or {})}
@@ -56,9 +56,9 @@ def create_app(
         for served in (method, "HEAD") if method == "GET" else (method,):
             # The id of a model may hold slashes.
             app.router.add_route(served, path.replace("}", ":.+}"), handler, expect_handler=expect)
-    app.on_response_prepare.append(name_answer)
-    allow_origins(app, settings.relay.cors_origins)
-    observe(app, metrics, short_names(settings.logs.key.get_secret_value()))
+    app.on_response_prepare.append(add_request_id)
+    add_cors(app, settings.relay.cors_origins)
+    add_access_log(app, metrics, short_names(settings.logs.key.get_secret_value()))
     metrics.watch_redis(lambda: mode.state == "ok")
     metrics.watch_settlements(relay.settlements.under_way)
     for name, client in backends.items():
@@ -81,7 +81,7 @@ def _relay(
     limiter: CreditLimiter,
     backends: Mapping[Backend, BackendClient],
     settings: Settings,
-    mode: RedisMode,
+    mode: RedisAvailability,
     metrics: Metrics,
 ) -> Relay:
     limits, keeping = settings.relay, settings.idempotency
@@ -94,7 +94,7 @@ def _relay(
         settlements=settlements,
         costs=settings.costs,
         uploads=UploadLimits(limits.upload_limit_mb * _MIB, limits.replay_limit_kb * _KIB, limits.upload_s),
-        bodies=Bodies(limits.bodies_in_memory_mb * _MIB),
+        bodies=MemoryBudget(limits.bodies_in_memory_mb * _MIB),
         admission=Admission(
             stores,
             mint_per_ip=limits.mint_per_ip,
@@ -112,7 +112,7 @@ def _relay(
     )
 
 
-def runner_of(app: web.Application, limits: RelaySettings) -> web.AppRunner:
+def make_runner(app: web.Application, limits: RelaySettings) -> web.AppRunner:
     """Make the runner of an app. It sees clients leave."""
     return RelayRunner(
         app,

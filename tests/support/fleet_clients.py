@@ -19,7 +19,7 @@ _GIVE_UP_S = 60.0  # no answer takes so long: whoever waits has met a bug
 
 
 @dataclass(slots=True)
-class Asked:
+class ForwardableRequest:
     """One request: its name, whose it is, the relay that it went to, and what its client saw of the answer.
 
     served: the first body byte of a 2xx. refused: an error, whole. nothing: neither, as the client left or the relay
@@ -41,7 +41,7 @@ class Fleet:
     def __init__(self, relays: Sequence[Relay]) -> None:
         self.relays = relays
         self.alive = set(range(len(relays)))
-        self.asked: list[Asked] = []
+        self.asked: list[ForwardableRequest] = []
 
     async def ask(self, clients: int, installs: Sequence[str], requests: int) -> None:
         """Make so many requests from so many clients at once, which share the installs."""
@@ -58,7 +58,7 @@ class Fleet:
 
     async def _client(self, session: aiohttp.ClientSession, install_id: str, numbers: Iterator[int]) -> None:
         for number in numbers:
-            asked = Asked(f"r{number}", install_id, random.choice(sorted(self.alive)))
+            asked = ForwardableRequest(f"r{number}", install_id, random.choice(sorted(self.alive)))
             self.asked.append(asked)
             stream = random.random() < 0.6
             body = {"model": "m", "stream": stream, "user": asked.name, "messages": [{"role": "user", "content": "Hi"}]}
@@ -77,7 +77,7 @@ class Fleet:
                     case _:
                         await self._read(session, asked, body)
 
-    async def _leave_while_sending(self, asked: Asked, body: bytes) -> None:
+    async def _leave_while_sending(self, asked: ForwardableRequest, body: bytes) -> None:
         """Send a head and all but the last of the body, and leave."""
         asked.stayed = False
         _, writer = await asyncio.open_connection("127.0.0.1", int(self.relays[asked.relay].url.rpartition(":")[2]))
@@ -91,7 +91,7 @@ class Fleet:
         await writer.wait_closed()
 
     async def _read(
-        self, session: aiohttp.ClientSession, asked: Asked, body: object, at_most: int | None = None
+        self, session: aiohttp.ClientSession, asked: ForwardableRequest, body: object, at_most: int | None = None
     ) -> None:
         url = self.relays[asked.relay].url + CHAT
         async with session.post(url, json=body, headers={"X-Install-Id": asked.install_id}) as response:

@@ -22,7 +22,7 @@ from redis.asyncio import Redis
 from limiter import CreditLimiter, Tiers
 from limiter.config.settings import IdempotencySettings, LicenceSettings, RedisSettings, RelaySettings, Settings
 from limiter.credits.models import Backend as BackendName
-from limiter.relay import create_app, runner_of
+from limiter.relay import create_app, make_runner
 from limiter.relay.handlers.health import Report
 from limiter.relay.handlers.metered import RELAY
 from limiter.relay.upstream.client import BackendClient
@@ -211,7 +211,7 @@ async def relays_on(redis: Redis) -> AsyncIterator[StartRelay]:
                 **_sections({"mint_per_ip": 0, "mint_overall": 0, **options}),
             )
             app = create_app(limiter, {client.name: client for client in clients}, settings, reports)
-            runner = runner_of(app, settings.relay.model_copy(update={"drain_s": 5}))
+            runner = make_runner(app, settings.relay.model_copy(update={"drain_s": 5}))
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
             await web.TCPSite(runner, "127.0.0.1", 0).start()

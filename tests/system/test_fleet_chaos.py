@@ -28,7 +28,7 @@ from limiter import CreditLimiter, Tiers, connect
 from limiter.log_config import short_names
 from tests.conftest import Closing, fields_of
 from tests.support.cli import Relay, environment
-from tests.support.fleet_clients import Asked, Fleet
+from tests.support.fleet_clients import Fleet, ForwardableRequest
 from tests.support.paths import ROOT
 from tests.support.redis_servers import Server
 from tests.support.relay import eventually
@@ -148,7 +148,7 @@ async def _chaos(fleet: Fleet, installs: list[str]) -> None:
     assert min(seen["served"], seen["refused"], seen["nothing"]) > REQUESTS / 20, "that was no chaos"
 
 
-def _is_debited(asked: Asked, left: set[str]) -> bool:
+def _is_debited(asked: ForwardableRequest, left: set[str]) -> bool:
     return asked.saw == "served" and not (asked.relay == KILLED and asked.hold_id in left)
 
 

@@ -11,9 +11,9 @@ from multidict import CIMultiDict
 
 from limiter.credits.models import Balance
 from limiter.relay.http.problems import REQUEST_ID, spendable
-from limiter.relay.metering.idempotency import Recording
+from limiter.relay.metering.idempotency import AnswerRecorder
 from limiter.relay.metering.settlement import OpenHold
-from limiter.relay.upstream.response import BackendFailed, Upstream
+from limiter.relay.upstream.response import BackendFailed, BackendResponse
 
 CREDITS_EVENT = "X-Credits-Event"
 _WHOLE_BODY = 1 << 20  # an answer up to this size is read whole, so that a broken one can still become an error
@@ -23,9 +23,9 @@ class Served(Protocol):
     """One request that is being served, and its record."""
 
     @property
-    def recording(self) -> Recording: ...  # noqa: D102  the class says it
-    def commit(self, upstream: Upstream) -> None: ...  # noqa: D102
-    def told(self, upstream: Upstream) -> Mapping[str, object]: ...  # noqa: D102  what is charged and what remains, for X-Credits-Event
+    def recorder(self) -> AnswerRecorder: ...  # noqa: D102  the class says it
+    def commit(self, upstream: BackendResponse) -> None: ...  # noqa: D102
+    def told(self, upstream: BackendResponse) -> Mapping[str, object]: ...  # noqa: D102  what is charged and what remains, for X-Credits-Event
 
 
 class Metered(NamedTuple):
@@ -34,14 +34,14 @@ class Metered(NamedTuple):
     hold: OpenHold
     cost: int
     balance: Balance
-    recording: Recording
+    recorder: AnswerRecorder
 
-    def commit(self, upstream: Upstream) -> None:
+    def commit(self, upstream: BackendResponse) -> None:
         """Debit the request: no repeat of it is to be debited again."""
         self.hold.commit(upstream.backend)
-        self.recording.debited()
+        self.recorder.debited()
 
-    def told(self, upstream: Upstream) -> Mapping[str, object]:
+    def told(self, upstream: BackendResponse) -> Mapping[str, object]:
         """Tell the cost, and the credits that no live hold covers; None for what has no limit."""
         left, gemini_left = spendable(self.balance)
         return {
@@ -55,18 +55,18 @@ class Metered(NamedTuple):
 class Unmetered(NamedTuple):
     """A request that nobody pays for, while Redis is away."""
 
-    recording: Recording
+    recorder: AnswerRecorder
 
-    def commit(self, upstream: Upstream) -> None:
+    def commit(self, upstream: BackendResponse) -> None:
         """Debit nothing."""
 
-    def told(self, upstream: Upstream) -> Mapping[str, object]:
+    def told(self, upstream: BackendResponse) -> Mapping[str, object]:
         """Tell that; what remains is not known."""
         return {"charged": 0, "backend": upstream.backend, "unmetered": True}
 
 
 async def pass_answer(
-    request: web.Request, upstream: Upstream, headers: CIMultiDict[str], served: Served
+    request: web.Request, upstream: BackendResponse, headers: CIMultiDict[str], served: Served
 ) -> web.StreamResponse:
     """Pass an answer on. Raises BackendFailed while the client has seen nothing of it yet."""
     if upstream.succeeded and upstream.streams:
@@ -76,9 +76,9 @@ async def pass_answer(
 
 
 async def _pass_stream(
-    request: web.Request, upstream: Upstream, headers: CIMultiDict[str], served: Served
+    request: web.Request, upstream: BackendResponse, headers: CIMultiDict[str], served: Served
 ) -> web.StreamResponse:
-    response = served.recording.stream(status=upstream.status, headers=headers)
+    response = served.recorder.stream(status=upstream.status, headers=headers)
     packed = headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity"
     last = upstream.first
     with suppress(ConnectionError):  # the client left: leaving the caller's block stops the backend
@@ -100,13 +100,13 @@ async def _pass_stream(
     return response
 
 
-def _comment(upstream: Upstream, served: Served) -> bytes:
+def _comment(upstream: BackendResponse, served: Served) -> bytes:
     """Give the comment line that tells what was charged; by the specification of SSE, clients pass over it."""
     return b": credits " + orjson.dumps(served.told(upstream)) + b"\n\n"
 
 
 async def _pass_body(
-    request: web.Request, upstream: Upstream, headers: CIMultiDict[str], served: Served
+    request: web.Request, upstream: BackendResponse, headers: CIMultiDict[str], served: Served
 ) -> web.StreamResponse:
     """Pass an answer that is no stream: whole if it is small, else as it comes.
 
@@ -117,8 +117,8 @@ async def _pass_body(
     if complete:
         if upstream.succeeded:
             served.commit(upstream)
-        return served.recording.whole(status=upstream.status, headers=headers, body=read)
-    response = served.recording.stream(status=upstream.status, headers=headers)
+        return served.recorder.whole(status=upstream.status, headers=headers, body=read)
+    response = served.recorder.stream(status=upstream.status, headers=headers)
     try:
         with suppress(ConnectionError):
             await response.prepare(request)
@@ -142,7 +142,7 @@ def broken_off(request: web.Request, response: web.StreamResponse) -> web.Stream
     return response
 
 
-async def _read_up_to(upstream: Upstream, limit: int) -> tuple[bytes, bool]:
+async def _read_up_to(upstream: BackendResponse, limit: int) -> tuple[bytes, bool]:
     parts, size = [upstream.first], len(upstream.first)
     while size <= limit:
         chunk = await upstream.read()

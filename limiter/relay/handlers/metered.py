@@ -22,19 +22,19 @@ from limiter.errors import LimiterUnavailable
 from limiter.licences.tokens import Licences
 from limiter.relay.handlers.forwarding import Metered, Unmetered, pass_answer
 from limiter.relay.http.problems import REQUEST_ID, ProblemRaised, ratelimit_headers, refuse
-from limiter.relay.http.request_record import Facts, facts_of
+from limiter.relay.http.request_record import RequestRecord, request_record
 from limiter.relay.metering.admission import Admission
-from limiter.relay.metering.answer_recorder import Recording
-from limiter.relay.metering.availability import RedisMode
+from limiter.relay.metering.answer_recorder import AnswerRecorder
+from limiter.relay.metering.availability import RedisAvailability
 from limiter.relay.metering.idempotency import Idempotency
 from limiter.relay.metering.settlement import Settlements
 from limiter.relay.requests.identity import Identity, identify
-from limiter.relay.requests.json_body import Asked, read_json
-from limiter.relay.requests.memory_budget import Bodies
+from limiter.relay.requests.json_body import ForwardableRequest, read_json
+from limiter.relay.requests.memory_budget import MemoryBudget
 from limiter.relay.requests.upload import Upload, UploadLimits
 from limiter.relay.telemetry.metrics import UNAVAILABLE, UNMETERED
 from limiter.relay.upstream.client import BackendClient
-from limiter.relay.upstream.response import BackendFailed, Upstream
+from limiter.relay.upstream.response import BackendFailed, BackendResponse
 
 _LOG = logging.getLogger("limiter.relay")
 
@@ -49,10 +49,10 @@ class Relay:
     settlements: Settlements
     costs: Mapping[str, int]
     uploads: UploadLimits
-    bodies: Bodies
+    bodies: MemoryBudget
     admission: Admission
     idempotency: Idempotency
-    mode: RedisMode
+    mode: RedisAvailability
 
     @property
     def has_hardware(self) -> bool:
@@ -62,8 +62,8 @@ class Relay:
     def identify(self, request: web.Request) -> Identity:
         """Tell who asks. Raises ProblemRaised."""
         identity = identify(request, self.licences, self.limiter.tiers)
-        facts = facts_of(request)
-        facts.install_id, facts.tier = identity.install_id, identity.tier
+        record = request_record(request)
+        record.install_id, record.tier = identity.install_id, identity.tier
         return identity
 
     def cost(self, request: web.Request) -> int:
@@ -80,16 +80,16 @@ class _Call(NamedTuple):
     relay: Relay
     request: web.Request
     identity: Identity
-    asked: Asked
+    asked: ForwardableRequest
 
 
 async def serve_metered(request: web.Request) -> web.StreamResponse:
     """Serve one request with a JSON body for credits."""
     relay = request.app[RELAY]
     identity = relay.identify(request)
-    with relay.bodies.counting() as counted:
-        asked = await read_json(request, counted, within_s=relay.uploads.total_s)
-        facts_of(request).model = asked.model
+    with relay.bodies.counting() as reservation:
+        asked = await read_json(request, reservation, within_s=relay.uploads.total_s)
+        request_record(request).model = asked.model
         return await _answer(_Call(relay, request, identity, asked), asked.body)
 
 
@@ -97,12 +97,12 @@ async def serve_upload(request: web.Request) -> web.StreamResponse:
     """Serve one request with a multipart body for credits, which are reserved before the body is read."""
     relay = request.app[RELAY]
     identity = relay.identify(request)
-    facts = facts_of(request)
+    record = request_record(request)
 
     def note(model: str) -> None:
-        facts.model = model
+        record.model = model
 
-    with relay.bodies.counting() as counted, closing(Upload(request, relay.uploads, counted, note)) as upload:
+    with relay.bodies.counting() as reservation, closing(Upload(request, relay.uploads, reservation, note)) as upload:
         return await _answer(_Call(relay, request, identity, upload), None)
 
 
@@ -116,7 +116,7 @@ async def _answer(call: _Call, body: bytes | None) -> web.StreamResponse:
                 return await _serve_once(call, body)
             except LimiterUnavailable:  # nothing was forwarded, and what may be held is being given back
                 if not await mode.serves_this_unmetered():
-                    facts_of(call.request).status = UNAVAILABLE
+                    request_record(call.request).status = UNAVAILABLE
                     await _remember_missed(call, body)
                     raise
         await _remember_missed(call, body)
@@ -134,16 +134,16 @@ async def _serve_once(call: _Call, body: bytes | None) -> web.StreamResponse:
     relay, identity = call.relay, call.identity
     await relay.admission.seat(identity.install_id, identity.licence)
 
-    async def serve(recording: Recording) -> web.StreamResponse:
-        return await _serve(call, recording, await _reserve(call, recording.hold_id))
+    async def serve(recorder: AnswerRecorder) -> web.StreamResponse:
+        return await _serve(call, recorder, await _reserve(call, recorder.hold_id))
 
     return await relay.idempotency.once(call.request, identity.install_id, body, serve)
 
 
 async def _reserve(call: _Call, hold_id: str) -> Decision:
     relay, identity = call.relay, call.identity
-    facts = facts_of(call.request)
-    cost = facts.cost = relay.cost(call.request)
+    record = request_record(call.request)
+    cost = record.cost = relay.cost(call.request)
 
     async def reserve(may_create: bool) -> Decision:
         return await relay.mode.decide(
@@ -164,20 +164,20 @@ async def _reserve(call: _Call, hold_id: str) -> Decision:
         if not isinstance(error, LimiterUnavailable) or error.executed is not False:
             relay.settlements.undo(identity.install_id, hold_id)
         raise
-    facts.status, facts.reason, facts.from_memory = decision.status, decision.reason, decision.from_memory
+    record.status, record.reason, record.from_memory = decision.status, decision.reason, decision.from_memory
     if not decision.allowed:
         refuse(decision, identity.headers())
     return decision
 
 
-async def _serve(call: _Call, recording: Recording, decision: Decision) -> web.StreamResponse:
+async def _serve(call: _Call, recorder: AnswerRecorder, decision: Decision) -> web.StreamResponse:
     """Forward a request that was allowed, pass its answer on, and settle its hold."""
     relay, request, identity = call.relay, call.request, call.identity
     hold = relay.settlements.open(identity.install_id, decision.hold_id)
     try:
-        with await _forward(relay, call.asked, decision, facts_of(request)) as upstream:
+        with await _forward(relay, call.asked, decision, request_record(request)) as upstream:
             headers = _answer_headers(upstream, identity, ratelimit_headers(decision.balance))
-            served = Metered(hold, relay.cost(request), decision.balance, recording)
+            served = Metered(hold, relay.cost(request), decision.balance, recorder)
             return await pass_answer(request, upstream, headers, served)
     finally:
         hold.release()
@@ -186,25 +186,27 @@ async def _serve(call: _Call, recording: Recording, decision: Decision) -> web.S
 async def _serve_unmetered(call: _Call) -> web.StreamResponse:
     """Serve from hardware, and from nothing else, what can be asked of no Redis: no credits, no seat, no key."""
     relay, request, identity = call.relay, call.request, call.identity
-    facts = facts_of(request)
-    facts.status, facts.cost, facts.backend = UNMETERED, None, "hardware"
+    record = request_record(request)
+    record.status, record.cost, record.backend = UNMETERED, None, "hardware"
     with await _send(relay.backends["hardware"], call.asked) as upstream:
         headers = _answer_headers(upstream, identity, {"X-Credits-Unmetered": "true"})
-        return await pass_answer(request, upstream, headers, Unmetered(Recording(request[REQUEST_ID])))
+        return await pass_answer(request, upstream, headers, Unmetered(AnswerRecorder(request[REQUEST_ID])))
 
 
-async def _forward(relay: Relay, asked: Asked, decision: Decision, facts: Facts) -> Upstream:
+async def _forward(
+    relay: Relay, asked: ForwardableRequest, decision: Decision, record: RequestRecord
+) -> BackendResponse:
     """Send to the planned backend; a Gemini that fails before its first byte falls back to hardware."""
     # Where Gemini is not set at all, what is planned for it is served, and debited, by hardware.
     planned: Backend = "gemini" if decision.backend == "gemini" and "gemini" in relay.backends else "hardware"
-    facts.backend = planned
+    record.backend = planned
     try:
         return await _send(relay.backends[planned], asked)
     except BackendFailed as failure:
         if planned == "hardware" or not relay.has_hardware or not asked.replayable:
             raise
         _warn(decision.hold_id, failure, " Falling back to hardware.")
-    facts.backend, facts.fell_back = "hardware", True
+    record.backend, record.fell_back = "hardware", True
     return await _send(relay.backends["hardware"], asked)
 
 
@@ -213,11 +215,11 @@ def _warn(request_id: str, failure: BackendFailed, then: str = "") -> None:
         _LOG.warning("%s%s", failure, then, extra={"request_id": request_id})
 
 
-async def _send(client: BackendClient, asked: Asked) -> Upstream:
+async def _send(client: BackendClient, asked: ForwardableRequest) -> BackendResponse:
     return await client.send(asked.path, asked.headers, asked.body_for(client))
 
 
-def _answer_headers(upstream: Upstream, identity: Identity, metering: Mapping[str, str]) -> CIMultiDict[str]:
+def _answer_headers(upstream: BackendResponse, identity: Identity, metering: Mapping[str, str]) -> CIMultiDict[str]:
     """Add ours to the headers of the backend's answer."""
     headers = upstream.headers
     headers.update(metering)

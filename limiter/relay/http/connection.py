@@ -14,7 +14,7 @@ from aiohttp.http_exceptions import LineTooLong
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from limiter.credits.limiter import new_hold_id
-from limiter.relay.http.problems import REQUEST_ID, Problem, problem_of, problem_response
+from limiter.relay.http.problems import REQUEST_ID, Problem, problem_from, problem_response
 
 REFUSED = web.RequestKey("refused", Problem)  # why a request is not to be served, whatever it asks for
 _CONTINUE = "100-continue"
@@ -111,7 +111,7 @@ class _Connection(web.RequestHandler):
             raise ConnectionError("half an answer is not an answer")
         if REQUEST_ID not in request:
             request[REQUEST_ID] = new_hold_id()
-        response = problem_response(request, problem_of(RuntimeError()))
+        response = problem_response(request, problem_from(RuntimeError()))
         response.force_close()
         return response
 

@@ -187,7 +187,7 @@ def problem_response(request: web.Request, problem: Problem, headers: Mapping[st
     )
 
 
-def problem_of(error: Exception) -> Problem:  # noqa: PLR0911  a table of cases
+def problem_from(error: Exception) -> Problem:  # noqa: PLR0911  a table of cases
     """Map an exception to what the client is told; nothing of an unexpected one is."""
     match error:
         case ProblemRaised():

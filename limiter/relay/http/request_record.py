@@ -8,8 +8,8 @@ from limiter.credits.models import Backend
 
 
 @dataclass(slots=True)
-class Facts:
-    """One request's facts; what is not known yet, or never will be, is None.
+class RequestRecord:
+    """One request's record; what is not known yet, or never will be, is None.
 
     status, reason: the decision's words. backend: the one that answered, or else the last that was tried. cost: credits
     that were reserved. fell_back: whether hardware was tried after Gemini had failed. from_memory: whether the
@@ -29,13 +29,13 @@ class Facts:
     first_byte_s: float | None = None
 
 
-FACTS = web.RequestKey("facts", Facts)
+REQUEST_RECORD = web.RequestKey("record", RequestRecord)
 
 
-def facts_of(request: web.Request) -> Facts:
-    """Give a request's facts, empty ones at first."""
+def request_record(request: web.Request) -> RequestRecord:
+    """Give a request's record, empty ones at first."""
     try:
-        return request[FACTS]
+        return request[REQUEST_RECORD]
     except KeyError:
-        facts = request[FACTS] = Facts()
-        return facts
+        record = request[REQUEST_RECORD] = RequestRecord()
+        return record

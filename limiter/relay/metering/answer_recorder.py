@@ -42,7 +42,7 @@ class Answer:
         return cls(hold_id, status, tuple((name, value) for name, value in headers), body)
 
 
-class Recording:
+class AnswerRecorder:
     """What one attempt tells of itself: that it was debited, and what it answered.
 
     An attempt without a key is not recorded, at no cost: everything here works the same.
@@ -103,11 +103,11 @@ class _Stream(web.StreamResponse):
 class _Tee(_Stream):
     """A response that remembers what is written to it, up to a limit, whether or not the client still listens."""
 
-    def __init__(self, recording: Recording, limit: int, *, status: int, headers: Mapping[str, str]) -> None:
+    def __init__(self, recorder: AnswerRecorder, limit: int, *, status: int, headers: Mapping[str, str]) -> None:
         super().__init__(status=status, headers=headers)
         self.parts: list[bytes] | None = []
         self.complete = False
-        self._recording, self._left = recording, limit
+        self._recorder, self._left = recorder, limit
 
     async def write(self, data: bytes | bytearray | memoryview) -> None:
         self._remember(bytes(data))
@@ -119,7 +119,7 @@ class _Tee(_Stream):
         await super().write_eof(data)
 
     def _remember(self, data: bytes) -> None:
-        self._recording.begun()
+        self._recorder.begun()
         self._left -= len(data)
         if self._left < 0:
             self.parts = None  # too large to be kept: its memory is free at once

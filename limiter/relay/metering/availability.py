@@ -25,15 +25,15 @@ _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 1.0
 
 
-class RedisAway(LimiterUnavailable):
+class RedisUnavailable(LimiterUnavailable):
     """Redis was away already: nothing was sent, so nothing can be held."""
 
     def __init__(self) -> None:
         super().__init__("Redis is away", executed=False)
 
 
-class RedisMode:
-    """The state of Redis on this node. Use it as `async with RedisMode(…):`, which runs the probe.
+class RedisAvailability:
+    """The state of Redis on this node. Use it as `async with RedisAvailability(…):`, which runs the probe.
 
     on_redis_down: "deny" refuses while Redis is away; "hardware" serves unmetered, for relays that have hardware.
     timed: told the seconds of each reserve that was answered.
@@ -99,7 +99,7 @@ class RedisMode:
     async def decide(self, reserve: Callable[[], Awaitable[Decision]]) -> Decision:
         """Run a reserve; its answer is what shows that Redis is there. Raises what it raises, and as `call`.
 
-        After LimiterUnavailable it may hold something, but not after RedisAway.
+        After LimiterUnavailable it may hold something, but not after RedisUnavailable.
         """
         self.check()
         began_s = time.monotonic()
@@ -116,7 +116,7 @@ class RedisMode:
         return decision
 
     async def call(self, operation: Callable[[], Awaitable[T]]) -> T:
-        """Run another operation on Redis, as a balance. Raises RedisAway at once, without sending it, while away.
+        """Run another operation on Redis, as a balance. Raises RedisUnavailable at once while it is.
 
         Its answer proves nothing, as a server that takes no writes gives one, too.
         """
@@ -124,9 +124,9 @@ class RedisMode:
         return await self._watched(operation)
 
     def check(self) -> None:
-        """Raise RedisAway while away: what is to ask Redis anyway need not begin."""
+        """Raise RedisUnavailable while away: what is to ask Redis anyway need not begin."""
         if self._state == "away":
-            raise RedisAway
+            raise RedisUnavailable
 
     async def back(self) -> None:
         """Wait until Redis is not away."""

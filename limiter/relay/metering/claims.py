@@ -71,7 +71,7 @@ class Mint:
 
 
 class Call(Protocol):
-    """Runs an operation on Redis, or refuses to: `RedisMode.call`, which fails at once while Redis is away."""
+    """Runs an operation on Redis, or refuses to: `RedisAvailability.call`, which fails at once while Redis is away."""
 
     async def __call__(self, operation: Callable[[], Awaitable[T]], /) -> T:
         """Run it. Raises what it raises, and LimiterUnavailable."""

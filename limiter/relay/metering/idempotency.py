@@ -26,10 +26,10 @@ from aiohttp import web
 
 from limiter.errors import LimiterUnavailable
 from limiter.relay.http.problems import REQUEST_ID, Problem, ProblemRaised, fail
-from limiter.relay.metering.answer_recorder import Answer, Recording
+from limiter.relay.metering.answer_recorder import Answer, AnswerRecorder
 from limiter.relay.metering.claims import Claimed, ClaimStatus, Stores
 
-__all__ = ["Idempotency", "Recording", "idempotency_key"]
+__all__ = ["AnswerRecorder", "Idempotency", "idempotency_key"]
 Start = Callable[[str, str, Callable[[], Awaitable[object]]], "asyncio.Task[None]"]  # Settlements.start
 KEY_HEADER = "Idempotency-Key"
 REPLAYED_HEADER = "Idempotency-Replayed"
@@ -84,27 +84,27 @@ class Idempotency:
         request: web.Request,
         install_id: str,
         body: bytes | None,
-        serve: Callable[[Recording], Awaitable[web.StreamResponse]],
+        serve: Callable[[AnswerRecorder], Awaitable[web.StreamResponse]],
     ) -> web.StreamResponse:
         """Serve a request, or answer as the attempt before it did.
 
         body: as it came, whole; None for an upload that passes by: its key is then checked against the length only, and
-        no retry without a key is known. serve: reserves with `recording.hold_id`, which is the request's id too.
+        no retry without a key is known. serve: reserves with `recorder.hold_id`, which is the request's id too.
         Raises ProblemRaised: 400 for a key that is none, 409 while another attempt runs, or when its answer was not
         kept, 422 for a key that was used for another request; LimiterUnavailable; and what `serve` raises.
         """
         slot = await self._slot(request, install_id, body)
         if slot is None:
-            return await serve(Recording(request[REQUEST_ID]))
+            return await serve(AnswerRecorder(request[REQUEST_ID]))
         owner = request[REQUEST_ID]
         claimed = await self._claim(slot, owner)
         if claimed.status is not ClaimStatus.CLAIMED:
             return _replayed(request, claimed)
-        recording = Recording(owner, self._keep_bytes, lambda: self._note_begun(slot, owner))
+        recorder = AnswerRecorder(owner, self._keep_bytes, lambda: self._note_begun(slot, owner))
         try:
-            return await serve(recording)
+            return await serve(recorder)
         finally:  # without an await: it is the same for a client that left
-            self._note_end(slot, owner, recording)
+            self._note_end(slot, owner, recorder)
 
     async def missed(self, request: web.Request, install_id: str, body: bytes | None) -> None:
         """Note that a request ends without a claim, as Redis is away; arguments as for `once`.
@@ -192,11 +192,11 @@ class Idempotency:
         """Give how long the note of a stream must live: at least as long as the stream may."""
         return max(slot.keep_ms, self._claim_ms)
 
-    def _note_end(self, slot: _Slot, owner: str, recording: Recording) -> None:
-        if not recording.debit_stands:
+    def _note_end(self, slot: _Slot, owner: str, recorder: AnswerRecorder) -> None:
+        if not recorder.debit_stands:
             self._start("drop of a claim", owner, lambda: self._stores.drop(slot.key, owner))
             return
-        answer = recording.answer()
+        answer = recorder.answer()
         packed = answer.packed() if answer else b""
         self._start(
             "record of an answer",

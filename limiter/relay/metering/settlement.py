@@ -9,7 +9,7 @@ from contextlib import suppress
 from limiter.credits.limiter import CreditLimiter
 from limiter.credits.models import Backend, Settlement, Status
 from limiter.errors import LimiterError, LimiterUnavailable
-from limiter.relay.metering.availability import RedisMode
+from limiter.relay.metering.availability import RedisAvailability
 from limiter.relay.telemetry.metrics import FAILED, GAVE_UP, Metrics, SettlementKind
 
 _LOG = logging.getLogger("limiter.relay")
@@ -22,7 +22,7 @@ _MOST_UNDOS = 8192  # at once, as many as reserves can wait for an answer: each 
 class Settlements:
     """The settlements under way. Close it with `drain` before the limiter's connection closes."""
 
-    def __init__(self, limiter: CreditLimiter, mode: RedisMode, metrics: Metrics) -> None:
+    def __init__(self, limiter: CreditLimiter, mode: RedisAvailability, metrics: Metrics) -> None:
         self._limiter, self._mode, self._metrics = limiter, mode, metrics
         self._tasks: set[asyncio.Task[None]] = set()
         self._undos = 0

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from limiter.relay.http.problems import REQUEST_ID
-from limiter.relay.http.request_record import FACTS, Facts, facts_of
+from limiter.relay.http.request_record import REQUEST_RECORD, RequestRecord, request_record
 from limiter.relay.telemetry.metrics import CLIENT_LEFT, METHODS, METRICS, Answered, Metrics
 
 _LOG = logging.getLogger("limiter.request")
@@ -20,7 +20,7 @@ _UNKNOWN_ROUTE = "unknown"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def observe(app: web.Application, metrics: Metrics, short_name: Callable[[str], str]) -> None:
+def add_access_log(app: web.Application, metrics: Metrics, short_name: Callable[[str], str]) -> None:
     """Watch the requests of an app, from outside of all its other middlewares.
 
     short_name: turns an install id into what the log may hold (`limiter.logs.short_names`).
@@ -29,7 +29,7 @@ def observe(app: web.Application, metrics: Metrics, short_name: Callable[[str], 
     @web.middleware
     async def watch(request: web.Request, handler: Handler) -> web.StreamResponse:
         began_s = time.monotonic()
-        request[FACTS] = Facts()
+        request[REQUEST_RECORD] = RequestRecord()
         status = 500  # of an error that nobody answers
         metrics.under_way += 1
         try:
@@ -48,7 +48,7 @@ def observe(app: web.Application, metrics: Metrics, short_name: Callable[[str], 
             _note(request, status, began_s, metrics, short_name)
 
     async def note_first_byte(request: web.Request, _response: web.StreamResponse) -> None:
-        facts_of(request).first_byte_s = time.monotonic()
+        request_record(request).first_byte_s = time.monotonic()
 
     app[METRICS] = metrics
     app.middlewares.insert(0, watch)
@@ -58,10 +58,10 @@ def observe(app: web.Application, metrics: Metrics, short_name: Callable[[str], 
 def _note(
     request: web.Request, status: int, began_s: float, metrics: Metrics, short_name: Callable[[str], str]
 ) -> None:
-    facts = request[FACTS]
+    record = request[REQUEST_RECORD]
     resource = request.match_info.route.resource
     # Whole answers are sent after all middlewares: only a stream has begun by now.
-    first_byte_s = None if facts.first_byte_s is None else facts.first_byte_s - began_s
+    first_byte_s = None if record.first_byte_s is None else record.first_byte_s - began_s
     answered = Answered(
         method=request.method if request.method in METHODS else "other",
         route=resource.canonical if resource is not None else _UNKNOWN_ROUTE,
@@ -70,21 +70,21 @@ def _note(
         first_byte_s=first_byte_s,
     )
     metrics.answered(answered)
-    if facts.status is not None:
-        metrics.decided(facts.status, facts.reason, facts.tier, from_memory=facts.from_memory)
+    if record.status is not None:
+        metrics.decided(record.status, record.reason, record.tier, from_memory=record.from_memory)
     if _LOG.isEnabledFor(logging.INFO):
         line = {
             "request_id": request.get(REQUEST_ID),
             "method": answered.method,
             "route": answered.route,
             "status": status,
-            "install": short_name(facts.install_id) if facts.install_id is not None else None,
-            "tier": facts.tier,
-            "decision": facts.status,
-            "reason": facts.reason,
-            "backend": facts.backend,
-            "fell_back": facts.fell_back or None,
-            "credits": facts.cost,
+            "install": short_name(record.install_id) if record.install_id is not None else None,
+            "tier": record.tier,
+            "decision": record.status,
+            "reason": record.reason,
+            "backend": record.backend,
+            "fell_back": record.fell_back or None,
+            "credits": record.cost,
             "duration_ms": _ms(answered.total_s),
             "first_byte_ms": _ms(first_byte_s) if first_byte_s is not None else None,
         }

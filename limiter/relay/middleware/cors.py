@@ -17,7 +17,7 @@ _EXPOSED = (
 )
 
 
-def allow_origins(app: web.Application, origins: Sequence[str]) -> None:
+def add_cors(app: web.Application, origins: Sequence[str]) -> None:
     """Let pages of these origins, compared exactly, call the app and read its headers. Cookies are never allowed."""
     if origins:
         app[_ORIGINS] = frozenset(origins)

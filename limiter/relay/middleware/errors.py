@@ -8,8 +8,8 @@ from aiohttp import HttpVersion10, hdrs, web
 from limiter.credits.limiter import new_hold_id
 from limiter.errors import LimiterError
 from limiter.relay.http.connection import REFUSED
-from limiter.relay.http.problems import REQUEST_ID, Problem, ProblemRaised, fail, problem_of, problem_response
-from limiter.relay.metering.availability import RedisAway
+from limiter.relay.http.problems import REQUEST_ID, Problem, ProblemRaised, fail, problem_from, problem_response
+from limiter.relay.metering.availability import RedisUnavailable
 from limiter.relay.middleware.cors import preflight
 
 _LOG = logging.getLogger("limiter.relay")
@@ -19,7 +19,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @web.middleware
-async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+async def error_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Give each request its id, refuse what no route takes, and turn every exception into the error object."""
     request[REQUEST_ID] = new_hold_id()
     try:
@@ -35,8 +35,8 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     except ProblemRaised as raised:
         return _answer(request, raised.problem, raised.headers)
     except (LimiterError, web.HTTPException) as error:
-        problem = problem_of(error)
-        if problem.status >= _SERVER_ERROR and not isinstance(error, RedisAway):  # which was logged when it went
+        problem = problem_from(error)
+        if problem.status >= _SERVER_ERROR and not isinstance(error, RedisUnavailable):  # which was logged when it went
             _LOG.error("%s", error, extra={"request_id": request[REQUEST_ID]})
         headers = {"Allow": error.headers["Allow"]} if isinstance(error, web.HTTPMethodNotAllowed) else None
         return _answer(request, problem, headers)
@@ -44,7 +44,7 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
         if request.writer.output_size:  # a second answer within the first could be taken for a part of it
             raise
         _LOG.exception("unexpected", extra={"request_id": request[REQUEST_ID]})
-        return _answer(request, problem_of(error))
+        return _answer(request, problem_from(error))
 
 
 def _answer(request: web.Request, problem: Problem, headers: Mapping[str, str] | None = None) -> web.Response:
@@ -70,7 +70,7 @@ def _refuse_upgrade(request: web.Request) -> web.Response:
     return response
 
 
-async def name_answer(request: web.Request, response: web.StreamResponse) -> None:
+async def add_request_id(request: web.Request, response: web.StreamResponse) -> None:
     """Name the request in its answer, whatever that is, and not the program that aiohttp would name."""
     response.headers.popall(hdrs.SERVER, None)
     if REQUEST_ID in request:

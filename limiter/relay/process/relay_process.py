@@ -18,10 +18,10 @@ from limiter.bootstrap import open_limiter
 from limiter.config.settings import BackendSettings, Settings
 from limiter.credits.models import Backend
 from limiter.errors import SettingsError
-from limiter.relay.app import create_app, runner_of
-from limiter.relay.process.worker_metrics import Place, render_all, telling
+from limiter.relay.app import create_app, make_runner
+from limiter.relay.process.worker_metrics import WorkerSlot, render_all, worker_metrics_served
 from limiter.relay.telemetry.metrics import METRICS, METRICS_PAGE, Page
-from limiter.relay.upstream.circuit_breaker import Breaker
+from limiter.relay.upstream.circuit_breaker import CircuitBreaker
 from limiter.relay.upstream.client import BackendClient
 from limiter.relay.upstream.echo_server import echo_server
 
@@ -40,10 +40,10 @@ class Serving:
     backends: Mapping[str, str]
 
 
-async def serve(settings: Settings, started: Callable[[Serving], None], place: Place | None = None) -> None:
+async def serve(settings: Settings, started: Callable[[Serving], None], slot: WorkerSlot | None = None) -> None:
     """Serve until SIGTERM or SIGINT, then finish what runs, settle, and dump the rows once more.
 
-    place: of a worker, which ends with its supervisor, too. Raises SettingsError, LimiterUnavailable when it cannot
+    slot: of a worker, which ends with its supervisor, too. Raises SettingsError, LimiterUnavailable when it cannot
     start.
     """
     gc.set_threshold(*_CYCLES)
@@ -60,13 +60,13 @@ async def serve(settings: Settings, started: Callable[[Serving], None], place: P
         reports = {} if persister is None else {"persister": persister.report}
         app = create_app(limiter, backends, settings, reports)
         dumping = await stack.enter_async_context(AsyncExitStack())  # it dumps once more after the last request
-        if place is not None:
+        if slot is not None:
             render = app[METRICS].render
-            page: Page = partial(render_all, place, render)
+            page: Page = partial(render_all, slot, render)
             app[METRICS_PAGE] = page
-            await stack.enter_async_context(telling(place, render))
-            stack.enter_context(_end_with_supervisor(place, stop))
-        url = await _listen(app, settings, place, stack)
+            await stack.enter_async_context(worker_metrics_served(slot, render))
+            stack.enter_context(_end_with_supervisor(slot, stop))
+        url = await _listen(app, settings, slot, stack)
         if persister is not None:
             await dumping.enter_async_context(persister)
             app[METRICS].watch_dumps(lambda: persister.last_good_at)
@@ -115,30 +115,30 @@ def _client(name: Backend, backend: BackendSettings, models: Mapping[str, str]) 
         idle_s=backend.idle_s,
         total_s=backend.total_s,
         models=models,
-        breaker=Breaker(failures=backend.breaker_failures, reset_s=backend.breaker_reset_s),
+        breaker=CircuitBreaker(failures=backend.breaker_failures, reset_s=backend.breaker_reset_s),
     )
 
 
 @contextmanager
-def _end_with_supervisor(place: Place, stop: asyncio.Event) -> Iterator[None]:
+def _end_with_supervisor(slot: WorkerSlot, stop: asyncio.Event) -> Iterator[None]:
     loop = asyncio.get_running_loop()
-    loop.add_reader(place.line, stop.set)  # nothing is ever said on it: what can be read is its end
+    loop.add_reader(slot.line, stop.set)  # nothing is ever said on it: what can be read is its end
     try:
         yield
     finally:
-        loop.remove_reader(place.line)
+        loop.remove_reader(slot.line)
 
 
-async def _listen(app: web.Application, settings: Settings, place: Place | None, stack: AsyncExitStack) -> str:
+async def _listen(app: web.Application, settings: Settings, slot: WorkerSlot | None, stack: AsyncExitStack) -> str:
     relay = settings.relay
-    runner = runner_of(app, relay)
+    runner = make_runner(app, relay)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     try:
-        if place is None:
+        if slot is None:
             await web.TCPSite(runner, relay.host, relay.port).start()
         else:
-            await web.SockSite(runner, socket.socket(fileno=place.listener)).start()
+            await web.SockSite(runner, socket.socket(fileno=slot.listener)).start()
     except OSError as error:
         # asyncio puts words of its own before the system's; the resolver's errors have numbers of their own.
         cause = error.strerror if isinstance(error, socket.gaierror) or not error.errno else os.strerror(error.errno)

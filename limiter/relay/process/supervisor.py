@@ -24,7 +24,7 @@ import orjson
 from limiter.config.settings import Settings
 from limiter.errors import LimiterError, SettingsError
 from limiter.relay.process.relay_process import Serving
-from limiter.relay.process.worker_metrics import Place
+from limiter.relay.process.worker_metrics import WorkerSlot
 
 _LOG = logging.getLogger("limiter.relay")
 _BACKLOG = 1024
@@ -50,7 +50,7 @@ async def supervise(settings: Settings, started: Callable[[Serving], None]) -> N
         if not settings.logs.key.get_secret_value():
             environment[_LOG_KEY] = secrets.token_hex()  # so that all of them shorten an install id alike
         workers = [
-            _Worker(Place(number, len(listeners), listener.fileno(), -1, folder), environment)
+            _Worker(WorkerSlot(number, len(listeners), listener.fileno(), -1, folder), environment)
             for number, listener in enumerate(listeners)
         ]
         keeping: list[asyncio.Task[None]] = []
@@ -72,8 +72,8 @@ async def supervise(settings: Settings, started: Callable[[Serving], None]) -> N
 class _Worker:
     """One place among the workers, whoever has it."""
 
-    def __init__(self, place: Place, environment: Mapping[str, str]) -> None:
-        self._place, self._environment = place, environment
+    def __init__(self, slot: WorkerSlot, environment: Mapping[str, str]) -> None:
+        self._slot, self._environment = slot, environment
         self._process: asyncio.subprocess.Process | None = None
         self._line: socket.socket | None = None
         self._began_s = 0.0
@@ -85,13 +85,13 @@ class _Worker:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         with theirs:
-            place = replace(self._place, line=theirs.fileno())
+            slot = replace(self._slot, line=theirs.fileno())
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 *sys.orig_argv[1:],
                 "--worker",
-                place.as_text(),
-                pass_fds=(place.listener, place.line),
+                slot.as_text(),
+                pass_fds=(slot.listener, slot.line),
                 stdin=subprocess.DEVNULL,
                 env=self._environment,
             )
@@ -109,7 +109,7 @@ class _Worker:
             code = await self._ended()
             if stop.is_set():
                 return None
-            raise LimiterError(f"worker {self._place.number} did not start (exit code {code})")
+            raise LimiterError(f"worker {self._slot.number} did not start (exit code {code})")
         return Serving(**orjson.loads(text))
 
     async def keep(self, stop: asyncio.Event) -> None:
@@ -120,9 +120,7 @@ class _Worker:
                 return
             if time.monotonic() - self._began_s > _LONG_LIFE_S:
                 self._pause_s = _FIRST_PAUSE_S
-            _LOG.error(
-                "worker %d ended with code %d: another starts in %.1f s", self._place.number, code, self._pause_s
-            )
+            _LOG.error("worker %d ended with code %d: another starts in %.1f s", self._slot.number, code, self._pause_s)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._pause_s):
                     await stop.wait()

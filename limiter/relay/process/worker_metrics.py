@@ -22,7 +22,7 @@ Render = Callable[[], bytes]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class WorkerSlot:
     """What one worker gets from its supervisor. `listener` and `line` are file descriptors.
 
     line: the worker says on it what it serves, once; its end tells the worker that the supervisor is gone.
@@ -36,7 +36,7 @@ class Place:
     folder: str
 
     @classmethod
-    def from_text(cls, text: str) -> "Place":
+    def from_text(cls, text: str) -> "WorkerSlot":
         """Read what `as_text` wrote."""
         return cls(**orjson.loads(text))
 
@@ -50,7 +50,7 @@ class Place:
 
 
 @asynccontextmanager
-async def telling(place: Place, render: Render) -> AsyncIterator[None]:
+async def worker_metrics_served(slot: WorkerSlot, render: Render) -> AsyncIterator[None]:
     """Tell the others this worker's metrics until the block ends."""
 
     async def tell(_request: web.Request) -> web.Response:
@@ -61,19 +61,19 @@ async def telling(place: Place, render: Render) -> AsyncIterator[None]:
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0)
     await runner.setup()
     try:
-        await web.UnixSite(runner, place.socket_of(place.number)).start()
+        await web.UnixSite(runner, slot.socket_of(slot.number)).start()
         yield
     finally:
         await runner.cleanup()
 
 
-async def render_all(place: Place, render: Render) -> bytes:
+async def render_all(slot: WorkerSlot, render: Render) -> bytes:
     """Write the metrics of all workers, in Prometheus' text format 0.0.4."""
     texts = await asyncio.gather(
-        *(_ask(place.socket_of(number)) for number in range(place.workers) if number != place.number)
+        *(_ask(slot.socket_of(number)) for number in range(slot.workers) if number != slot.number)
     )
-    numbers = [number for number in range(place.workers) if number != place.number]
-    told = {place.number: render().decode()} | dict(zip(numbers, texts, strict=True))
+    numbers = [number for number in range(slot.workers) if number != slot.number]
+    told = {slot.number: render().decode()} | dict(zip(numbers, texts, strict=True))
     registry = CollectorRegistry()
     registry.register(_Together({number: told[number] for number in sorted(told)}))
     return generate_latest(registry)

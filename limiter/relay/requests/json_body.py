@@ -9,11 +9,11 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from limiter.relay.http.problems import fail
-from limiter.relay.requests.memory_budget import Counted
+from limiter.relay.requests.memory_budget import Reservation
 from limiter.relay.upstream.client import BackendClient, Streamed
 
 
-class Asked(Protocol):
+class ForwardableRequest(Protocol):
     """What is to be forwarded: the path below /v1/, the client's headers, and a body for each backend.
 
     replayable: whether all of the body can be sent a second time.
@@ -28,7 +28,7 @@ class Asked(Protocol):
     def body_for(self, client: BackendClient) -> bytes | Streamed: ...  # noqa: D102
 
 
-class AskedJson(NamedTuple):
+class ForwardableJson(NamedTuple):
     """A JSON object that names a model, with its bytes as they came.
 
     What they say is not kept: as objects, `[[],[],…]` is twenty times its bytes.
@@ -51,16 +51,16 @@ class AskedJson(NamedTuple):
             fail(400, "invalid_json", "Invalid JSON", "The body is nested too deeply.")
 
 
-async def read_json(request: web.Request, counted: Counted, *, within_s: float) -> AskedJson:
+async def read_json(request: web.Request, reservation: Reservation, *, within_s: float) -> ForwardableJson:
     """Read the body of a JSON route. Raises ProblemRaised, HTTPRequestEntityTooLarge."""
     if request.content_type != "application/json":
         fail(415, "unsupported_media_type", "Unsupported media type", "Send the body as application/json.")
     try:
         if request.content.is_eof():  # it came with its head, as most do
-            body = await _whole(request, counted)
+            body = await _whole(request, reservation)
         else:
             async with asyncio.timeout(within_s):
-                body = await _whole(request, counted)
+                body = await _whole(request, reservation)
     except TimeoutError:
         fail(408, "request_timeout", "Request timeout", f"The body did not come within {within_s:g} s.")
     except (web.RequestPayloadError, HttpProcessingError):
@@ -74,10 +74,10 @@ async def read_json(request: web.Request, counted: Counted, *, within_s: float) 
     model = document.get("model")
     if not isinstance(model, str):
         fail(400, "missing_model", "Missing model", "The body must name a model.", param="model")
-    return AskedJson(request.path.removeprefix("/v1/"), request.headers, body, model)
+    return ForwardableJson(request.path.removeprefix("/v1/"), request.headers, body, model)
 
 
-async def _whole(request: web.Request, counted: Counted) -> bytes:
+async def _whole(request: web.Request, reservation: Reservation) -> bytes:
     """Read what comes, counted as it comes: a length that is only claimed takes nobody's room."""
     limit_b = request.client_max_size
     size_b = request.content_length or 0
@@ -86,7 +86,7 @@ async def _whole(request: web.Request, counted: Counted) -> bytes:
         part = await request.content.readany()
         if not part:
             return b"".join(parts)
-        counted.add(len(part))
+        reservation.add(len(part))
         parts.append(part)
-        size_b = max(size_b, counted.size_b)
+        size_b = max(size_b, reservation.size_b)
     raise web.HTTPRequestEntityTooLarge(limit_b, size_b)

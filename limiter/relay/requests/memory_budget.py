@@ -6,12 +6,12 @@ from typing import Self
 from limiter.relay.http.problems import Problem, ProblemRaised
 
 
-class Counted:
+class Reservation:
     """What is held for one request, in bytes, until its `with` block ends."""
 
     __slots__ = ("_bodies", "_has_ended", "size_b")
 
-    def __init__(self, bodies: "Bodies") -> None:
+    def __init__(self, bodies: "MemoryBudget") -> None:
         self._bodies = bodies
         self._has_ended = False
         self.size_b = 0
@@ -49,7 +49,7 @@ class Counted:
         self._has_ended = True
 
 
-class Bodies:
+class MemoryBudget:
     """The bodies of all requests under way. held_b: what they are together."""
 
     __slots__ = ("held_b", "limit_b")
@@ -58,6 +58,6 @@ class Bodies:
         self.limit_b = limit_b
         self.held_b = 0
 
-    def counting(self) -> Counted:
-        """Count what is held for one request, as `with bodies.counting() as counted:`."""
-        return Counted(self)
+    def counting(self) -> Reservation:
+        """Count what is held for one request, as `with bodies.counting() as reservation:`."""
+        return Reservation(self)

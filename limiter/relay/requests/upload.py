@@ -12,7 +12,7 @@ from aiohttp import ClientError, hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from limiter.relay.http.problems import Problem, ProblemRaised, fail
-from limiter.relay.requests.memory_budget import Counted
+from limiter.relay.requests.memory_budget import Reservation
 from limiter.relay.requests.multipart_rewriter import ModelField
 from limiter.relay.upstream.client import BackendClient, Streamed
 
@@ -32,11 +32,11 @@ class UploadLimits:
 class Upload:
     """The body of one request. Raises ProblemRaised when its head already says that it cannot be served.
 
-    counted: what is kept, as far as there is room. named: is told each model name that passes. Close it with `close`.
+    reservation: of the memory for what is kept. named: is called with each model name that passes. End it with `close`.
     """
 
     def __init__(
-        self, request: web.Request, limits: UploadLimits, counted: Counted, named: Callable[[str], None]
+        self, request: web.Request, limits: UploadLimits, reservation: Reservation, named: Callable[[str], None]
     ) -> None:
         self.path = request.path.removeprefix("/v1/")
         self.headers: Mapping[str, str] = request.headers
@@ -48,7 +48,7 @@ class Upload:
         self._writer = request.writer if hdrs.EXPECT in request.headers else None
         self._ends_s = asyncio.get_running_loop().time() + limits.total_s
         self._kept: list[bytes] = []
-        self._counted, self._keeps = counted, True
+        self._counted, self._keeps = reservation, True
         self._size = 0
         self._fault: ProblemRaised | None = None
         self._reading: asyncio.Task[bytes] | None = None

@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.utils import floatToGoString
 
 
-class Tally:
+class FastCounter:
     """A counter for each combination of its labels' values."""
 
     def __init__(self, name: str, says: str, labels: Sequence[str], *, registry: CollectorRegistry) -> None:
@@ -35,7 +35,7 @@ class Tally:
         yield family
 
 
-class Times:
+class FastHistogram:
     """A histogram of seconds for each combination of its labels' values. bounds_s: of its buckets, in order."""
 
     def __init__(

@@ -23,7 +23,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from limiter import __version__
 from limiter._util.timestamps import ms_from_iso
 from limiter.credits.models import Backend, Reason, Status
-from limiter.relay.telemetry.fast_metrics import Tally, Times
+from limiter.relay.telemetry.fast_metrics import FastCounter, FastHistogram
 from limiter.relay.upstream.circuit_breaker import State as BreakerState
 from limiter.relay.upstream.response import Outcome
 
@@ -67,27 +67,27 @@ class Metrics:
         self.under_way = 0
         self._registry = registry = CollectorRegistry()
         ProcessCollector(namespace="limiter", registry=registry)
-        self._requests = Tally(
+        self._requests = FastCounter(
             "limiter_requests", "Requests that are over.", ["route", "method", "status"], registry=registry
         )
         in_flight = Gauge("limiter_requests_in_flight", "Requests under way.", registry=registry)
         in_flight.set_function(lambda: self.under_way)
-        self._decisions = Tally(
+        self._decisions = FastCounter(
             "limiter_decisions", "Decisions on credits.", ["status", "reason", "tier"], registry=registry
         )
         self._from_memory = Counter(
             "limiter_decisions_from_memory", "Decisions that Redis was not asked for.", registry=registry
         )
-        self._settlements = Tally(
+        self._settlements = FastCounter(
             "limiter_settlements", "Commits and releases that are over.", ["kind", "outcome"], registry=registry
         )
-        self._debited = Tally("limiter_credits_debited", "Credits debited.", ["backend"], registry=registry)
+        self._debited = FastCounter("limiter_credits_debited", "Credits debited.", ["backend"], registry=registry)
         self._settling = Gauge(
             "limiter_settlements_in_flight",
             "Commits and releases under way, with those that wait for Redis.",
             registry=registry,
         )
-        self._calls = Tally(
+        self._calls = FastCounter(
             "limiter_backend_calls", "Calls to a backend that are over.", ["backend", "outcome"], registry=registry
         )
         self._breakers = Gauge(
@@ -100,21 +100,21 @@ class Metrics:
         self._dump_age_s = Gauge(
             "limiter_dump_age_seconds", "Age of the last good credits.json; NaN before the first.", registry=registry
         )
-        self._decision_s = Times(
+        self._decision_s = FastHistogram(
             "limiter_decision_seconds",
             "Time of a decision, at Redis and back.",
             [],
             _DECISION_BUCKETS_S,
             registry=registry,
         )
-        self._first_byte_s = Times(
+        self._first_byte_s = FastHistogram(
             "limiter_first_byte_seconds",
             "Time to the first byte of a streamed answer.",
             ["route"],
             _FIRST_BYTE_BUCKETS_S,
             registry=registry,
         )
-        self._total_s = Times(
+        self._total_s = FastHistogram(
             "limiter_request_seconds", "Time of a request to its end.", ["route"], _TOTAL_BUCKETS_S, registry=registry
         )
         Gauge("limiter_build_info", "1, with the version.", ["version"], registry=registry).labels(__version__).set(1)

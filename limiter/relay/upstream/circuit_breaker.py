@@ -29,7 +29,7 @@ class _Second:
     bad: int = 0
 
 
-class Breaker:
+class CircuitBreaker:
     """Opens after `failures` failed calls within WINDOW_S seconds, if they are no fewer than the good ones in it.
 
     A busy backend that fails now and then stays in use. `failures` of 0: never opens. clock: `() -> seconds`.
@@ -96,7 +96,7 @@ class Attempt:
 
     __slots__ = ("_breaker", "_told", "period")
 
-    def __init__(self, breaker: Breaker, period: int) -> None:
+    def __init__(self, breaker: CircuitBreaker, period: int) -> None:
         self._breaker, self.period, self._told = breaker, period, False
 
     def succeed(self) -> bool:

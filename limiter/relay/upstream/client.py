@@ -18,18 +18,18 @@ from yarl import URL
 from limiter.credits.models import Backend as BackendName
 from limiter.errors import SettingsError
 from limiter.relay.http.problems import Problem, ProblemRaised, retry_seconds
-from limiter.relay.upstream.circuit_breaker import Attempt, Breaker, CircuitOpen
+from limiter.relay.upstream.circuit_breaker import Attempt, CircuitBreaker, CircuitOpen
 from limiter.relay.upstream.response import (
     FAILURES,
     SUCCESS,
     BackendFailed,
+    BackendResponse,
     Outcome,
-    Upstream,
+    backend_problem,
     failed,
     next_piece,
-    problem_of_backend,
 )
-from limiter.relay.upstream.transport import Answer, Origin
+from limiter.relay.upstream.transport import Answer, HttpTransport
 
 _LOG = logging.getLogger("limiter.relay")
 _REQUEST_HEADERS = (hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.CONTENT_TYPE, "OpenAI-Beta")
@@ -120,7 +120,7 @@ class BackendClient:
         label: str = "",
         api_key: str = "",
         models: Mapping[str, str] | None = None,
-        breaker: Breaker | None = None,
+        breaker: CircuitBreaker | None = None,
     ) -> None:
         self.name = name
         base = _base(name, url)
@@ -130,13 +130,13 @@ class BackendClient:
             raise SettingsError(f"backends.{name}.api_key has a character that no header can carry, as a line's end")
         self.label = label or str(base.with_user(None).with_query(None)).rstrip("/")
         self.models: Mapping[str, str] = models or {}
-        self.breaker = breaker or Breaker(failures=0, reset_s=0)
+        self.breaker = breaker or CircuitBreaker(failures=0, reset_s=0)
         self._api_key = api_key
         self._authorization = f"Bearer {api_key}" if api_key else _basic(name, base)
         self._first_s, self._idle_s, self._total_s = timeout_s, idle_s or timeout_s, total_s
         self._passed = _REQUEST_HEADERS + (_TRACE_HEADERS if name == "hardware" else ())
         self._called: Callable[[Outcome], None] = _tell_nobody
-        self._origin = Origin(base.with_user(None), connect_s=connect_s)
+        self._origin = HttpTransport(base.with_user(None), connect_s=connect_s)
 
     def watch(self, called: Callable[[Outcome], None]) -> None:
         """Have a function told how each call ended, one that the breaker kept back included."""
@@ -148,7 +148,7 @@ class BackendClient:
 
     async def send(
         self, path: str, headers: Mapping[str, str], body: bytes | Streamed, *, method: str = hdrs.METH_POST
-    ) -> Upstream:
+    ) -> BackendResponse:
         """Make a request to a path below /v1/, and wait for the first bytes of the answer. Use it as `with …:`.
 
         Raises BackendFailed, at once when the breaker is open; ProblemRaised when a streamed body broke off.
@@ -170,7 +170,9 @@ class BackendClient:
         """Close the connections."""
         await self._origin.aclose()
 
-    async def _tried(self, method: str, path: str, headers: Mapping[str, str], body: bytes | Streamed) -> Upstream:
+    async def _tried(
+        self, method: str, path: str, headers: Mapping[str, str], body: bytes | Streamed
+    ) -> BackendResponse:
         """Make a request, if the breaker lets it, and tell the breaker what came of it."""
         try:
             attempt = self.breaker.enter()
@@ -195,7 +197,9 @@ class BackendClient:
         if attempt.succeed():
             _LOG.warning("The backend %r is back, its breaker is closed", self.name)
 
-    async def _asked(self, method: str, path: str, headers: Mapping[str, str], body: bytes | Streamed) -> Upstream:
+    async def _asked(
+        self, method: str, path: str, headers: Mapping[str, str], body: bytes | Streamed
+    ) -> BackendResponse:
         outgoing = self._outgoing(headers, body)
         began_s = asyncio.get_running_loop().time()
         response: Answer | None = None
@@ -215,7 +219,7 @@ class BackendClient:
             if isinstance(body, Streamed) and (fault := body.fault()) is not None:
                 raise fault from None
             raise failed(self.name, error) from error
-        return Upstream(
+        return BackendResponse(
             self.name,
             response,
             first,
@@ -277,7 +281,7 @@ class BackendClient:
 
         return paced()
 
-    async def _clean(self, upstream: Upstream) -> None:
+    async def _clean(self, upstream: BackendResponse) -> None:
         """Read and unpack what a backend says against the request: it may quote the operator's key, a secret."""
         packing = upstream.headers.pop(hdrs.CONTENT_ENCODING, "identity").lower()
         text = bytearray(upstream.first)
@@ -307,7 +311,7 @@ class BackendClient:
             raise BackendFailed(problem, alive=status in _PASSING)
 
     def _problem(self, what: str, retry_after_s: int = 1) -> Problem:
-        return problem_of_backend(self.name, 502, "backend_unavailable", what, retry_after_s)
+        return backend_problem(self.name, 502, "backend_unavailable", what, retry_after_s)
 
 
 def _tell_nobody(outcome: Outcome) -> None:

@@ -41,7 +41,7 @@ async def next_piece(content: aiohttp.StreamReader) -> bytes:
         raise aiohttp.ClientPayloadError("the connection closed within the body") from error
 
 
-class Upstream:
+class BackendResponse:
     """A backend's answer whose first bytes have come. `first` and what `read` gives are as the backend sent them.
 
     Use it as `with upstream:`. Leaving the block before the end of the answer closes the connection, which stops the
@@ -126,7 +126,7 @@ class Upstream:
         self._over(error.outcome if isinstance(error, BackendFailed) else self._outcome)
 
 
-def problem_of_backend(name: Backend, status: int, code: str, what: str, retry_after_s: int = 1) -> Problem:
+def backend_problem(name: Backend, status: int, code: str, what: str, retry_after_s: int = 1) -> Problem:
     """Say what is wrong with a backend."""
     title = "Backend timeout" if code == "backend_timeout" else "Backend unavailable"
     return Problem(status, code, title, f"The backend {name!r} {what}.", retry_after_s=retry_after_s)
@@ -135,6 +135,6 @@ def problem_of_backend(name: Backend, status: int, code: str, what: str, retry_a
 def failed(name: Backend, error: BaseException) -> BackendFailed:
     """Say what one of FAILURES means."""
     if isinstance(error, TimeoutError):
-        problem = problem_of_backend(name, 504, "backend_timeout", "did not answer in time")
+        problem = backend_problem(name, 504, "backend_timeout", "did not answer in time")
         return BackendFailed(problem, outcome="timeout")
-    return BackendFailed(problem_of_backend(name, 502, "backend_unavailable", "cannot be reached, or broke off"))
+    return BackendFailed(backend_problem(name, 502, "backend_unavailable", "cannot be reached, or broke off"))

@@ -54,7 +54,7 @@ class _Connections(aiohttp.TCPConnector):
             connection.close()
 
 
-class Origin:
+class HttpTransport:
     """A server and the connections to it. Make it inside the running event loop and close it with `aclose`.
 
     base: http or https, with a slash at its end. connect_s: until there is a connection.

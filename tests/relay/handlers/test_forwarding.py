@@ -9,7 +9,7 @@ import pytest
 from aiohttp.http import StreamWriter
 
 from limiter.relay.upstream.client import BackendClient
-from limiter.relay.upstream.response import Upstream
+from limiter.relay.upstream.response import BackendResponse
 from tests.licences.test_tokens import KEY, PUBLIC_KEY, licence_for
 from tests.support.openai_backend import CHUNK, Backend, Document, chat
 from tests.support.relay import (
@@ -80,10 +80,10 @@ async def test_stream_when_a_chunk_comes_then_it_passes_at_once(relay: RunningRe
 async def test_stream_when_the_relay_itself_fails_within_it_then_it_is_broken_off_and_no_second_answer_follows(
     relay: RunningRelay, gemini: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def fault(_upstream: Upstream) -> bytes:
+    async def fault(_upstream: BackendResponse) -> bytes:
         raise RuntimeError("fault")
 
-    monkeypatch.setattr(Upstream, "read", fault)
+    monkeypatch.setattr(BackendResponse, "read", fault)
     reader, writer = await asyncio.open_connection("127.0.0.1", relay.port)
     body = b'{"model": "stepwise", "stream": true}'
     head = f"POST {CHAT} HTTP/1.0\r\nContent-Type: application/json\r\nX-Install-Id: {relay.install_id}\r\n"

@@ -90,7 +90,7 @@ def codes_in_source() -> Iterator[tuple[int, str]]:
                     yield status.value, str(code.value)  # type: ignore[misc]
 
 
-_STATUS_AT = {"Problem": 0, "fail": 0, "problem_of_backend": 1}  # which argument of these the status is
+_STATUS_AT = {"Problem": 0, "fail": 0, "backend_problem": 1}  # which argument of these the status is
 
 
 # The document

@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Decision, connect
 from limiter.relay.telemetry.metrics import METRICS
-from limiter.relay.upstream.circuit_breaker import Breaker
+from limiter.relay.upstream.circuit_breaker import CircuitBreaker
 from tests.licences.test_tokens import PUBLIC_KEY, claims, signed
 from tests.support.openai_backend import Backend
 from tests.support.redis_servers import Server, free_port
@@ -71,7 +71,7 @@ async def node(own_server: Callable[..., Server], gemini: Backend, hardware: Bac
         limiter = CreditLimiter(redis, tiers(lifetime=5), timeout_ms=400, deadline_ms=800)
         relay = await start(
             client_of("gemini", gemini.url),
-            client_of("hardware", hardware.url, breaker=Breaker(failures=2, reset_s=60)),
+            client_of("hardware", hardware.url, breaker=CircuitBreaker(failures=2, reset_s=60)),
             on=limiter,
             public_keys=[PUBLIC_KEY],
             on_redis_down="hardware",

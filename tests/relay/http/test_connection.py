@@ -152,7 +152,7 @@ async def test_failure_when_no_middleware_sees_it_then_the_error_object(
     assert "of its own" in caplog.text
 
 
-# Bodies that break, or come slowly
+# MemoryBudget that break, or come slowly
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from limiter.licences.tokens import Licence
 from limiter.relay.metering.admission import Admission, client_address, trusted_networks
 from limiter.relay.metering.claims import Stores
 from tests.conftest import text_of
-from tests.relay.metering.test_idempotency import Answer, add_request_id, answer_errors
+from tests.relay.metering.test_idempotency import Answer, add_request_id, error_middleware
 from tests.support.cli import limiter
 from tests.support.redis_servers import Server
 from tests.support.relay import ONE_SERVER
@@ -93,7 +93,7 @@ async def start(redis: Redis, redis_url: str) -> AsyncIterator[StartNode]:
             session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
             stack.push_async_callback(session.close)
             node = Node(limiter, admission, session)
-            app = web.Application(middlewares=[answer_errors])
+            app = web.Application(middlewares=[error_middleware])
             app.router.add_get("/", node.handle)
             app.on_response_prepare.append(add_request_id)
             runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=5)

@@ -12,8 +12,8 @@ from redis.asyncio import Redis
 from limiter import CreditLimiter, Decision, connect
 from limiter.config.settings import OnRedisDown
 from limiter.errors import BrokenRow, LimiterUnavailable, Overloaded
-from limiter.relay.http.problems import problem_of
-from limiter.relay.metering.availability import RedisAway, RedisMode
+from limiter.relay.http.problems import problem_from
+from limiter.relay.metering.availability import RedisAvailability, RedisUnavailable
 from tests.support.redis_servers import Server
 from tests.support.relay import ONE_SERVER, eventually, new_install, tiers
 
@@ -27,7 +27,7 @@ class Node:
         self.server, self.redis = server, redis
         self.limiter = CreditLimiter(redis, tiers(lifetime=1000), timeout_ms=TIMEOUT_MS, deadline_ms=DEADLINE_MS)
         self.took_s: list[float] = []
-        self.mode = RedisMode(self.limiter, on_redis_down=on_redis_down, timed=self.took_s.append)
+        self.mode = RedisAvailability(self.limiter, on_redis_down=on_redis_down, timed=self.took_s.append)
         self.install_id = new_install()
 
     async def ask(self, hold_id: str | None = None) -> Decision:
@@ -40,7 +40,7 @@ class Node:
         """Ask, and tell in a word what came of it; an allowed hold is given back."""
         try:
             answer = await self.ask()
-        except RedisAway:
+        except RedisUnavailable:
             return "away"
         except LimiterUnavailable:
             return "unavailable"
@@ -100,7 +100,7 @@ async def test_redis_when_it_is_away_then_requests_are_refused_at_once_and_serve
 async def test_redis_when_it_is_away_then_a_balance_is_refused_at_once_too(start_node: StartNode) -> None:
     node = await start_node()
     await node.lose_redis("kill")
-    with pytest.raises(RedisAway):
+    with pytest.raises(RedisUnavailable):
         await node.mode.call(lambda: node.limiter.balance(node.install_id, tier="core"))
 
 
@@ -245,7 +245,7 @@ async def test_call_when_it_fails_just_after_another_was_answered_then_a_look_te
 async def test_row_when_it_is_broken_then_redis_is_not_away(redis: Redis) -> None:
     limiter = CreditLimiter(redis, tiers(lifetime=10))
     await redis.hset(limiter.keys.install("x"), "lifetime_consumed", "many")
-    async with RedisMode(limiter) as mode:
+    async with RedisAvailability(limiter) as mode:
         with pytest.raises(BrokenRow):
             await mode.decide(lambda: limiter.reserve("x", tier="core", has_hardware=True))
         assert mode.state == "ok"
@@ -253,7 +253,7 @@ async def test_row_when_it_is_broken_then_redis_is_not_away(redis: Redis) -> Non
 
 @ONE_SERVER
 async def test_probe_when_it_looks_then_it_leaves_no_row_behind(redis: Redis) -> None:
-    mode = RedisMode(CreditLimiter(redis, tiers(lifetime=10)))
+    mode = RedisAvailability(CreditLimiter(redis, tiers(lifetime=10)))
     await mode._probe()
     assert await redis.keys("*") == []
 
@@ -267,7 +267,7 @@ async def test_probe_when_it_is_stopped_at_any_moment_then_it_ends(
     limiter = CreditLimiter(redis, tiers(lifetime=10))
     async with asyncio.timeout(20):
         for turns in range(400):
-            async with RedisMode(limiter):
+            async with RedisAvailability(limiter):
                 for _ in range(turns % 40):
                     await asyncio.sleep(0)
 
@@ -275,7 +275,7 @@ async def test_probe_when_it_is_stopped_at_any_moment_then_it_ends(
 @ONE_SERVER
 async def test_decide_when_redis_answers_then_its_time_is_told_and_the_report_says_ok(redis: Redis) -> None:
     limiter, took_s = CreditLimiter(redis, tiers(lifetime=10)), list[float]()
-    async with RedisMode(limiter, timed=took_s.append) as mode:
+    async with RedisAvailability(limiter, timed=took_s.append) as mode:
         await mode.decide(lambda: limiter.reserve("x", tier="core", has_hardware=True, hold_id="h"))
         assert mode.report()["state"] == "ok"
     assert len(took_s) == 1
@@ -298,7 +298,7 @@ async def test_node_when_more_decisions_wait_than_may_then_the_next_is_refused_a
         await asyncio.sleep(0)
     with pytest.raises(Overloaded) as refused:
         await node.ask()
-    assert (node.mode.state, problem_of(refused.value).code) == ("ok", "limiter_overloaded")
+    assert (node.mode.state, problem_from(refused.value).code) == ("ok", "limiter_overloaded")
     server.resume()
     assert (await waiting).allowed
 
@@ -324,7 +324,7 @@ async def test_refusal_when_given_from_memory_then_it_does_not_show_that_redis_i
     closing.push_async_callback(redis.aclose)
     node = Node(server, redis, "deny")
     node.limiter = CreditLimiter(redis, tiers(lifetime=0), deadline_ms=DEADLINE_MS, deny_cache_ms=60_000)
-    node.mode = RedisMode(node.limiter, timed=node.took_s.append)
+    node.mode = RedisAvailability(node.limiter, timed=node.took_s.append)
     assert not (await node.ask()).from_memory
     server.kill()
     lost = asyncio.ensure_future(node.mode.call(lambda: node.limiter.balance(node.install_id, tier="core")))

@@ -18,10 +18,10 @@ from redis.asyncio import Redis
 from limiter import CreditLimiter, Tiers, connect
 from limiter.credits.keys import Keys
 from limiter.errors import LimiterError, LimiterUnavailable
-from limiter.relay.http.problems import REQUEST_ID, Problem, ProblemRaised, problem_of, problem_response, refuse
-from limiter.relay.metering.availability import RedisAway, RedisMode
+from limiter.relay.http.problems import REQUEST_ID, Problem, ProblemRaised, problem_from, problem_response, refuse
+from limiter.relay.metering.availability import RedisAvailability, RedisUnavailable
 from limiter.relay.metering.claims import Claimed, ClaimStatus, Stores
-from limiter.relay.metering.idempotency import Idempotency, Recording
+from limiter.relay.metering.idempotency import AnswerRecorder, Idempotency
 from limiter.relay.metering.settlement import Settlements
 from limiter.relay.telemetry.metrics import Metrics
 from tests.conftest import text_of
@@ -76,14 +76,14 @@ class Node:
     session: aiohttp.ClientSession
     url: str = ""
     install_id: str = ""
-    last: Recording | None = None
+    last: AnswerRecorder | None = None
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
         install_id = request.headers["X-Install-Id"]
         known = None if "X-Upload" in request.headers else body
 
-        async def serve(recording: Recording) -> web.StreamResponse:
+        async def serve(recording: AnswerRecorder) -> web.StreamResponse:
             self.last = recording
             try:
                 decision = await self.limiter.reserve(
@@ -108,7 +108,7 @@ class Node:
         return await self.idempotency.once(request, install_id, known, serve)
 
     async def forward(
-        self, request: web.Request, model: str, recording: Recording, commit: Callable[[], None]
+        self, request: web.Request, model: str, recording: AnswerRecorder, commit: Callable[[], None]
     ) -> web.StreamResponse:
         """Call the backend, which behaves as the model's name says."""
         self.backend.calls += 1
@@ -165,7 +165,7 @@ class Node:
 
 
 @web.middleware
-async def answer_errors(
+async def error_middleware(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
     request[REQUEST_ID] = uuid.uuid4().hex
@@ -174,7 +174,7 @@ async def answer_errors(
     except ProblemRaised as raised:
         return problem_response(request, raised.problem, raised.headers)
     except LimiterError as error:
-        return problem_response(request, problem_of(error))
+        return problem_response(request, problem_from(error))
 
 
 async def add_request_id(request: web.Request, response: web.StreamResponse) -> None:
@@ -197,7 +197,7 @@ async def node_on(
         redis = await connect(redis_url, timeout_ms=timeout_ms)
         stack.push_async_callback(redis.aclose)
         limiter = CreditLimiter(redis, tiers, hold_ms=hold_ms, timeout_ms=timeout_ms, deadline_ms=2 * timeout_ms)
-        settlements = Settlements(limiter, RedisMode(limiter), Metrics(tiers=TIERS, routes=[]))
+        settlements = Settlements(limiter, RedisAvailability(limiter), Metrics(tiers=TIERS, routes=[]))
         stack.push_async_callback(settlements.drain, 5)
         idempotency = Idempotency(
             Stores(limiter, timeout_ms=timeout_ms),
@@ -208,7 +208,7 @@ async def node_on(
         )
         session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True))
         node = Node(backend, limiter, idempotency, settlements, session, install_id=install_id)
-        app = web.Application(client_max_size=8 << 20, middlewares=[answer_errors])
+        app = web.Application(client_max_size=8 << 20, middlewares=[error_middleware])
         app.router.add_post("/{path:.*}", node.handle)
         app.on_response_prepare.append(add_request_id)
         runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=5)
@@ -542,7 +542,7 @@ async def test_redis_when_known_to_be_away_then_503_at_once_and_nothing_is_sent(
     nodes: Nodes, redis: Redis, backend: Backend
 ) -> None:
     async def refuse_call(_operation: Callable[[], Awaitable[object]]) -> NoReturn:
-        raise RedisAway
+        raise RedisUnavailable
 
     node = nodes[0]
     away = Stores(node.limiter, call=refuse_call)

@@ -15,8 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from limiter._util.timestamps import iso_from_ms
 from limiter.log_config import set_up_logging, short_names
 from limiter.relay.http.problems import REQUEST_ID
-from limiter.relay.http.request_record import facts_of
-from limiter.relay.middleware.access_log import Handler, observe
+from limiter.relay.http.request_record import request_record
+from limiter.relay.middleware.access_log import Handler, add_access_log
 from limiter.relay.telemetry.metrics import UNMETERED, Metrics, show_metrics
 from tests.support.relay import eventually, new_install
 
@@ -27,7 +27,7 @@ ROUTES = ["/served", "/streamed", "/refused", "/broken", "/slow", "/of/{name}", 
 
 
 async def served(request: web.Request) -> web.Response:
-    facts = facts_of(request)
+    facts = request_record(request)
     facts.install_id, facts.tier, facts.status, facts.backend, facts.cost = INSTALL, "core", "ALLOWED", "gemini", 2
     facts.model = "a-model-that-the-client-made-up"
     await request.read()
@@ -43,7 +43,7 @@ async def streamed(request: web.Request) -> web.StreamResponse:
 
 
 async def refused(request: web.Request) -> web.Response:
-    facts = facts_of(request)
+    facts = request_record(request)
     facts.install_id, facts.tier, facts.status, facts.reason = INSTALL, "gone", "DENIED", "out_of_credits"
     return web.Response(status=402)
 
@@ -113,7 +113,7 @@ async def app(log: StringIO) -> AsyncIterator[Watched]:
     for path, handler in zip(ROUTES, (served, streamed, refused, broken, slow, served, show_metrics), strict=True):
         app.router.add_route("GET", path, handler)
     app.router.add_route("POST", "/served", served)
-    observe(app, metrics, SHORT_NAME)
+    add_access_log(app, metrics, SHORT_NAME)
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()

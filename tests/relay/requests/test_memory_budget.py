@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from limiter.relay.handlers.metered import RELAY
-from limiter.relay.requests.memory_budget import Bodies
+from limiter.relay.requests.memory_budget import MemoryBudget
 from tests.support.openai_backend import Backend
 from tests.support.relay import CHAT, ONE_SERVER, RunningRelay, StartRelay, client_of, eventually
 
@@ -25,7 +25,7 @@ async def small(start_relay: StartRelay, gemini: Backend, hardware: Backend) -> 
     )
 
 
-def bodies(relay: RunningRelay) -> Bodies:
+def bodies(relay: RunningRelay) -> MemoryBudget:
     return relay.app[RELAY].bodies
 
 

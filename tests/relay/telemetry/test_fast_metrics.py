@@ -2,7 +2,7 @@
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 
-from limiter.relay.telemetry.fast_metrics import Tally, Times
+from limiter.relay.telemetry.fast_metrics import FastCounter, FastHistogram
 
 BOUNDS_S = (0.01, 0.5, 1, 30)
 SECONDS = (0.0, 0.01, 0.010001, 0.4, 1, 29.9, 30, 31, 1e9)
@@ -12,11 +12,11 @@ def pages(*, empty: bool) -> tuple[bytes, bytes]:
     """Count the same on both, and show both."""
     disable_created_metrics()  # type: ignore[no-untyped-call]  # it has no hints (0.26)
     ours, theirs = CollectorRegistry(), CollectorRegistry()
-    tally = Tally("calls", "Calls.", ["backend", "outcome"], registry=ours)
+    tally = FastCounter("calls", "Calls.", ["backend", "outcome"], registry=ours)
     counter = Counter("calls", "Calls.", ["backend", "outcome"], registry=theirs)
-    times = Times("of_route_seconds", "Time.", ["route"], BOUNDS_S, registry=ours)
+    times = FastHistogram("of_route_seconds", "Time.", ["route"], BOUNDS_S, registry=ours)
     histogram = Histogram("of_route_seconds", "Time.", ["route"], registry=theirs, buckets=BOUNDS_S)
-    all_times = Times("all_seconds", "Time.", [], BOUNDS_S, registry=ours)
+    all_times = FastHistogram("all_seconds", "Time.", [], BOUNDS_S, registry=ours)
     all_histogram = Histogram("all_seconds", "Time.", registry=theirs, buckets=BOUNDS_S)
     for seconds in () if empty else SECONDS:
         for route in ("/a", '/"odd"\\'):

@@ -9,7 +9,7 @@ from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Status, connect
 from limiter.relay.telemetry.metrics import METRICS
-from limiter.relay.upstream.circuit_breaker import Breaker
+from limiter.relay.upstream.circuit_breaker import CircuitBreaker
 from tests.support.openai_backend import Backend
 from tests.support.redis_servers import Server, free_port
 from tests.support.relay import ONE_SERVER, RunningRelay, StartRelay, client_of, eventually, relays_on, tiers
@@ -73,7 +73,7 @@ async def test_call_when_its_client_leaves_then_it_is_counted_as_cancelled(
 async def test_call_when_the_breaker_keeps_it_back_then_it_is_counted_too_and_so_is_the_one_to_hardware(
     start_relay: StartRelay, hardware: Backend
 ) -> None:
-    dead = client_of("gemini", f"http://127.0.0.1:{free_port()}/v1", breaker=Breaker(failures=1, reset_s=60))
+    dead = client_of("gemini", f"http://127.0.0.1:{free_port()}/v1", breaker=CircuitBreaker(failures=1, reset_s=60))
     relay = await start_relay(dead, client_of("hardware", hardware.url))
     for _ in range(3):
         assert (await relay.ask()).status == 200

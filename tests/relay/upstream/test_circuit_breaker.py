@@ -5,7 +5,7 @@ import contextlib
 
 import pytest
 
-from limiter.relay.upstream.circuit_breaker import WINDOW_S, Breaker, CircuitOpen
+from limiter.relay.upstream.circuit_breaker import WINDOW_S, CircuitBreaker, CircuitOpen
 from tests.support.openai_backend import Backend
 from tests.support.redis_servers import free_port
 from tests.support.relay import ONE_SERVER, RunningRelay, StartRelay, client_of, eventually
@@ -27,31 +27,33 @@ def seconds() -> Seconds:
 
 
 @pytest.fixture
-def breaker(seconds: Seconds) -> Breaker:
-    return Breaker(failures=3, reset_s=10, clock=seconds)
+def breaker(seconds: Seconds) -> CircuitBreaker:
+    return CircuitBreaker(failures=3, reset_s=10, clock=seconds)
 
 
-def call(breaker: Breaker, *results: bool) -> None:
+def call(breaker: CircuitBreaker, *results: bool) -> None:
     for good in results:
         attempt = breaker.enter()
         attempt.succeed() if good else attempt.fail()
         attempt.end()
 
 
-def refused(breaker: Breaker) -> int:
+def refused(breaker: CircuitBreaker) -> int:
     with pytest.raises(CircuitOpen) as raised:
         breaker.enter()
     return raised.value.retry_after_s
 
 
-def state(breaker: Breaker) -> str:
+def state(breaker: CircuitBreaker) -> str:
     return breaker.state
 
 
 # By its clock
 
 
-def test_breaker_when_enough_calls_fail_then_it_opens_and_says_for_how_long(breaker: Breaker, seconds: Seconds) -> None:
+def test_breaker_when_enough_calls_fail_then_it_opens_and_says_for_how_long(
+    breaker: CircuitBreaker, seconds: Seconds
+) -> None:
     call(breaker, False, False)
     assert state(breaker) == "closed"
     call(breaker, False)
@@ -61,14 +63,14 @@ def test_breaker_when_enough_calls_fail_then_it_opens_and_says_for_how_long(brea
     assert refused(breaker) == 7
 
 
-def test_breaker_when_the_failures_are_old_then_they_do_not_count(breaker: Breaker, seconds: Seconds) -> None:
+def test_breaker_when_the_failures_are_old_then_they_do_not_count(breaker: CircuitBreaker, seconds: Seconds) -> None:
     call(breaker, False, False)
     seconds.now_s += WINDOW_S
     call(breaker, False, False)
     assert state(breaker) == "closed"
 
 
-def test_breaker_when_most_calls_are_good_then_it_stays_closed(breaker: Breaker) -> None:
+def test_breaker_when_most_calls_are_good_then_it_stays_closed(breaker: CircuitBreaker) -> None:
     """A thousand requests a second of which one in a hundred fails are no reason to serve none."""
     for _ in range(10):
         call(breaker, True, True, True, False)
@@ -77,7 +79,9 @@ def test_breaker_when_most_calls_are_good_then_it_stays_closed(breaker: Breaker)
     assert state(breaker) == "open"
 
 
-def test_breaker_when_its_time_is_over_then_one_probe_at_a_time_decides(breaker: Breaker, seconds: Seconds) -> None:
+def test_breaker_when_its_time_is_over_then_one_probe_at_a_time_decides(
+    breaker: CircuitBreaker, seconds: Seconds
+) -> None:
     call(breaker, False, False, False)
     seconds.now_s += 10
     assert state(breaker) == "half_open"
@@ -94,7 +98,7 @@ def test_breaker_when_its_time_is_over_then_one_probe_at_a_time_decides(breaker:
 
 
 def test_breaker_when_the_probe_tells_nothing_then_the_next_one_is_the_probe(
-    breaker: Breaker, seconds: Seconds
+    breaker: CircuitBreaker, seconds: Seconds
 ) -> None:
     call(breaker, False, False, False)
     seconds.now_s += 10
@@ -104,7 +108,9 @@ def test_breaker_when_the_probe_tells_nothing_then_the_next_one_is_the_probe(
     assert state(breaker) == "closed"
 
 
-def test_breaker_when_a_call_from_before_ends_late_then_it_changes_nothing(breaker: Breaker, seconds: Seconds) -> None:
+def test_breaker_when_a_call_from_before_ends_late_then_it_changes_nothing(
+    breaker: CircuitBreaker, seconds: Seconds
+) -> None:
     early = [breaker.enter() for _ in range(8)]
     call(breaker, False, False, False)
     early.pop().succeed()
@@ -122,7 +128,7 @@ def test_breaker_when_a_call_from_before_ends_late_then_it_changes_nothing(break
 
 
 def test_breaker_when_failures_are_0_then_it_never_opens(seconds: Seconds) -> None:
-    breaker = Breaker(failures=0, reset_s=10, clock=seconds)
+    breaker = CircuitBreaker(failures=0, reset_s=10, clock=seconds)
     call(breaker, *[False] * 100)
     assert state(breaker) == "closed"
 
@@ -140,7 +146,7 @@ async def test_gemini_when_it_is_dead_then_requests_go_straight_to_hardware_unti
     start_relay: StartRelay, gemini: Backend, hardware: Backend, seconds: Seconds
 ) -> None:
     relay = await start_relay(
-        client_of("gemini", gemini.url, timeout_s=0.1, breaker=Breaker(failures=2, reset_s=10, clock=seconds)),
+        client_of("gemini", gemini.url, timeout_s=0.1, breaker=CircuitBreaker(failures=2, reset_s=10, clock=seconds)),
         client_of("hardware", hardware.url),
     )
     gemini.always = "hang"
@@ -170,7 +176,7 @@ async def test_breaker_when_it_opens_and_closes_then_each_is_logged_once_with_it
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     relay = await start_relay(
-        client_of("gemini", gemini.url, breaker=Breaker(failures=2, reset_s=10, clock=seconds)),
+        client_of("gemini", gemini.url, breaker=CircuitBreaker(failures=2, reset_s=10, clock=seconds)),
         client_of("hardware", hardware.url),
     )
 
@@ -196,7 +202,7 @@ async def test_breaker_when_it_opens_and_closes_then_each_is_logged_once_with_it
 async def test_backend_when_it_is_the_only_one_and_rests_then_502_at_once_with_retry_after(
     start_relay: StartRelay, seconds: Seconds
 ) -> None:
-    breaker = Breaker(failures=1, reset_s=7, clock=seconds)
+    breaker = CircuitBreaker(failures=1, reset_s=7, clock=seconds)
     relay = await start_relay(client_of("hardware", f"http://127.0.0.1:{free_port()}/v1", breaker=breaker))
     await relay.ask()
     answer = await relay.ask()
@@ -211,7 +217,7 @@ async def test_backend_when_it_is_the_only_one_and_rests_then_502_at_once_with_r
 async def test_backend_when_it_answers_but_not_well_then_its_breaker_stays_closed(
     start_relay: StartRelay, gemini: Backend, model: str
 ) -> None:
-    breaker = Breaker(failures=1, reset_s=10)
+    breaker = CircuitBreaker(failures=1, reset_s=10)
     relay = await start_relay(client_of("gemini", gemini.url, breaker=breaker))
     await relay.ask(model)
     assert state(breaker) == "closed"
@@ -225,7 +231,7 @@ async def test_backend_when_it_answers_but_not_well_then_its_breaker_stays_close
 async def test_backend_when_it_fails_then_its_breaker_opens(
     start_relay: StartRelay, gemini: Backend, model: str
 ) -> None:
-    breaker = Breaker(failures=1, reset_s=10)
+    breaker = CircuitBreaker(failures=1, reset_s=10)
     relay = await start_relay(client_of("gemini", gemini.url, breaker=breaker))
     await relay.ask(model)
     assert state(breaker) == ("closed" if model == "switch" else "open")
@@ -235,7 +241,7 @@ async def test_backend_when_it_fails_then_its_breaker_opens(
 async def test_client_when_it_leaves_the_probe_then_the_next_request_is_the_probe(
     start_relay: StartRelay, gemini: Backend, seconds: Seconds
 ) -> None:
-    breaker = Breaker(failures=1, reset_s=10, clock=seconds)
+    breaker = CircuitBreaker(failures=1, reset_s=10, clock=seconds)
     relay = await start_relay(client_of("gemini", gemini.url, breaker=breaker))
     await relay.ask("status:500")
     seconds.now_s += 10

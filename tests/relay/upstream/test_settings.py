@@ -16,7 +16,7 @@ from limiter.config.loader import load_settings
 from limiter.errors import SettingsError
 from limiter.relay.process.relay_process import open_backends
 from limiter.relay.upstream.client import BackendClient
-from limiter.relay.upstream.response import BackendFailed, Upstream
+from limiter.relay.upstream.response import BackendFailed, BackendResponse
 from tests.redis.test_connect import write_certificate
 from tests.support.openai_backend import Backend
 
@@ -59,9 +59,9 @@ class Held(NamedTuple):
         self.content.feed_eof()
 
 
-def upstream_of(content: aiohttp.StreamReader, *, ends_in_s: float) -> Upstream:
+def upstream_of(content: aiohttp.StreamReader, *, ends_in_s: float) -> BackendResponse:
     ends_s = asyncio.get_running_loop().time() + ends_in_s
-    return Upstream(
+    return BackendResponse(
         *("gemini", Held(content), b"", CIMultiDict()),
         idle_s=10,
         ends_s=ends_s,
