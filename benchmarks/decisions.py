@@ -50,7 +50,18 @@ def decide(server: Server, how: str, mix: str, tasks: int) -> Measured:
     with Redis(port=server.port) as redis:
         redis.flushall()
     answer = subprocess.run(  # noqa: S603  our own words
-        [sys.executable, "-W", "ignore", "-m", "benchmarks.decider", how, server.url, mix, str(tasks), str(SECONDS)],
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "benchmarks.decision_worker",
+            how,
+            server.url,
+            mix,
+            str(tasks),
+            str(SECONDS),
+        ],
         env=os.environ | {"PYTHONPATH": f"{FOLDER}{os.pathsep}{Path(__file__).parent.parent}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

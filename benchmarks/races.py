@@ -68,7 +68,7 @@ def stopped(server: Server) -> Iterator[Trouble]:
 @contextmanager
 def cut(server: Server) -> Iterator[Trouble]:
     """Put a proxy before the server that cuts connections instead of passing on the replies to what was executed."""
-    command = [*_PYTHON, "benchmarks.cutting", str(server.port)]
+    command = [*_PYTHON, "benchmarks.lossy_redis_proxy", str(server.port)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as proxy:  # noqa: S603  our own words
         try:
             yield Trouble(f"redis://127.0.0.1:{_line_of(proxy)}/0", lambda: _go(proxy))

@@ -24,9 +24,9 @@ from typing import Generic, TypeVar
 
 import aiohttp
 
+from benchmarks.constant_backend import GAP_S
 from benchmarks.findings import Bar, Finding, as_text, compared
 from benchmarks.peers import install_peers, litellm, portkey
-from benchmarks.quick_backend import GAP_S
 from tests.support.cli import Relay
 from tests.support.redis_servers import Server, binaries
 
@@ -186,7 +186,7 @@ class Bench:
         assert binary  # noqa: S101  it is a dependency
         redis = Server(binary, folder / "redis", "--appendfsync", "everysec").start()
         stack.callback(redis.stop)
-        backend, backend_pid = stack.enter_context(process("benchmarks.quick_backend"))
+        backend, backend_pid = stack.enter_context(process("benchmarks.constant_backend"))
         settings = SETTINGS | {"LIMITER_BACKENDS__GEMINI__URL": f"{backend}/v1"}
         log = stack.enter_context((folder / "log").open("wb"))  # as of an operator's: nobody here has to read it
         relay = Relay(folder, "--redis", redis.url, settings=settings, log=log.fileno())
@@ -194,7 +194,7 @@ class Bench:
         self.servers = {
             "direct": self._served(backend, backend_pid),
             OURS: self._served(relay.url, relay.process.pid),
-            BARE: self._served(*stack.enter_context(process("benchmarks.pass_through", backend))),
+            BARE: self._served(*stack.enter_context(process("benchmarks.aiohttp_passthrough", backend))),
         }
         if peers:
             install_peers()

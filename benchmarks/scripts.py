@@ -53,11 +53,11 @@ DAY_MS = 24 * 60 * 60 * 1000
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One thing to measure: an operation, or its skeleton, on rows that are made for it."""
+    """One thing to measure: an operation, or its floor, on rows that are made for it."""
 
     label: str
     operation: str
-    skeleton: bool = False
+    floor: bool = False
     rows: int = ROWS
     holds: int = 0  # live ones on each row, besides the one to commit
     days_ago: int = 1  # when the row's period began
@@ -91,8 +91,8 @@ class Bench:
 
     def run(self, case: Case) -> Run:
         """Send a case's requests, sixteen at a time on each of fifty connections."""
-        skeleton = Path(__file__).parent / "skeleton" / f"{case.operation}.lua"
-        text = skeleton.read_text() if case.skeleton else compose(case.operation).text
+        floor = Path(__file__).parent / "lua_floor" / f"{case.operation}.lua"
+        text = floor.read_text() if case.floor else compose(case.operation).text
         sha = str(self.redis.script_load(text))
         self.fill(case)
         command = ["redis-benchmark", "-p", str(self.server.port), "-c", "50", "-P", "16", "--csv", "-n", str(REQUESTS)]
@@ -111,17 +111,17 @@ def pairs(section: str) -> Iterator[tuple[Case, Case]]:
     """Give a section's cases, each with the one that it is measured against."""
     if section == "decision":
         for name in ARGUMENTS:
-            yield Case(name, name), Case("its skeleton", name, skeleton=True)
+            yield Case(name, name), Case("its floor", name, floor=True)
     elif section == "installs":
         for rows, name in [
             (10_000, "reserve"),
             (100_000, "reserve"),
             (1_000_000, "reserve"),
-            (1_000_000, "its skeleton"),
+            (1_000_000, "its floor"),
         ]:
-            operation, skeleton = "reserve", name != "reserve"
-            few = Case(f"{name}, 1,000 installs", operation, skeleton, rows=1000)
-            yield Case(f"{name}, {rows:,} installs", operation, skeleton, rows=rows), few
+            operation, floor = "reserve", name != "reserve"
+            few = Case(f"{name}, 1,000 installs", operation, floor, rows=1000)
+            yield Case(f"{name}, {rows:,} installs", operation, floor, rows=rows), few
     elif section == "holds":
         for name in ARGUMENTS:
             for holds in (1, 8, 64):

@@ -5,32 +5,17 @@ import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any, Protocol
 
 import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Tiers, connect
+from tests.support.credits import PATIENCE_MS, TIERS, Clock, LimiterWith
+from tests.support.redis_matrix import ELSEWHERE, MATRIX, TOPOLOGY
 from tests.support.redis_servers import Server, binaries
 from tests.support.redis_topologies import ClusterSetUp, SentinelSetUp
+from tests.support.vectors import Vectors
 
-TIERS = Tiers.from_mapping(
-    {
-        "core": {"lifetime": 50, "gemini_cap": 20},
-        "pro": {"monthly": 1000, "gemini_cap": 400},
-        "max": {"monthly": None, "gemini_cap": 2000},
-    }
-)
-Entry = dict[str, Any]  # one entry of a vector file, as JSON has it
-Vectors = dict[str, list[Entry]]
-Closing = AsyncExitStack
-PATIENCE_MS = 60_000  # for a reply: a busy machine stands still for seconds, and then a repeat would be a REPLAY
-ELSEWHERE = "LIMITER_TEST_REDIS_URL"  # a URL here points the tests at a server that they do not start; it is flushed
-# Where all tests run, instead of what follows: "sentinel,cluster", or with Debian's binary "redis-sentinel".
-TOPOLOGY = "LIMITER_TEST_TOPOLOGY"
-MATRIX = (
-    ["elsewhere"] if ELSEWHERE in os.environ else os.environ.get(TOPOLOGY, "valkey,redis,sentinel,cluster").split(",")
-)
 ON_EVERY_TOPOLOGY = ("test_seat_and_mint", "test_dump")
 
 
@@ -88,26 +73,6 @@ async def redis(redis_url: str) -> AsyncIterator[Redis]:
     await client.aclose()
 
 
-async def fields_of(redis: Redis, install_id: str) -> dict[str, str]:
-    """Give a row's fields as they stand in Redis; none for an unknown install."""
-    fields = await redis.hgetall(f"credits:install:{install_id}")
-    return {text_of(name): text_of(value) for name, value in fields.items()}
-
-
-def text_of(word: bytes | str) -> str:
-    return word.decode() if isinstance(word, bytes) else word
-
-
-class Clock:
-    """A clock that the test sets: epoch milliseconds."""
-
-    def __init__(self, now_ms: int) -> None:
-        self.now_ms = now_ms
-
-    def __call__(self) -> int:
-        return self.now_ms
-
-
 @pytest.fixture
 def clock() -> Clock:
     """A clock that stands at 2026-05-11T23:02:57.123Z."""
@@ -120,7 +85,7 @@ def limiter(redis: Redis, clock: Clock) -> CreditLimiter:
 
 
 @pytest.fixture
-def limiter_with(redis: Redis, clock: Clock) -> "LimiterWith":
+def limiter_with(redis: Redis, clock: Clock) -> LimiterWith:
     """Make limiters of other tiers on the same rows: `limiter_with(pro={"monthly": 3})`."""
 
     def make(**tiers: dict[str, int | None]) -> CreditLimiter:
@@ -128,10 +93,6 @@ def limiter_with(redis: Redis, clock: Clock) -> "LimiterWith":
         return CreditLimiter(redis, read, clock=clock, timeout_ms=PATIENCE_MS, deadline_ms=PATIENCE_MS)
 
     return make
-
-
-class LimiterWith(Protocol):
-    def __call__(self, **tiers: dict[str, int | None]) -> CreditLimiter: ...
 
 
 @pytest.fixture

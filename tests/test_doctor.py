@@ -3,6 +3,7 @@
 import json
 import shlex
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -28,12 +29,13 @@ from limiter.redis.acl import acl_line, needed_commands, probes
 from limiter.redis.replication import wait_for_replicas
 from limiter.redis.url import Kind
 from limiter.relay.metering.claims import MintStatus, Stores
-from tests.conftest import TIERS, Closing
 from tests.support.cli import limiter
+from tests.support.credits import TIERS
 from tests.support.openai_backend import running_backend
 from tests.support.redis_servers import Server, binaries, free_port
 from tests.support.redis_topologies import ClusterSetUp, SentinelSetUp, told
-from tests.support.relay import client_of, eventually, relays_on
+from tests.support.relay import client_of, relays_on
+from tests.support.wait import eventually
 
 MakeServer = Callable[..., Server]
 LICENCE_KEY = Ed25519PrivateKey.generate()
@@ -59,7 +61,7 @@ def used(server: Server) -> set[str]:
 
 @SERVERS
 async def test_user_of_the_line_when_all_of_limiter_runs_then_nothing_is_refused_and_each_right_is_used(
-    own_server: MakeServer, closing: Closing, tmp_path: Path, binary: str
+    own_server: MakeServer, closing: AsyncExitStack, tmp_path: Path, binary: str
 ) -> None:
     server = own_server(binary)
     needed = needed_commands("single")
@@ -85,13 +87,13 @@ async def test_user_of_the_line_when_all_of_limiter_runs_then_nothing_is_refused
     assert set(needed) == used(server) & set(needed), "a right that nothing uses"
 
 
-async def connected(url: str, closing: Closing) -> "Redis":
+async def connected(url: str, closing: AsyncExitStack) -> "Redis":
     redis = await connect(url)
     closing.push_async_callback(redis.aclose)
     return redis
 
 
-async def serve_a_little(admin: "Redis", limiter: CreditLimiter, closing: Closing) -> None:
+async def serve_a_little(admin: "Redis", limiter: CreditLimiter, closing: AsyncExitStack) -> None:
     """Run a relay with licences, seats, keys and new installs, on the limiter's user."""
     backend = await closing.enter_async_context(running_backend())
     start = await closing.enter_async_context(relays_on(admin))
@@ -114,7 +116,7 @@ async def serve_a_little(admin: "Redis", limiter: CreditLimiter, closing: Closin
 
 @pytest.mark.parametrize("kind", ["sentinel", "cluster"])
 async def test_user_of_the_printed_line_when_there_are_several_servers_then_nothing_is_refused_either(
-    tmp_path: Path, closing: Closing, kind: str
+    tmp_path: Path, closing: AsyncExitStack, kind: str
 ) -> None:
     binary = binaries()["valkey"]
     assert binary
@@ -158,7 +160,7 @@ async def test_doctor_when_rights_are_missing_then_it_names_those(own_server: Ma
 
 @SERVERS
 async def test_calls_when_a_right_is_taken_away_then_the_error_names_it_and_says_where_the_line_is(
-    own_server: MakeServer, closing: Closing, binary: str
+    own_server: MakeServer, closing: AsyncExitStack, binary: str
 ) -> None:
     server = own_server(binary)
     needed = needed_commands("single")
@@ -177,7 +179,7 @@ async def test_calls_when_a_right_is_taken_away_then_the_error_names_it_and_says
 
 
 async def test_writes_when_there_are_too_few_replicas_then_it_is_unavailable_and_nothing_was_executed(
-    own_server: MakeServer, closing: Closing
+    own_server: MakeServer, closing: AsyncExitStack
 ) -> None:
     server = own_server()
     redis = await connect(server.url)

@@ -22,8 +22,9 @@ from limiter.ledger.file import LedgerFile
 from limiter.ledger.rotation import generations, prune
 from limiter.ledger.row_codec import line_from_row
 from limiter.ledger.row_fast_path import STORED_FIELDS, line_from_values
-from tests.conftest import TIERS, Clock
+from tests.support.credits import TIERS, Clock
 from tests.support.redis_servers import Server
+from tests.support.wait import eventually
 
 OLD = {"rows": {"brought": {"last_renewal_at": "2026-05-04T21:24:54.719Z", "lifetime_consumed": 40}}}
 
@@ -40,12 +41,6 @@ def names(folder: Path) -> list[str]:
 def rows_of(path: Path) -> dict[str, Any]:
     rows: dict[str, Any] = json.loads(path.read_text())["rows"]
     return rows
-
-
-async def until(predicate: Callable[[], object], *, within_s: float = 10) -> None:
-    async with asyncio.timeout(within_s):
-        while not predicate():
-            await asyncio.sleep(0.005)
 
 
 # One dump
@@ -200,7 +195,7 @@ async def test_dump_when_it_is_cancelled_then_the_old_file_stays_and_no_temp_fil
     before = path.read_bytes()
     server.pause()
     task = asyncio.ensure_future(dump(limiter, path))
-    await until(lambda: len(names(path.parent)) > 2)
+    await eventually(lambda: len(names(path.parent)) > 2)
     task.cancel()
     server.resume()
     with pytest.raises(asyncio.CancelledError):

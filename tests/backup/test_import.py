@@ -19,7 +19,7 @@ from limiter.backup.importer import _BATCHES_SENT, BATCH_ROWS, ImportReport, Pro
 from limiter.credits.models import ROW_MEMBERS
 from limiter.credits.scripts import PutMode
 from limiter.ledger.file import LedgerFile
-from tests.conftest import TIERS, Clock
+from tests.support.credits import TIERS, Clock
 from tests.support.redis_servers import Server
 
 Member = dict[str, Any]

@@ -24,10 +24,11 @@ from limiter.backup.row_writer import Item, RowWriter
 from limiter.credits.scripts import Scripts
 from limiter.ledger.file import LedgerFile
 from tests.backup.test_import import counts, do, dumps, many, member
-from tests.conftest import TIERS
 from tests.support.cli import LIMITER, environment, limiter
-from tests.support.redis_servers import Server, binaries, eventually, wait_until
+from tests.support.credits import TIERS
+from tests.support.redis_servers import Server, binaries
 from tests.support.redis_topologies import ClusterSetUp
+from tests.support.wait import eventually, wait_until
 
 # How many kills at random points; a long run raises it.
 KILLS = int(os.environ.get("LIMITER_TEST_IMPORT_KILLS", "2"))

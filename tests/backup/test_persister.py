@@ -13,8 +13,9 @@ from redis.asyncio import Redis
 from limiter import CreditLimiter, connect
 from limiter.backup.importer import import_file
 from limiter.backup.persister import Persister
-from tests.conftest import TIERS, Clock
+from tests.support.credits import TIERS, Clock
 from tests.support.redis_servers import Server
+from tests.support.wait import eventually
 
 OLD = {"rows": {"brought": {"last_renewal_at": "2026-05-04T21:24:54.719Z", "lifetime_consumed": 40}}}
 
@@ -33,22 +34,16 @@ def rows_of(path: Path) -> dict[str, Any]:
     return rows
 
 
-async def until(predicate: Callable[[], object], *, within_s: float = 10) -> None:
-    async with asyncio.timeout(within_s):
-        while not predicate():
-            await asyncio.sleep(0.005)
-
-
 async def test_persister_when_it_runs_then_it_dumps_again_and_once_more_on_stop(
     limiter: CreditLimiter, path: Path, clock: Clock
 ) -> None:
     await limiter.debit("a", tier="pro", has_hardware=True)
     async with Persister(limiter, path, interval_s=0.01) as persister:
-        await until(path.exists)
+        await eventually(path.exists)
         await limiter.debit("b", tier="pro", has_hardware=True)
-        await until(lambda: len(rows_of(path)) == 2)
+        await eventually(lambda: len(rows_of(path)) == 2)
         clock.now_ms += 1000
-        await until(lambda: persister.last_good_at == "2026-05-11T23:02:58.123Z")
+        await eventually(lambda: persister.last_good_at == "2026-05-11T23:02:58.123Z")
         await limiter.debit("c", tier="pro", has_hardware=True)
     assert set(rows_of(path)) == {"a", "b", "c"}
     report = dict(persister.report())
@@ -67,7 +62,7 @@ async def test_persister_when_the_interval_is_long_then_stop_does_not_wait_for_i
 ) -> None:
     persister = Persister(limiter, path, interval_s=3600)
     task = asyncio.create_task(persister.run())
-    await until(path.exists)
+    await eventually(path.exists)
     await limiter.debit("a", tier="pro", has_hardware=True)
     persister.stop()
     await asyncio.wait_for(task, 10)
@@ -78,7 +73,7 @@ async def test_persister_when_it_is_cancelled_then_it_ends_at_once(limiter: Cred
     persister = Persister(limiter, path, interval_s=0.001)
     for _ in range(20):
         task = asyncio.create_task(persister.run())
-        await until(path.exists)
+        await eventually(path.exists)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asyncio.wait_for(task, 10)
@@ -102,15 +97,15 @@ async def test_persister_when_redis_is_away_then_it_says_so_keeps_the_file_and_g
     limiter = CreditLimiter(redis, TIERS)
     await limiter.debit("a", tier="pro", has_hardware=True)
     async with Persister(limiter, path, interval_s=0.01) as persister:
-        await until(lambda: persister.last_good_at)
+        await eventually(lambda: persister.last_good_at)
         server.kill()
-        await until(lambda: persister.last_error)
+        await eventually(lambda: persister.last_error)
         assert "Redis" in str(persister.last_error)
         assert persister.last_good_at
         assert list(rows_of(path)) == ["a"]
         assert caplog.record_tuples[0][:2] == ("limiter", logging.ERROR)
         server.start()
-        await until(lambda: persister.last_error is None)
+        await eventually(lambda: persister.last_error is None)
         await limiter.debit("b", tier="pro", has_hardware=True)
     assert set(rows_of(path)) == {"a", "b"}
 
@@ -122,12 +117,12 @@ async def test_persister_when_rows_are_broken_then_its_report_says_so_until_they
         await limiter.debit(name, tier="pro", has_hardware=True)
     await redis.hset("credits:install:b", "monthly_consumed", "x")
     async with Persister(limiter, path, interval_s=0.01) as persister:
-        await until(lambda: persister.last_error)
+        await eventually(lambda: persister.last_error)
         assert persister.last_error == f"1 rows are not in {path}: see {path}.broken.json"
         assert persister.last_good_at is None
         assert "credits:install:b field monthly_consumed is 'x'" in caplog.text
         await redis.hset("credits:install:b", "monthly_consumed", "1")
-        await until(lambda: persister.last_good_at)
+        await eventually(lambda: persister.last_good_at)
         assert persister.last_error is None
 
 
@@ -136,11 +131,11 @@ async def test_persister_when_a_file_was_brought_and_not_imported_then_it_stays_
 ) -> None:
     path.write_text(json.dumps(OLD))
     async with Persister(limiter, path, interval_s=0.01) as persister:
-        await until(lambda: persister.last_error)
+        await eventually(lambda: persister.last_error)
         assert json.loads(path.read_text()) == OLD
         assert "Import it first" in caplog.text
         await import_file(limiter, path, mode="create", dry_run=False)
-        await until(lambda: persister.last_good_at)
+        await eventually(lambda: persister.last_good_at)
     assert rows_of(path)["brought"]["lifetime_consumed"] == 40
     kept = path.with_name("credits.json.before-20260511T230257.123Z")
     assert json.loads(kept.read_text()) == OLD
@@ -149,7 +144,7 @@ async def test_persister_when_a_file_was_brought_and_not_imported_then_it_stays_
 async def test_persister_when_the_disk_cannot_be_written_then_it_survives(limiter: CreditLimiter, path: Path) -> None:
     path.mkdir()
     async with Persister(limiter, path, interval_s=0.01) as persister:
-        await until(lambda: persister.last_error)
+        await eventually(lambda: persister.last_error)
         assert "Is a directory" in str(persister.last_error)
         path.rmdir()
-        await until(lambda: persister.last_good_at)
+        await eventually(lambda: persister.last_good_at)

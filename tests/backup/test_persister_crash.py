@@ -24,8 +24,9 @@ from limiter.credits.rows import scan_keys
 from limiter.ledger.rotation import generations
 from limiter.ledger.trailer import Trailer, read_trailer
 from limiter.ledger.verify import verify
-from tests.conftest import TIERS
+from tests.support.credits import TIERS
 from tests.support.redis_servers import Server
+from tests.support.wait import eventually
 
 ROWS = 2000
 KILLS = int(os.environ.get("LIMITER_TEST_KILLS", "15"))
@@ -143,12 +144,6 @@ def seal_of(path: Path) -> Trailer | None:
         return None
 
 
-async def until(predicate: Callable[[], object], *, within_s: float = 30) -> None:
-    async with asyncio.timeout(within_s):
-        while not predicate():
-            await asyncio.sleep(0.005)
-
-
 def age_of(path: Path) -> tuple[int, int]:
     trailer = read_trailer(path)
     assert trailer
@@ -176,7 +171,7 @@ async def test_file_when_its_persister_is_killed_at_any_moment_then_it_is_a_good
 ) -> None:
     """LIMITER_TEST_KILLS says how often."""
     pid, last = nursery.start(interval_s=0.01, lease_s=0.1), (0, 0)
-    await until(path.exists)
+    await eventually(path.exists)
     async with load(core):
         for _ in range(KILLS):
             await asyncio.sleep(random.uniform(0, 0.3))  # any moment: that is what is tested
@@ -187,10 +182,10 @@ async def test_file_when_its_persister_is_killed_at_any_moment_then_it_is_a_good
             assert report.trailer.age_key >= last
             last = report.trailer.age_key
             pid = nursery.start(interval_s=0.01, lease_s=0.1)
-            await until(partial(is_later, path, report.trailer.epoch))
+            await eventually(partial(is_later, path, report.trailer.epoch))
     rows = await rows_of(core)
     nursery.signal(pid, signal.SIGTERM)
-    await until(lambda: not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_bytes())
+    await eventually(lambda: not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_bytes())
     files = generations(path)
     assert len(files) == 3
     assert all(verify(each.path).is_good for each in files)
@@ -208,15 +203,15 @@ async def test_stale_writer_when_it_is_paused_between_scan_and_rename_and_woken_
     with path.with_name(".credits.json.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         stale = nursery.start(interval_s=60, lease_s=0.3)
-        await until(lambda: any(is_whole(each) for each in path.parent.glob("*.tmp")))
+        await eventually(lambda: any(is_whole(each) for each in path.parent.glob("*.tmp")))
         nursery.signal(stale, signal.SIGSTOP)
     await core.debit("i-0", tier="pro", has_hardware=True, cost=100)
     nursery.start(interval_s=60, lease_s=0.3)
-    await until(path.exists)
+    await eventually(path.exists)
     newer, stood = path.read_bytes(), path.stat()
     assert age_of(path) == (2, 1)
     nursery.signal(stale, signal.SIGCONT)
-    await until(lambda: not any(is_whole(each) for each in path.parent.glob("*.tmp")))  # it gave its own up
+    await eventually(lambda: not any(is_whole(each) for each in path.parent.glob("*.tmp")))  # it gave its own up
     assert path.read_bytes() == newer
     assert path.stat().st_ino == stood.st_ino
     assert json.loads(newer)["rows"]["i-0"]["monthly_consumed"] == 101
@@ -227,13 +222,13 @@ async def test_standby_when_the_writer_is_killed_then_it_takes_over_in_a_later_e
     core: CreditLimiter, path: Path, nursery: Nursery
 ) -> None:
     first = nursery.start(interval_s=0.05, lease_s=0.5)
-    await until(path.exists)
+    await eventually(path.exists)
     second = nursery.start(interval_s=0.05, lease_s=0.5)
     await core.debit("a", tier="pro", has_hardware=True)
-    await until(lambda: b'"a":' in path.read_bytes())
+    await eventually(lambda: b'"a":' in path.read_bytes())
     assert age_of(path)[0] == 1
     nursery.signal(first, signal.SIGKILL)
     await core.debit("b", tier="pro", has_hardware=True)
-    await until(lambda: b'"b":' in path.read_bytes())
+    await eventually(lambda: b'"b":' in path.read_bytes())
     assert age_of(path)[0] == 2
     nursery.signal(second, signal.SIGTERM)

@@ -1,7 +1,6 @@
 # ruff: noqa: ASYNC240, S607  small files; and mount is quick, and where the system has it
 """A persister on disks that fail: the old file stays, it says what is wrong, and the next interval tries again."""
 
-import asyncio
 import contextlib
 import errno
 import os
@@ -18,7 +17,8 @@ from redis.asyncio import Redis
 from limiter import CreditLimiter
 from limiter.backup.persister import Persister
 from limiter.ledger.verify import verify
-from tests.conftest import ELSEWHERE
+from tests.support.redis_matrix import ELSEWHERE
+from tests.support.wait import eventually
 
 # What a disk does has nothing to do with the server: one of them will do.
 pytestmark = pytest.mark.parametrize("redis_url", ["elsewhere" if ELSEWHERE in os.environ else "valkey"], indirect=True)
@@ -43,19 +43,13 @@ def fill(path: Path) -> None:
             pass
 
 
-async def until(predicate: Callable[[], object], *, within_s: float = 30) -> None:
-    async with asyncio.timeout(within_s):
-        while not predicate():
-            await asyncio.sleep(0.005)
-
-
 @asynccontextmanager
 async def dumped(limiter: CreditLimiter, path: Path) -> AsyncIterator[Persister]:
     """Give a persister that has written one row."""
     limiter.clock = None
     await limiter.debit("first", tier="pro", has_hardware=True)
     async with Persister(limiter, path, interval_s=0.02, lease_s=30) as persister:
-        await until(lambda: persister.last_good_at)
+        await eventually(lambda: persister.last_good_at)
         yield persister
 
 
@@ -64,13 +58,13 @@ async def fails_and_recovers(
 ) -> None:
     """Change a row, wait for the error, then mend the disk and wait for the next good dump."""
     await limiter.debit("second", tier="pro", has_hardware=True)
-    await until(lambda: persister.last_error)
+    await eventually(lambda: persister.last_error)
     assert cause in str(persister.report()["error"])
     good_at = persister.last_good_at
     assert good_at
     mend()
-    await until(lambda: persister.last_error is None and str(persister.last_good_at) > good_at)
-    await until(lambda: b'"second":' in path.read_bytes())
+    await eventually(lambda: persister.last_error is None and str(persister.last_good_at) > good_at)
+    await eventually(lambda: b'"second":' in path.read_bytes())
     assert verify(path).is_good
     assert not list(path.parent.glob("*.tmp"))
 
@@ -98,7 +92,7 @@ async def test_persister_when_the_disk_turns_read_only_then_the_old_file_stays_u
     async with dumped(limiter, path) as persister:
         before = path.read_bytes()
         remount = ["mount", "-o", "remount,ro", str(disk)]
-        await until(lambda: subprocess.run(remount, check=False, capture_output=True).returncode == 0)
+        await eventually(lambda: subprocess.run(remount, check=False, capture_output=True).returncode == 0)
 
         def mend() -> None:
             assert path.read_bytes() == before
@@ -153,7 +147,7 @@ async def test_persister_when_somebody_replaces_its_file_during_the_scan_then_th
         (tmp_path / "theirs").write_text('{"rows": {"theirs": {}}}')
         (tmp_path / "theirs").replace(path)
         await limiter.debit("second", tier="pro", has_hardware=True)
-        await until(lambda: path.read_bytes().startswith(b'{"rows": {\n') and persister.last_error is None)
+        await eventually(lambda: path.read_bytes().startswith(b'{"rows": {\n') and persister.last_error is None)
     kept = list(tmp_path.glob("credits.json.before-*"))
     assert [each.read_text() for each in kept] == ['{"rows": {"theirs": {}}}']
     assert await redis.exists("credits:install:theirs") == 0
@@ -164,12 +158,12 @@ async def test_persisters_when_two_run_then_one_writes_and_the_other_stands_by_a
 ) -> None:
     path = tmp_path / "credits.json"
     async with dumped(limiter, path) as first, Persister(limiter, path, interval_s=0.02, lease_s=0.3) as second:
-        await until(lambda: second.role == "standby")
+        await eventually(lambda: second.role == "standby")
         report = second.report()
         assert (report["writer"], report["epoch"], report["error"]) == (first.report()["writer"], 1, None)
-        await until(lambda: second.last_good_at)  # the fleet's: whoever looks at a standby sees it, too
+        await eventually(lambda: second.last_good_at)  # the fleet's: whoever looks at a standby sees it, too
         first.stop()
-        await until(lambda: second.role == "writer")
+        await eventually(lambda: second.role == "writer")
         assert second.report()["epoch"] == 2
         await limiter.debit("second", tier="pro", has_hardware=True)
-        await until(lambda: b'"second":' in path.read_bytes())
+        await eventually(lambda: b'"second":' in path.read_bytes())

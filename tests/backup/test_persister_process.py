@@ -12,7 +12,7 @@ from urllib.request import Request, urlopen
 import pytest
 
 from tests.support.cli import Relay
-from tests.support.redis_servers import wait_until
+from tests.support.wait import wait_until
 
 SETTINGS = {"LIMITER_PERSISTER__INTERVAL_S": "0.1", "LIMITER_PERSISTER__LEASE_S": "1"}
 

@@ -16,8 +16,9 @@ from limiter import CreditLimiter
 from limiter.backup.dump import dump
 from limiter.backup.lease import Lease
 from limiter.backup.persister import Persister
-from tests.conftest import ELSEWHERE, Clock
 from tests.support.cli import LIMITER, environment, limiter
+from tests.support.credits import Clock
+from tests.support.redis_matrix import ELSEWHERE
 
 Ran = subprocess.CompletedProcess[str]
 # Each command is a process of its own, and what it does to rows is tested on both servers elsewhere: one will do.

@@ -9,8 +9,8 @@ from redis.asyncio import Redis
 
 from limiter import CreditLimiter
 from limiter.redis.lua_source import compose, script_names
-from tests.conftest import TIERS
 from tests.support.cli import limiter
+from tests.support.credits import TIERS
 
 COMMANDS = ["serve", "persist", "import", "dump", "verify", "restore", "row", "config"]
 GROUPS = {"licence": ["keygen", "issue", "show", "seats"], "lua": ["names", "show", "sha"]}

@@ -16,7 +16,7 @@ from urllib.request import Request, urlopen
 import pytest
 
 from tests.support.cli import Relay, limiter
-from tests.support.redis_servers import wait_until
+from tests.support.wait import wait_until
 
 Answer = tuple[int, dict[str, str], dict[str, object]]
 

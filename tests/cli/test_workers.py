@@ -13,7 +13,7 @@ from urllib.request import Request, urlopen
 import pytest
 
 from tests.support.cli import Relay, limiter
-from tests.support.redis_servers import wait_until
+from tests.support.wait import wait_until
 
 QUESTION = json.dumps({"model": "m", "messages": [{"role": "user", "content": "Hi"}]}).encode()
 

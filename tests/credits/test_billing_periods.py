@@ -8,7 +8,7 @@ from redis.asyncio import Redis
 from limiter import CreditLimiter, Row
 from limiter._util.timestamps import iso_from_ms, ms_from_iso
 from limiter.redis.lua_source import compose
-from tests.conftest import Clock, fields_of
+from tests.support.credits import Clock, fields_of
 from tests.support.paths import LUA
 from tests.support.reference_model import epoch_ms, iso, next_renewal
 

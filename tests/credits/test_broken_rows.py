@@ -7,7 +7,7 @@ from redis.asyncio import Redis
 
 from limiter import BrokenRow, CreditLimiter, Status
 from limiter.credits.rows import read_fields, row_or_error, scan_keys
-from tests.conftest import Clock, LimiterWith, fields_of
+from tests.support.credits import Clock, LimiterWith, fields_of
 
 KEY = "credits:install:a"
 INTEGER = r"an integer from 0 to 2\^53 - 1"

@@ -3,6 +3,7 @@
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from redis.asyncio import Redis
 from limiter import CreditLimiter, Reason, Status, Tiers, connect
 from limiter.credits.denial_cache import DenialCache
 from limiter.credits.models import Balance, Decision
-from tests.conftest import Clock, Closing
+from tests.support.credits import Clock
 from tests.support.redis_proxy import Proxy, proxy_of
 
 KEEP_MS = 1000
@@ -28,7 +29,7 @@ async def proxy(redis: Redis, redis_url: str) -> AsyncIterator[Proxy]:
 
 
 @pytest.fixture
-async def limiter(proxy: Proxy, clock: Clock, closing: Closing) -> CreditLimiter:
+async def limiter(proxy: Proxy, clock: Clock, closing: AsyncExitStack) -> CreditLimiter:
     """A limiter that remembers refusals, behind a proxy that counts its calls. The server is empty."""
     client = await connect(proxy.url)
     closing.push_async_callback(client.aclose)
@@ -66,7 +67,7 @@ async def test_client_when_it_hammers_then_redis_is_asked_once_in_the_time_that_
 
 
 async def test_client_when_it_hammers_in_real_time_then_it_costs_a_call_a_second(
-    proxy: Proxy, closing: Closing
+    proxy: Proxy, closing: AsyncExitStack
 ) -> None:
     client = await connect(proxy.url)
     closing.push_async_callback(client.aclose)
@@ -179,7 +180,9 @@ async def test_other_refusals_when_given_then_they_are_not_remembered(limiter: C
         assert (refused.reason, refused.from_memory) == (Reason.CREDITS_IN_FLIGHT, False)
 
 
-async def test_memory_when_it_is_off_then_redis_is_always_asked(proxy: Proxy, clock: Clock, closing: Closing) -> None:
+async def test_memory_when_it_is_off_then_redis_is_always_asked(
+    proxy: Proxy, clock: Clock, closing: AsyncExitStack
+) -> None:
     client = await connect(proxy.url)
     closing.push_async_callback(client.aclose)
     limiter = CreditLimiter(client, TIERS, clock=clock)

@@ -6,7 +6,7 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, UnknownTier
-from tests.conftest import Clock, LimiterWith, fields_of
+from tests.support.credits import Clock, LimiterWith, fields_of
 
 DAY_MS = 24 * 60 * 60 * 1000
 

@@ -2,11 +2,12 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 
 import pytest
 
 from limiter import CreditLimiter, LimiterUnavailable, connect
-from tests.conftest import TIERS, Closing
+from tests.support.credits import TIERS
 from tests.support.redis_proxy import proxy_of
 from tests.support.redis_servers import Server
 
@@ -17,7 +18,7 @@ async def enter(limiter: CreditLimiter) -> None:
 
 
 async def test_hold_when_cancelled_while_it_is_reserved_then_nothing_stays_held(
-    own_server: Callable[..., Server], closing: Closing
+    own_server: Callable[..., Server], closing: AsyncExitStack
 ) -> None:
     server = own_server()
     client = await connect(server.url)
@@ -37,7 +38,7 @@ async def test_hold_when_cancelled_while_it_is_reserved_then_nothing_stays_held(
 
 
 async def test_hold_when_every_answer_of_its_reserve_is_lost_then_nothing_stays_held_and_the_error_has_its_id(
-    own_server: Callable[..., Server], closing: Closing
+    own_server: Callable[..., Server], closing: AsyncExitStack
 ) -> None:
     server = own_server()
     direct = await connect(server.url)

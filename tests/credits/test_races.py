@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 
 from limiter import CreditLimiter, LimiterUnavailable, Status, connect
 from limiter.redis.lua_source import compose
-from tests.conftest import TIERS, fields_of
+from tests.support.credits import TIERS, fields_of
 from tests.support.paths import ROOT
 from tests.support.redis_proxy import Loss, Proxy, proxy_of
 

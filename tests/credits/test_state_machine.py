@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 from limiter import CreditLimiter, Row, Status, Tiers, connect
 from limiter.credits.models import Backend
 from limiter.credits.scripts import PutMode
-from tests.conftest import PATIENCE_MS, Clock, fields_of
+from tests.support.credits import PATIENCE_MS, Clock, fields_of
 from tests.support.reference_model import ReferenceLimiter, iso, moment
 
 T = TypeVar("T")

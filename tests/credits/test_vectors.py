@@ -10,8 +10,9 @@ from redis.asyncio import Redis
 
 from limiter import Balance, CreditLimiter, Decision, Row, Tiers
 from limiter._util.timestamps import ms_from_iso
-from tests.conftest import Clock, Entry, Vectors
+from tests.support.credits import Clock
 from tests.support.reference_model import Account, ReferenceLimiter, iso, moment, next_renewal, parse
+from tests.support.vectors import Entry, Vectors
 
 COUNTERS = ("lifetime_consumed", "lifetime_gemini_consumed", "monthly_consumed", "monthly_gemini_consumed")
 

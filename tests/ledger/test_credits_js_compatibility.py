@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 from limiter import CreditLimiter
 from limiter.backup.dump import dump
 from tests.backup.test_import import do, many, member
-from tests.conftest import Vectors
+from tests.support.vectors import Vectors
 
 LOADER = Path(__file__).with_name("old_ledger.mjs")
 NODE = shutil.which("node")

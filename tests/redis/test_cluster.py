@@ -1,6 +1,7 @@
 """Cluster: decisions find their node, while slots move, nodes come and a primary dies under load."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack
 from itertools import count
 from pathlib import Path
 
@@ -12,11 +13,12 @@ from limiter.backup.dump import dump
 from limiter.backup.importer import import_file
 from limiter.redis.cluster import primaries_of
 from limiter.redis.slot_map import slot_of
-from tests.conftest import TIERS, Closing
 from tests.redis.test_sentinel import shown_by_redis_cli
+from tests.support.credits import TIERS
 from tests.support.load import RUNS, Checkpoints, Spending, check
-from tests.support.redis_servers import Server, binaries, free_port, wait_until
+from tests.support.redis_servers import Server, binaries, free_port
 from tests.support.redis_topologies import ClusterSetUp, told
+from tests.support.wait import wait_until
 
 INSTALLS = [f"install-{number}" for number in range(60)]
 MakeSetUp = Callable[..., ClusterSetUp]
@@ -38,7 +40,7 @@ def set_up(tmp_path: Path) -> Iterator[MakeSetUp]:
         each.kill()
 
 
-async def limiter_on(url: str, closing: Closing) -> CreditLimiter:
+async def limiter_on(url: str, closing: AsyncExitStack) -> CreditLimiter:
     redis = await connect(url)
     closing.push_async_callback(redis.aclose)
     return CreditLimiter(redis, TIERS)
@@ -79,7 +81,7 @@ class MovingSlot:
 
 @pytest.mark.parametrize("run", RUNS)
 async def test_slots_when_they_move_to_a_new_node_under_load_then_every_commit_is_in_the_rows_once(
-    set_up: MakeSetUp, closing: Closing, run: int
+    set_up: MakeSetUp, closing: AsyncExitStack, run: int
 ) -> None:
     """The new node has no slots and no scripts when it is first asked over to."""
     del run
@@ -109,7 +111,7 @@ async def test_slots_when_they_move_to_a_new_node_under_load_then_every_commit_i
 
 @pytest.mark.parametrize("run", RUNS)
 async def test_primary_when_it_is_killed_under_load_then_its_replica_goes_on_and_nothing_is_debited_twice(
-    set_up: MakeSetUp, closing: Closing, run: int
+    set_up: MakeSetUp, closing: AsyncExitStack, run: int
 ) -> None:
     cluster = set_up(replicas=3, node_timeout_ms=2000)
     limiter = await limiter_on(cluster.url, closing)
@@ -144,7 +146,7 @@ async def node_of(server: Server, limiter: CreditLimiter) -> "Redis":
 
 
 async def test_primary_when_it_stands_still_then_the_others_serve_and_it_is_asked_again_when_it_wakes(
-    set_up: MakeSetUp, closing: Closing
+    set_up: MakeSetUp, closing: AsyncExitStack
 ) -> None:
     cluster = set_up()
     limiter = await limiter_on(cluster.url, closing)
@@ -163,7 +165,7 @@ async def test_primary_when_it_stands_still_then_the_others_serve_and_it_is_aske
 
 
 async def test_ledger_when_a_slot_is_between_two_nodes_then_import_and_dump_miss_nothing(
-    set_up: MakeSetUp, closing: Closing, tmp_path: Path
+    set_up: MakeSetUp, closing: AsyncExitStack, tmp_path: Path
 ) -> None:
     cluster = set_up()
     limiter = await limiter_on(cluster.url, closing)
@@ -188,7 +190,7 @@ async def test_ledger_when_a_slot_is_between_two_nodes_then_import_and_dump_miss
 
 
 async def test_url_when_it_does_not_say_cluster_or_wrongly_then_the_error_says_what_to_give(
-    set_up: MakeSetUp, own_server: Callable[..., Server], closing: Closing
+    set_up: MakeSetUp, own_server: Callable[..., Server], closing: AsyncExitStack
 ) -> None:
     cluster = set_up()
     with pytest.raises(SettingsError, match=r"is a node of a cluster: give redis\+cluster://"):

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -15,7 +16,7 @@ from limiter import CreditLimiter, LimiterUnavailable, SettingsError, connect
 from limiter.redis.cluster import primaries_of
 from limiter.redis.connect import redacted
 from limiter.redis.url import Address, parse_url, passwords_of
-from tests.conftest import TIERS, Closing
+from tests.support.credits import TIERS
 from tests.support.redis_servers import Server, binaries, free_port
 from tests.support.redis_topologies import ClusterSetUp, SentinelServer, told
 
@@ -111,7 +112,7 @@ async def test_connect_when_nobody_listens_then_it_is_unavailable_and_nothing_wa
 
 @SERVERS
 async def test_password_when_right_then_it_works_and_when_wrong_or_missing_then_it_is_a_settings_error(
-    own_server: MakeServer, closing: Closing, binary: str
+    own_server: MakeServer, closing: AsyncExitStack, binary: str
 ) -> None:
     server = own_server(binary)
     admin = await connect(server.url)
@@ -127,7 +128,7 @@ async def test_password_when_right_then_it_works_and_when_wrong_or_missing_then_
 
 @SERVERS
 async def test_server_when_it_may_evict_rows_then_it_is_refused_unless_that_is_accepted(
-    own_server: MakeServer, closing: Closing, binary: str
+    own_server: MakeServer, closing: AsyncExitStack, binary: str
 ) -> None:
     server = own_server(binary, "--maxmemory-policy", "allkeys-lru")
     with pytest.raises(SettingsError, match=r"may evict rows \(maxmemory-policy allkeys-lru\): set it to noeviction"):
@@ -139,7 +140,7 @@ async def test_server_when_it_may_evict_rows_then_it_is_refused_unless_that_is_a
 
 @SERVERS
 async def test_server_when_it_runs_without_aof_then_a_warning_tells_and_with_it_there_is_none(
-    own_server: MakeServer, closing: Closing, caplog: pytest.LogCaptureFixture, binary: str
+    own_server: MakeServer, closing: AsyncExitStack, caplog: pytest.LogCaptureFixture, binary: str
 ) -> None:
     with caplog.at_level(logging.WARNING, logger="limiter"):
         for arguments in ([], ["--appendonly", "no"]):
@@ -159,7 +160,7 @@ async def test_server_when_it_is_busy_at_connect_then_it_is_unavailable_in_time(
 
 @SERVERS
 async def test_unix_socket_when_given_then_decisions_go_over_it(
-    own_server: MakeServer, closing: Closing, tmp_path: Path, binary: str
+    own_server: MakeServer, closing: AsyncExitStack, tmp_path: Path, binary: str
 ) -> None:
     path = tmp_path / "redis.sock"
     own_server(binary, "--unixsocket", str(path))
@@ -194,7 +195,7 @@ def write_certificate(folder: Path) -> tuple[Path, Path]:
 
 
 async def test_tls_when_the_certificate_is_trusted_then_decisions_go_over_it_and_otherwise_none(
-    own_server: MakeServer, closing: Closing, tmp_path: Path
+    own_server: MakeServer, closing: AsyncExitStack, tmp_path: Path
 ) -> None:
     """Debian's Redis only: the wheel's Valkey is built without TLS."""
     key, certificate = write_certificate(tmp_path)
@@ -236,7 +237,7 @@ def tls_options(key: Path, certificate: Path) -> dict[str, str]:
 
 
 async def test_tls_when_redis_is_a_cluster_then_each_node_is_spoken_to_over_it(
-    closing: Closing, tmp_path: Path
+    closing: AsyncExitStack, tmp_path: Path
 ) -> None:
     binary = binaries()["redis"]
     if binary is None:
@@ -260,7 +261,7 @@ async def test_tls_when_redis_is_a_cluster_then_each_node_is_spoken_to_over_it(
 
 
 async def test_tls_when_there_are_sentinels_then_they_and_the_primary_are_spoken_to_over_it(
-    own_server: MakeServer, closing: Closing, tmp_path: Path
+    own_server: MakeServer, closing: AsyncExitStack, tmp_path: Path
 ) -> None:
     key, certificate = write_certificate(tmp_path)
     options, port = tls_options(key, certificate), free_port()

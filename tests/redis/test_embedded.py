@@ -6,14 +6,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import pytest
 
 from limiter import CreditLimiter, LimiterUnavailable, SettingsError, connect
 from limiter.redis import embedded
-from tests.conftest import TIERS, Closing
+from tests.support.credits import TIERS
 
 USER = """
 import asyncio, sys
@@ -110,7 +110,7 @@ async def test_embedded_when_the_process_that_started_it_is_killed_then_a_new_on
 
 
 async def test_embedded_when_the_server_itself_is_killed_then_the_next_start_finds_the_rows(
-    folder: Path, closing: Closing
+    folder: Path, closing: AsyncExitStack
 ) -> None:
     client = await connect(f"embedded:{folder}")
     closing.push_async_callback(client.aclose)

@@ -12,7 +12,7 @@ import pytest
 
 from limiter import CreditLimiter, LimiterUnavailable, SettingsError, connect
 from limiter.redis import embedded
-from tests.conftest import TIERS
+from tests.support.credits import TIERS
 
 COUNT = """
 import asyncio, sys

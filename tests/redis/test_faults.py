@@ -3,19 +3,21 @@
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 
 import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Hold, LimiterUnavailable, Status, connect
-from tests.conftest import TIERS, Closing, fields_of
-from tests.support.redis_servers import Server, eventually
+from tests.support.credits import TIERS, fields_of
+from tests.support.redis_servers import Server
+from tests.support.wait import eventually
 
 SERVERS = pytest.mark.parametrize("binary", ["valkey", "redis"])
 MakeServer = Callable[..., Server]
 
 
-async def limiter_on(server: Server, closing: Closing, *, deadline_ms: int = 1000) -> CreditLimiter:
+async def limiter_on(server: Server, closing: AsyncExitStack, *, deadline_ms: int = 1000) -> CreditLimiter:
     client = await connect(server.url, timeout_ms=200)
     closing.push_async_callback(client.aclose)
     return CreditLimiter(client, TIERS, timeout_ms=200, deadline_ms=deadline_ms)
@@ -38,7 +40,7 @@ async def test_scripts_when_flushed_in_mid_traffic_then_every_request_is_counted
 
 @SERVERS
 async def test_server_when_killed_and_started_again_then_rows_and_holds_are_there_and_the_client_goes_on(
-    own_server: MakeServer, closing: Closing, binary: str
+    own_server: MakeServer, closing: AsyncExitStack, binary: str
 ) -> None:
     server = own_server(binary)
     limiter = await limiter_on(server, closing, deadline_ms=5000)
@@ -54,7 +56,7 @@ async def test_server_when_killed_and_started_again_then_rows_and_holds_are_ther
 
 
 async def test_server_when_away_then_each_call_says_so_within_its_deadline_and_works_again_after(
-    own_server: MakeServer, closing: Closing
+    own_server: MakeServer, closing: AsyncExitStack
 ) -> None:
     server = own_server()
     limiter = await limiter_on(server, closing, deadline_ms=300)
@@ -77,7 +79,7 @@ async def test_server_when_away_then_each_call_says_so_within_its_deadline_and_w
 
 
 async def test_server_when_it_comes_back_within_the_deadline_then_the_caller_does_not_notice(
-    own_server: MakeServer, closing: Closing
+    own_server: MakeServer, closing: AsyncExitStack
 ) -> None:
     server = own_server()
     limiter = await limiter_on(server, closing, deadline_ms=20_000)
@@ -88,7 +90,7 @@ async def test_server_when_it_comes_back_within_the_deadline_then_the_caller_doe
 
 
 async def test_server_when_it_stands_still_then_calls_end_in_time_and_count_once_when_it_wakes(
-    own_server: MakeServer, closing: Closing
+    own_server: MakeServer, closing: AsyncExitStack
 ) -> None:
     """What was sent to it is still executed then; what is called for later is not even sent."""
     server = own_server()
@@ -112,7 +114,7 @@ async def test_server_when_it_stands_still_then_calls_end_in_time_and_count_once
 
 
 async def test_calls_when_more_than_there_are_connections_then_they_wait_for_one(
-    own_server: MakeServer, closing: Closing
+    own_server: MakeServer, closing: AsyncExitStack
 ) -> None:
     client = await connect(own_server().url, max_connections=3)
     closing.push_async_callback(client.aclose)
@@ -177,7 +179,7 @@ async def test_hold_when_its_block_is_cancelled_then_it_is_released(redis: Redis
 
 
 async def test_hold_when_cancelled_again_while_it_is_being_released_then_that_still_comes_to_its_end(
-    own_server: MakeServer, closing: Closing
+    own_server: MakeServer, closing: AsyncExitStack
 ) -> None:
     server = own_server()
     limiter = await limiter_on(server, closing, deadline_ms=20_000)
@@ -196,7 +198,7 @@ async def test_hold_when_cancelled_again_while_it_is_being_released_then_that_st
 
 
 async def test_hold_when_cancelled_while_it_is_being_committed_then_it_is_committed_and_the_cancellation_goes_on(
-    own_server: MakeServer, closing: Closing
+    own_server: MakeServer, closing: AsyncExitStack
 ) -> None:
     server = own_server()
     limiter = await limiter_on(server, closing, deadline_ms=20_000)
@@ -219,7 +221,7 @@ async def test_hold_when_cancelled_while_it_is_being_committed_then_it_is_commit
 
 @pytest.mark.parametrize("end", [ZeroDivisionError, asyncio.CancelledError])
 async def test_hold_when_the_server_is_away_at_its_release_then_the_reason_of_its_end_is_not_hidden(
-    own_server: MakeServer, closing: Closing, end: type[BaseException]
+    own_server: MakeServer, closing: AsyncExitStack, end: type[BaseException]
 ) -> None:
     server = own_server()
     limiter = await limiter_on(server, closing, deadline_ms=100)
@@ -235,7 +237,7 @@ async def test_hold_when_the_server_is_away_at_its_release_then_the_reason_of_it
 
 
 async def test_hold_when_the_server_is_away_at_its_commit_then_the_caller_is_told(
-    own_server: MakeServer, closing: Closing
+    own_server: MakeServer, closing: AsyncExitStack
 ) -> None:
     server = own_server()
     limiter = await limiter_on(server, closing, deadline_ms=100)
@@ -265,7 +267,7 @@ async def test_callers_when_cancelled_at_any_moment_then_each_of_them_ends(limit
 
 
 async def test_client_when_closed_then_the_server_has_no_connection_of_it_left(
-    own_server: MakeServer, closing: Closing
+    own_server: MakeServer, closing: AsyncExitStack
 ) -> None:
     server = own_server()
     watcher = await connect(server.url, max_connections=1)

@@ -3,7 +3,7 @@
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 import uvloop
@@ -12,15 +12,15 @@ from redis.exceptions import NoScriptError, ResponseError
 
 from limiter.errors import LimiterUnavailable, Overloaded
 from limiter.redis.multiplexed import MultiplexedConnection, command
-from tests.conftest import Closing
-from tests.support.redis_servers import Server, eventually
+from tests.support.redis_servers import Server
+from tests.support.wait import eventually
 
 MakeServer = Callable[..., Server]
 PLENTY_S = 20.0
 
 
 async def connection_to(
-    port: int, closing: Closing, *, max_waiting: int = 8192, database: int = 0
+    port: int, closing: AsyncExitStack, *, max_waiting: int = 8192, database: int = 0
 ) -> MultiplexedConnection:
     async def dial() -> Connection:
         connection = Connection(port=port, db=database, protocol=2, socket_timeout=0.5, socket_connect_timeout=0.5)
@@ -64,14 +64,14 @@ def echo(word: object) -> bytes:
 
 
 async def test_answers_when_many_calls_are_under_way_then_each_caller_has_its_own(
-    own_server: MakeServer, closing: Closing
+    own_server: MakeServer, closing: AsyncExitStack
 ) -> None:
     channel = await connection_to(own_server().port, closing)
     answers = await asyncio.gather(*(channel.send("", echo(number), PLENTY_S) for number in range(3000)))
     assert answers == [str(number).encode() for number in range(3000)]
 
 
-async def test_calls_when_of_one_turn_then_they_leave_as_one_write(closing: Closing) -> None:
+async def test_calls_when_of_one_turn_then_they_leave_as_one_write(closing: AsyncExitStack) -> None:
     async with recording() as recorder:
         channel = await connection_to(recorder.port, closing)
         await channel.open()
@@ -86,7 +86,7 @@ async def came(recorder: Recorder, count: int) -> bool:
     return sum(read.count(b"ECHO") for read in recorder.reads) >= count
 
 
-async def test_call_when_cancelled_after_it_was_sent_then_it_keeps_its_place(closing: Closing) -> None:
+async def test_call_when_cancelled_after_it_was_sent_then_it_keeps_its_place(closing: AsyncExitStack) -> None:
     async with recording() as recorder:
         channel = await connection_to(recorder.port, closing)
         first, second = channel.send("", echo(1), PLENTY_S), channel.send("", echo(2), PLENTY_S)
@@ -96,7 +96,7 @@ async def test_call_when_cancelled_after_it_was_sent_then_it_keeps_its_place(clo
         assert await second == b"two"
 
 
-async def test_call_when_cancelled_before_it_was_sent_then_it_never_is(closing: Closing) -> None:
+async def test_call_when_cancelled_before_it_was_sent_then_it_never_is(closing: AsyncExitStack) -> None:
     async with recording() as recorder:
         channel = await connection_to(recorder.port, closing)
         await channel.open()
@@ -109,7 +109,7 @@ async def test_call_when_cancelled_before_it_was_sent_then_it_never_is(closing: 
 
 
 async def test_call_when_its_time_is_over_before_that_of_others_then_it_is_late_alone_and_keeps_its_place(
-    closing: Closing,
+    closing: AsyncExitStack,
 ) -> None:
     async with recording() as recorder:
         channel = await connection_to(recorder.port, closing)
@@ -123,7 +123,9 @@ async def test_call_when_its_time_is_over_before_that_of_others_then_it_is_late_
         assert len(recorder.writers) == 1
 
 
-async def test_server_when_it_is_slow_but_answers_one_after_the_other_then_it_is_not_silent(closing: Closing) -> None:
+async def test_server_when_it_is_slow_but_answers_one_after_the_other_then_it_is_not_silent(
+    closing: AsyncExitStack,
+) -> None:
     """Times are seconds: a call of 1 s that was sent at 100, and what came last."""
     async with recording() as recorder:
         channel = await connection_to(recorder.port, closing)
@@ -139,7 +141,7 @@ async def test_server_when_it_is_slow_but_answers_one_after_the_other_then_it_is
 
 
 async def test_server_when_it_answers_and_then_says_nothing_more_then_the_connection_is_given_up(
-    closing: Closing,
+    closing: AsyncExitStack,
 ) -> None:
     async with recording() as recorder:
         channel = await connection_to(recorder.port, closing)
@@ -161,7 +163,7 @@ async def test_server_when_it_answers_and_then_says_nothing_more_then_the_connec
 
 
 async def test_server_when_it_says_nothing_then_the_connection_is_given_up_and_the_next_call_has_another(
-    closing: Closing,
+    closing: AsyncExitStack,
 ) -> None:
     async with recording() as recorder:
         channel = await connection_to(recorder.port, closing)
@@ -178,7 +180,7 @@ async def test_server_when_it_says_nothing_then_the_connection_is_given_up_and_t
 
 @pytest.mark.parametrize("said", [b"+nobody asked\r\n", b"what?\r\n"])
 async def test_server_when_it_sends_what_is_no_answer_then_the_connection_is_given_up(
-    closing: Closing, said: bytes
+    closing: AsyncExitStack, said: bytes
 ) -> None:
     async with recording() as recorder:
         channel = await connection_to(recorder.port, closing)
@@ -193,7 +195,7 @@ async def test_server_when_it_sends_what_is_no_answer_then_the_connection_is_giv
 
 
 async def test_connection_when_it_breaks_then_who_was_sent_hears_that_nobody_knows_and_the_next_call_has_another(
-    closing: Closing,
+    closing: AsyncExitStack,
 ) -> None:
     async with recording() as recorder:
         channel = await connection_to(recorder.port, closing)
@@ -210,7 +212,7 @@ async def test_connection_when_it_breaks_then_who_was_sent_hears_that_nobody_kno
 
 
 async def test_server_when_away_then_calls_say_that_nothing_was_executed_and_go_through_once_it_is_back(
-    own_server: MakeServer, closing: Closing
+    own_server: MakeServer, closing: AsyncExitStack
 ) -> None:
     server = own_server()
     channel = await connection_to(server.port, closing)
@@ -233,7 +235,7 @@ async def test_server_when_away_then_calls_say_that_nothing_was_executed_and_go_
 
 
 async def test_server_when_it_stands_still_at_the_greeting_then_the_call_ends_in_time_and_was_not_executed(
-    own_server: MakeServer, closing: Closing
+    own_server: MakeServer, closing: AsyncExitStack
 ) -> None:
     server = own_server()
     channel = await connection_to(server.port, closing)
@@ -245,7 +247,7 @@ async def test_server_when_it_stands_still_at_the_greeting_then_the_call_ends_in
 
 
 async def test_calls_when_more_wait_than_may_then_the_next_is_overloaded_and_later_there_is_room_again(
-    own_server: MakeServer, closing: Closing
+    own_server: MakeServer, closing: AsyncExitStack
 ) -> None:
     channel = await connection_to(own_server().port, closing, max_waiting=10)
     calls = [channel.send("", echo(number), PLENTY_S) for number in range(10)]
@@ -257,7 +259,7 @@ async def test_calls_when_more_wait_than_may_then_the_next_is_overloaded_and_lat
 
 
 async def test_server_when_it_reads_slower_than_calls_come_then_they_wait_here_and_are_counted(
-    closing: Closing,
+    closing: AsyncExitStack,
 ) -> None:
     """The server's end reads nothing at all: what is not in the kernel's buffers stays unsent, and says so."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -282,7 +284,7 @@ async def test_server_when_it_reads_slower_than_calls_come_then_they_wait_here_a
 
 
 async def test_errors_when_the_server_answers_one_then_the_caller_has_it_and_nobody_else(
-    own_server: MakeServer, closing: Closing
+    own_server: MakeServer, closing: AsyncExitStack
 ) -> None:
     channel = await connection_to(own_server().port, closing)
     answers = await asyncio.gather(
@@ -297,13 +299,13 @@ async def test_errors_when_the_server_answers_one_then_the_caller_has_it_and_nob
 
 
 async def test_wire_when_its_address_names_a_database_then_it_is_that_one(
-    own_server: MakeServer, closing: Closing
+    own_server: MakeServer, closing: AsyncExitStack
 ) -> None:
     channel = await connection_to(own_server().port, closing, database=3)
     assert b"db=3 " in await channel.send("", command("CLIENT", "INFO"), PLENTY_S)
 
 
-async def test_wire_when_closed_then_who_waits_is_told_and_nobody_can_call_any_more(closing: Closing) -> None:
+async def test_wire_when_closed_then_who_waits_is_told_and_nobody_can_call_any_more(closing: AsyncExitStack) -> None:
     async with recording() as recorder:
         channel = await connection_to(recorder.port, closing)
         call = channel.send("", echo(1), PLENTY_S)
@@ -316,7 +318,7 @@ async def test_wire_when_closed_then_who_waits_is_told_and_nobody_can_call_any_m
 
 
 async def test_wire_when_closed_with_calls_that_were_not_sent_then_they_are_told_and_nobody_connects_any_more(
-    closing: Closing,
+    closing: AsyncExitStack,
 ) -> None:
     async with recording() as recorder:
         channel = await connection_to(recorder.port, closing)
@@ -331,7 +333,7 @@ async def test_wire_when_closed_with_calls_that_were_not_sent_then_they_are_told
 
 def test_wire_when_the_loop_is_uvloop_then_it_does_the_same() -> None:
     async def calls() -> None:
-        async with recording() as recorder, Closing() as closing:
+        async with recording() as recorder, AsyncExitStack() as closing:
             channel = await connection_to(recorder.port, closing)
             first, second = channel.send("", echo(1), PLENTY_S), channel.send("", echo(2), 0.1)
             await eventually(lambda: came(recorder, 2), what="the calls")

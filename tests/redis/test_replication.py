@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,11 @@ from limiter.errors import LimiterUnavailable, NotReplicated
 from limiter.redis import replication
 from limiter.redis.replication import wait_for_replicas
 from limiter.relay.metering.claims import Stores
-from tests.conftest import TIERS, Closing
 from tests.support.cli import environment
-from tests.support.redis_servers import Server, binaries, wait_until
+from tests.support.credits import TIERS
+from tests.support.redis_servers import Server, binaries
 from tests.support.redis_topologies import ClusterSetUp, SentinelSetUp, told
+from tests.support.wait import wait_until
 
 MakeServer = Callable[..., Server]
 SERVERS = pytest.mark.parametrize("binary", ["valkey", "redis"])
@@ -30,7 +32,7 @@ NEVER_S = 1.0  # the wait for a replica that stands still
 IMPATIENT = f"from limiter import cli, replication; replication.WITHIN_S = {NEVER_S}; cli.main()"
 
 
-async def connected(url: str, closing: Closing) -> "Redis":
+async def connected(url: str, closing: AsyncExitStack) -> "Redis":
     redis = await connect(url)
     closing.push_async_callback(redis.aclose)
     return redis
@@ -64,7 +66,7 @@ async def command(primary: Server, folder: Path, *words: str, main: str = "from 
 
 @SERVERS
 async def test_commands_when_a_replica_listens_then_it_has_what_they_did(
-    own_server: MakeServer, tmp_path: Path, closing: Closing, binary: str
+    own_server: MakeServer, tmp_path: Path, closing: AsyncExitStack, binary: str
 ) -> None:
     primary, replica = pair(own_server, binary)
     redis = await connected(primary.url, closing)
@@ -81,7 +83,7 @@ async def test_commands_when_a_replica_listens_then_it_has_what_they_did(
 
 @SERVERS
 async def test_commands_when_the_replica_stands_still_then_they_say_how_many_have_it_and_that_it_may_be_lost(
-    own_server: MakeServer, tmp_path: Path, closing: Closing, binary: str
+    own_server: MakeServer, tmp_path: Path, closing: AsyncExitStack, binary: str
 ) -> None:
     primary, replica = pair(own_server, binary)
     redis = await connected(primary.url, closing)
@@ -105,7 +107,7 @@ async def test_commands_when_the_replica_stands_still_then_they_say_how_many_hav
 
 
 async def test_wait_when_one_of_two_replicas_stands_still_then_the_other_is_enough_for_one(
-    tmp_path: Path, closing: Closing, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, closing: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     binary = binaries()["valkey"]
     assert binary
@@ -126,7 +128,7 @@ async def test_wait_when_one_of_two_replicas_stands_still_then_the_other_is_enou
 
 
 async def test_wait_when_a_replica_of_a_cluster_stands_still_then_it_says_whose_and_after_a_failover_that_there_was_one(
-    tmp_path: Path, closing: Closing, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, closing: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     binary = binaries()["valkey"]
     assert binary
@@ -152,7 +154,7 @@ async def test_wait_when_a_replica_of_a_cluster_stands_still_then_it_says_whose_
 
 
 async def test_wait_when_redis_is_away_or_the_block_fails_then_that_is_the_error(
-    own_server: MakeServer, closing: Closing
+    own_server: MakeServer, closing: AsyncExitStack
 ) -> None:
     server = own_server()
     redis = await connected(server.url, closing)

@@ -3,6 +3,7 @@
 import asyncio
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ from redis.asyncio import Redis
 
 from limiter import CreditLimiter, LimiterUnavailable, SettingsError, connect
 from limiter.cli.serve import _redis_cli_options
-from tests.conftest import TIERS, Closing
+from tests.support.credits import TIERS
 from tests.support.load import RUNS, Checkpoints, Spending, check
-from tests.support.redis_servers import binaries, free_port, wait_until
+from tests.support.redis_servers import binaries, free_port
 from tests.support.redis_topologies import SentinelSetUp, told
+from tests.support.wait import wait_until
 
 INSTALLS = [f"install-{number}" for number in range(40)]
 MakeSetUp = Callable[..., SentinelSetUp]
@@ -34,11 +36,11 @@ def set_up(tmp_path: Path) -> Iterator[MakeSetUp]:
         each.kill()
 
 
-async def limiter_on(url: str, closing: Closing) -> CreditLimiter:
+async def limiter_on(url: str, closing: AsyncExitStack) -> CreditLimiter:
     return CreditLimiter(await connected(url, closing), TIERS)
 
 
-async def connected(url: str, closing: Closing) -> "Redis":
+async def connected(url: str, closing: AsyncExitStack) -> "Redis":
     redis = await connect(url)
     closing.push_async_callback(redis.aclose)
     return redis
@@ -46,7 +48,7 @@ async def connected(url: str, closing: Closing) -> "Redis":
 
 @pytest.mark.parametrize("run", RUNS)
 async def test_primary_when_it_is_killed_under_load_then_nothing_is_debited_twice_nor_a_replicated_commit_lost(
-    set_up: MakeSetUp, closing: Closing, run: int
+    set_up: MakeSetUp, closing: AsyncExitStack, run: int
 ) -> None:
     servers = set_up()
     limiter = await limiter_on(servers.url, closing)
@@ -66,7 +68,7 @@ async def test_primary_when_it_is_killed_under_load_then_nothing_is_debited_twic
 @pytest.mark.skipif(len(RUNS) == 1, reason="takes 20 s: set LIMITER_TEST_RUNS to 2 or more")
 @pytest.mark.parametrize("run", RUNS)
 async def test_primary_when_it_stands_still_under_load_and_wakes_replaced_then_nothing_is_debited_twice(
-    set_up: MakeSetUp, closing: Closing, run: int
+    set_up: MakeSetUp, closing: AsyncExitStack, run: int
 ) -> None:
     """What it was sent and did while nobody listened any more is not what counts: its successor's rows are."""
     servers = set_up()
@@ -86,7 +88,7 @@ async def test_primary_when_it_stands_still_under_load_and_wakes_replaced_then_n
 
 
 async def test_primary_when_it_turns_into_a_replica_under_its_clients_then_nothing_is_debited_until_there_is_one(
-    set_up: MakeSetUp, closing: Closing
+    set_up: MakeSetUp, closing: AsyncExitStack
 ) -> None:
     """Demoted behind Sentinel's back, which would have closed its connections."""
     servers = set_up()
@@ -104,7 +106,7 @@ async def test_primary_when_it_turns_into_a_replica_under_its_clients_then_nothi
 
 
 async def test_url_when_it_leads_to_the_wrong_server_then_the_error_says_what_to_give(
-    set_up: MakeSetUp, closing: Closing
+    set_up: MakeSetUp, closing: AsyncExitStack
 ) -> None:
     servers = set_up()
     with pytest.raises(SettingsError, match="is a replica, which takes no writes"):

@@ -5,7 +5,7 @@ from redis.asyncio import Redis
 
 from limiter import Balance, CreditLimiter, UnknownTier
 from limiter.redis.lua_source import compose
-from tests.conftest import Clock, LimiterWith, fields_of
+from tests.support.credits import Clock, LimiterWith, fields_of
 
 
 async def test_balance_when_the_tier_is_a_lifetime_one_then_it_has_no_renewal(

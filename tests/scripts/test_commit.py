@@ -5,7 +5,7 @@ from redis.asyncio import Redis
 
 from limiter import CreditLimiter, LimiterUnavailable, Settlement, Status
 from limiter.credits.models import MAX_COUNT
-from tests.conftest import Clock, LimiterWith, fields_of
+from tests.support.credits import Clock, LimiterWith, fields_of
 
 HOUR_MS = 60 * 60 * 1000
 

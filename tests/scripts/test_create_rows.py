@@ -8,7 +8,7 @@ from limiter import CreditLimiter, Row, ScriptContractError, Status
 from limiter.credits.keys import Keys
 from limiter.credits.scripts import Scripts, stored_text
 from limiter.redis.slot_map import slot_of
-from tests.conftest import fields_of
+from tests.support.credits import fields_of
 
 
 def beside(install_id: str) -> str:

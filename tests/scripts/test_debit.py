@@ -4,7 +4,7 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Reason, Status
-from tests.conftest import Clock, LimiterWith, fields_of
+from tests.support.credits import Clock, LimiterWith, fields_of
 
 
 async def test_debit_when_allowed_then_the_credits_are_gone_at_once_and_nothing_is_held(

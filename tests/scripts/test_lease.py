@@ -5,7 +5,7 @@ from redis.asyncio import Redis
 
 from limiter import CreditLimiter
 from limiter.backup.lease import Lease, LeaseStatus
-from tests.conftest import Clock, text_of
+from tests.support.credits import Clock, text_of
 
 KEY = "credits:persister"
 

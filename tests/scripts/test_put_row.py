@@ -7,7 +7,7 @@ from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Row, ScriptContractError, Status
 from limiter.credits.models import MAX_COUNT
-from tests.conftest import fields_of
+from tests.support.credits import fields_of
 
 ROW = Row(
     install_id="a",

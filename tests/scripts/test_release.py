@@ -4,7 +4,7 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Status
-from tests.conftest import Clock, LimiterWith, fields_of
+from tests.support.credits import Clock, LimiterWith, fields_of
 
 HOUR_MS = 60 * 60 * 1000
 

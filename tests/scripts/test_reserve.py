@@ -6,7 +6,7 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, HeldCredits, Reason, Status, UnknownTier
-from tests.conftest import PATIENCE_MS, Clock, LimiterWith, fields_of
+from tests.support.credits import PATIENCE_MS, Clock, LimiterWith, fields_of
 
 HOUR_MS = 60 * 60 * 1000
 

@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 from limiter import CreditLimiter
 from limiter.credits.keys import Keys
 from limiter.relay.metering.claims import Mint, MintStatus, Seat, SeatStatus, Stores
-from tests.conftest import Clock
+from tests.support.credits import Clock
 
 SUBJECT = "alice@example.org"
 SEATS_KEY = Keys().seats(SUBJECT)

@@ -12,7 +12,8 @@ import pytest
 
 from tests.support.cli import environment
 from tests.support.paths import ROOT
-from tests.support.redis_servers import free_port, wait_until
+from tests.support.redis_servers import free_port
+from tests.support.wait import wait_until
 
 _LITELLM = ROOT / ".cache/litellm/bin"
 LITELLM_KEY = "sk-litellm-of-the-operator"

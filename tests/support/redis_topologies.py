@@ -11,7 +11,8 @@ from typing import Any
 
 from redis import Redis
 
-from tests.support.redis_servers import Server, free_port, wait_until
+from tests.support.redis_servers import Server, free_port
+from tests.support.wait import wait_until
 
 SLOTS = 16384
 _FORM_S = 30.0

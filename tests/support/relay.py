@@ -1,11 +1,9 @@
 """What the tests of the relay are made of: a relay on a port with a client, its answers, and waiting for things."""
 
 import asyncio
-import inspect
 import io
 import json
 import os
-import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -26,8 +24,9 @@ from limiter.relay import create_app, make_runner
 from limiter.relay.handlers.health import Report
 from limiter.relay.handlers.metered import RELAY
 from limiter.relay.upstream.client import BackendClient
-from tests.conftest import MATRIX, TOPOLOGY
 from tests.support.openai_backend import Document
+from tests.support.redis_matrix import MATRIX, TOPOLOGY
+from tests.support.wait import eventually
 
 CHAT = "/v1/chat/completions"
 GEMINI_KEY = "gemini-key-of-the-operator"
@@ -50,19 +49,6 @@ def tiers(**core: int) -> Tiers:
 
 def new_install() -> str:
     return str(uuid.uuid4())
-
-
-async def eventually(
-    predicate: Callable[[], bool | Awaitable[bool]], *, within_s: float = 10.0, what: str = "it"
-) -> float:
-    """Wait for something real to happen, and tell how long it took; fail loudly when it does not."""
-    began = time.monotonic()
-    while True:
-        answer = predicate()
-        if await answer if inspect.isawaitable(answer) else answer:
-            return time.monotonic() - began
-        assert time.monotonic() - began < within_s, f"{what} did not happen within {within_s} s"
-        await asyncio.sleep(0.005)
 
 
 @dataclass(frozen=True)

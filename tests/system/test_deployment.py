@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 
 from tests.support.compose import Fleet, compose_config, missing
 from tests.support.openai_backend import Backend, running_backend
-from tests.support.redis_servers import eventually
+from tests.support.wait import eventually
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=f"not installed, and not on PyPI: {' '.join(missing())}")
 PASSWORD = "0123456789abcdef"  # noqa: S105  of a server that lives for one test

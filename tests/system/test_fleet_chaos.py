@@ -17,6 +17,7 @@ import sys
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 from urllib.request import urlopen
@@ -26,12 +27,12 @@ from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Tiers, connect
 from limiter.log_config import short_names
-from tests.conftest import Closing, fields_of
 from tests.support.cli import Relay, environment
+from tests.support.credits import fields_of
 from tests.support.fleet_clients import Fleet, ForwardableRequest
 from tests.support.paths import ROOT
 from tests.support.redis_servers import Server
-from tests.support.relay import eventually
+from tests.support.wait import eventually
 
 REQUESTS = int(os.environ.get("LIMITER_TEST_REQUESTS", "600"))
 CLIENTS = min(200, REQUESTS // 3)
@@ -91,7 +92,7 @@ def fleet(server: Server, flaky: str, tmp_path: Path) -> Iterator[Fleet]:
 
 
 async def test_fleet_in_chaos_when_all_is_over_then_what_was_delivered_is_debited_and_nothing_else(
-    fleet: Fleet, server: Server, flaky: str, closing: Closing
+    fleet: Fleet, server: Server, flaky: str, closing: AsyncExitStack
 ) -> None:
     redis = await connect(server.url)
     closing.push_async_callback(redis.aclose)

@@ -17,7 +17,8 @@ from limiter import CreditLimiter, connect
 from tests.support.cli import Relay
 from tests.support.openai_backend import Backend, running_backend
 from tests.support.redis_servers import Server
-from tests.support.relay import CHAT, eventually, new_install, tiers
+from tests.support.relay import CHAT, new_install, tiers
+from tests.support.wait import eventually
 
 CLIENTS = 12
 TIMEOUT_MS = 300

@@ -13,7 +13,8 @@ from limiter import CreditLimiter, Decision
 from limiter.relay.handlers.metered import RELAY
 from tests.support.openai_backend import CHUNK, Backend
 from tests.support.redis_servers import free_port
-from tests.support.relay import ONE_SERVER, RunningRelay, StartRelay, client_of, eventually, new_install, tiers
+from tests.support.relay import ONE_SERVER, RunningRelay, StartRelay, client_of, new_install, tiers
+from tests.support.wait import eventually
 
 pytestmark = ONE_SERVER
 

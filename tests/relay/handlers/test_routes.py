@@ -13,17 +13,8 @@ from limiter.config.loader import load_settings
 from limiter.relay.process.relay_process import open_backends
 from tests.support.openai_backend import CHUNK, Backend
 from tests.support.redis_servers import free_port
-from tests.support.relay import (
-    CHAT,
-    ONE_SERVER,
-    Answer,
-    RunningRelay,
-    StartRelay,
-    client_of,
-    eventually,
-    new_install,
-    tiers,
-)
+from tests.support.relay import CHAT, ONE_SERVER, Answer, RunningRelay, StartRelay, client_of, new_install, tiers
+from tests.support.wait import eventually
 
 pytestmark = ONE_SERVER
 JSON_ROUTES = [CHAT, "/v1/completions", "/v1/responses"]

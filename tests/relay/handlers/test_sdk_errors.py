@@ -6,7 +6,7 @@ Attempts are counted by the relay's own metrics: an SDK tells nobody how often i
 import asyncio
 import re
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +15,12 @@ from redis.asyncio import Redis
 
 from limiter import CreditLimiter, connect
 from limiter.licences.tokens import issue
-from tests.conftest import Closing
 from tests.licences.test_tokens import DAY_S, KEY, PUBLIC_KEY
 from tests.support.openai_backend import Backend
 from tests.support.openai_sdks import Call, Operation, PythonSdk, Sdk
 from tests.support.redis_servers import Server
-from tests.support.relay import (
-    CHAT,
-    ONE_SERVER,
-    RELAY_TIERS,
-    RunningRelay,
-    StartRelay,
-    client_of,
-    eventually,
-    new_install,
-    tiers,
-)
+from tests.support.relay import CHAT, ONE_SERVER, RELAY_TIERS, RunningRelay, StartRelay, client_of, new_install, tiers
+from tests.support.wait import eventually
 
 pytestmark = ONE_SERVER
 
@@ -167,7 +157,7 @@ async def test_sdk_when_the_backend_fails_then_server_error_after_all_attempts_a
 
 
 async def test_sdk_when_redis_is_away_then_503_and_served_on_a_later_attempt(
-    sdk: Sdk, start_relay: StartRelay, gemini: Backend, own_server: Any, closing: Closing
+    sdk: Sdk, start_relay: StartRelay, gemini: Backend, own_server: Any, closing: AsyncExitStack
 ) -> None:
     server: Server = own_server()
     redis: Redis = await connect(server.url)

@@ -17,7 +17,8 @@ from limiter.relay.upstream.circuit_breaker import CircuitBreaker
 from tests.licences.test_tokens import PUBLIC_KEY, claims, signed
 from tests.support.openai_backend import Backend
 from tests.support.redis_servers import Server, free_port
-from tests.support.relay import ONE_SERVER, Answer, RunningRelay, client_of, eventually, new_install, relays_on, tiers
+from tests.support.relay import ONE_SERVER, Answer, RunningRelay, client_of, new_install, relays_on, tiers
+from tests.support.wait import eventually
 
 UPLOAD = "/v1/audio/transcriptions"
 

@@ -13,7 +13,8 @@ from aiohttp import web
 from limiter.relay.app import routes
 from limiter.relay.telemetry.metrics import METRICS
 from tests.support.openai_backend import Backend, Document
-from tests.support.relay import CHAT, ONE_SERVER, RunningRelay, StartRelay, client_of, eventually, new_install, tiers
+from tests.support.relay import CHAT, ONE_SERVER, RunningRelay, StartRelay, client_of, new_install, tiers
+from tests.support.wait import eventually
 
 pytestmark = ONE_SERVER
 UPLOAD = "/v1/audio/transcriptions"

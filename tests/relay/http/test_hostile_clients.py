@@ -14,7 +14,8 @@ import pytest
 
 from tests.support.openai_backend import Backend
 from tests.support.paths import ROOT
-from tests.support.relay import CHAT, ONE_SERVER, RunningRelay, StartRelay, client_of, eventually, tiers
+from tests.support.relay import CHAT, ONE_SERVER, RunningRelay, StartRelay, client_of, tiers
+from tests.support.wait import eventually
 
 pytestmark = ONE_SERVER
 BODY = b'{"model": "plain"}'

@@ -22,9 +22,9 @@ from limiter.errors import SettingsError
 from limiter.licences.tokens import Licence
 from limiter.relay.metering.admission import Admission, client_address, trusted_networks
 from limiter.relay.metering.claims import Stores
-from tests.conftest import text_of
 from tests.relay.metering.test_idempotency import Answer, add_request_id, error_middleware
 from tests.support.cli import limiter
+from tests.support.credits import text_of
 from tests.support.redis_servers import Server
 from tests.support.relay import ONE_SERVER
 

@@ -15,7 +15,8 @@ from limiter.errors import BrokenRow, LimiterUnavailable, Overloaded
 from limiter.relay.http.problems import problem_from
 from limiter.relay.metering.availability import RedisAvailability, RedisUnavailable
 from tests.support.redis_servers import Server
-from tests.support.relay import ONE_SERVER, eventually, new_install, tiers
+from tests.support.relay import ONE_SERVER, new_install, tiers
+from tests.support.wait import eventually
 
 TIMEOUT_MS, DEADLINE_MS = 200, 400
 

@@ -24,9 +24,10 @@ from limiter.relay.metering.claims import Claimed, ClaimStatus, Stores
 from limiter.relay.metering.idempotency import AnswerRecorder, Idempotency
 from limiter.relay.metering.settlement import Settlements
 from limiter.relay.telemetry.metrics import Metrics
-from tests.conftest import text_of
-from tests.support.redis_servers import Server, eventually
+from tests.support.credits import text_of
+from tests.support.redis_servers import Server
 from tests.support.relay import ONE_SERVER
+from tests.support.wait import eventually
 
 pytestmark = [ONE_SERVER, pytest.mark.usefixtures("redis_url")]  # also where a test has a server of its own, or none
 CHAT = "/v1/chat/completions"

@@ -10,7 +10,6 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter.credits.keys import Keys
-from tests.conftest import text_of
 from tests.relay.metering.test_idempotency import (
     CHUNKS,
     Backend,
@@ -21,8 +20,9 @@ from tests.relay.metering.test_idempotency import (
     node_on,
     nodes,
 )
-from tests.support.redis_servers import eventually
+from tests.support.credits import text_of
 from tests.support.relay import ONE_SERVER
+from tests.support.wait import eventually
 
 __all__ = ["backend", "nodes"]  # fixtures
 pytestmark = ONE_SERVER

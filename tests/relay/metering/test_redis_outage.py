@@ -15,17 +15,8 @@ from limiter import CreditLimiter, connect
 from tests.support.cli import Relay
 from tests.support.openai_backend import Backend, running_backend
 from tests.support.redis_servers import Server
-from tests.support.relay import (
-    CHAT,
-    RELAY_TIERS,
-    Answer,
-    RunningRelay,
-    client_of,
-    eventually,
-    new_install,
-    relays_on,
-    tiers,
-)
+from tests.support.relay import CHAT, RELAY_TIERS, Answer, RunningRelay, client_of, new_install, relays_on, tiers
+from tests.support.wait import eventually
 
 
 class Away:

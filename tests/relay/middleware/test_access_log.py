@@ -18,7 +18,8 @@ from limiter.relay.http.problems import REQUEST_ID
 from limiter.relay.http.request_record import request_record
 from limiter.relay.middleware.access_log import Handler, add_access_log
 from limiter.relay.telemetry.metrics import UNMETERED, Metrics, show_metrics
-from tests.support.relay import eventually, new_install
+from tests.support.relay import new_install
+from tests.support.wait import eventually
 
 INSTALL = new_install()
 SHORT_NAME = short_names("test")

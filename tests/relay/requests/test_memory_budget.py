@@ -7,7 +7,8 @@ import pytest
 from limiter.relay.handlers.metered import RELAY
 from limiter.relay.requests.memory_budget import MemoryBudget
 from tests.support.openai_backend import Backend
-from tests.support.relay import CHAT, ONE_SERVER, RunningRelay, StartRelay, client_of, eventually
+from tests.support.relay import CHAT, ONE_SERVER, RunningRelay, StartRelay, client_of
+from tests.support.wait import eventually
 
 pytestmark = ONE_SERVER
 UPLOAD = "/v1/audio/transcriptions"

@@ -20,16 +20,8 @@ import pytest
 from tests.support.cli import Relay
 from tests.support.openai_backend import CHUNK, Backend
 from tests.support.paths import ROOT
-from tests.support.relay import (
-    ONE_SERVER,
-    Answer,
-    RunningRelay,
-    StartRelay,
-    client_of,
-    eventually,
-    new_install,
-    tiers,
-)
+from tests.support.relay import ONE_SERVER, Answer, RunningRelay, StartRelay, client_of, new_install, tiers
+from tests.support.wait import eventually
 
 pytestmark = ONE_SERVER
 PATH = "/v1/audio/transcriptions"

@@ -12,7 +12,8 @@ from limiter.relay.telemetry.metrics import METRICS
 from limiter.relay.upstream.circuit_breaker import CircuitBreaker
 from tests.support.openai_backend import Backend
 from tests.support.redis_servers import Server, free_port
-from tests.support.relay import ONE_SERVER, RunningRelay, StartRelay, client_of, eventually, relays_on, tiers
+from tests.support.relay import ONE_SERVER, RunningRelay, StartRelay, client_of, relays_on, tiers
+from tests.support.wait import eventually
 
 
 def counted(relay: RunningRelay, name: str, **labels: str) -> float:

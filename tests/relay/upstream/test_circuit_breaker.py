@@ -8,7 +8,8 @@ import pytest
 from limiter.relay.upstream.circuit_breaker import WINDOW_S, CircuitBreaker, CircuitOpen
 from tests.support.openai_backend import Backend
 from tests.support.redis_servers import free_port
-from tests.support.relay import ONE_SERVER, RunningRelay, StartRelay, client_of, eventually
+from tests.support.relay import ONE_SERVER, RunningRelay, StartRelay, client_of
+from tests.support.wait import eventually
 
 
 class Seconds:

@@ -1,6 +1,6 @@
 """One process that makes decisions as fast as it can; `benchmarks.decisions` starts it and reads its one line.
 
-    python -m benchmarks.decider HOW URL MIX TASKS SECONDS
+    python -m benchmarks.decision_worker HOW URL MIX TASKS SECONDS
 
 HOW: `debit` and `reserve` are ours, `evalsha` is redis-py running our debit script, `limits` is that package's fixed
 window. MIX: `hot` is one install, `uniform` and `zipf` are 10,000. TASKS: how many decide at once.

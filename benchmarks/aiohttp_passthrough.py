@@ -1,6 +1,6 @@
 """The least that a relay in Python can be, as a process: aiohttp on uvloop, which sends on what it gets, and back.
 
-    python -m benchmarks.pass_through BACKEND_URL
+    python -m benchmarks.aiohttp_passthrough BACKEND_URL
 
 It prints its port.
 """

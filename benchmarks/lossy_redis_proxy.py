@@ -1,8 +1,8 @@
-"""A TCP proxy before a Redis that loses replies, as a process: `python -m benchmarks.cutting PORT`; it prints its own.
+"""A TCP proxy before a Redis that loses replies, as a process: `python -m benchmarks.lossy_redis_proxy PORT`.
 
-After a line on stdin it cuts a connection now and then, instead of passing on what the server has just answered: all of
-that was executed, and whoever asked does not know it. Unlike `tests.support.redis_proxy` it knows no commands, so many
-are under way.
+It prints its own port. After a line on stdin it cuts a connection now and then, instead of passing on what the server
+has just answered: all of that was executed, and whoever asked does not know it. Unlike `tests.support.redis_proxy` it
+knows no commands, so many are under way.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ _SHARE = 0.02  # of the reads from the server, each of one reply or of many
 _READ_BYTES = 65_536
 
 
-class Cutter:
+class LossyProxy:
     """Passes connections on to the port, and cuts them once it `cuts`."""
 
     def __init__(self, port: int) -> None:
@@ -45,11 +45,11 @@ async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
 
 async def main(port: int) -> None:
     """Serve until the process is ended."""
-    cutter = Cutter(port)
-    async with await asyncio.start_server(cutter.accept, "127.0.0.1", 0) as server:
+    proxy = LossyProxy(port)
+    async with await asyncio.start_server(proxy.accept, "127.0.0.1", 0) as server:
         print(server.sockets[0].getsockname()[1], flush=True)
         await asyncio.to_thread(sys.stdin.readline)
-        cutter.cuts = True
+        proxy.cuts = True
         await server.serve_forever()
 
 

@@ -21,7 +21,7 @@ _CHUNK = b"%x\r\n%s\r\n" % (len(_EVENT), _EVENT)
 _LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 
 
-class QuickBackend(asyncio.Protocol):
+class ConstantBackend(asyncio.Protocol):
     """One connection."""
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class QuickBackend(asyncio.Protocol):
 
 async def main() -> None:
     """Serve until the process is ended."""
-    server = await asyncio.get_running_loop().create_server(QuickBackend, "127.0.0.1", 0)
+    server = await asyncio.get_running_loop().create_server(ConstantBackend, "127.0.0.1", 0)
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
 
