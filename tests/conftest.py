@@ -16,7 +16,7 @@ from tests.support.redis_servers import Server, binaries
 from tests.support.redis_topologies import ClusterSetUp, SentinelSetUp
 from tests.support.vectors import Vectors
 
-ON_EVERY_TOPOLOGY = ("test_seat_and_mint", "test_dump")
+ON_EVERY_TOPOLOGY = ("test_seat", "test_mint", "test_dump")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

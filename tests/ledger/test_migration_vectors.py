@@ -1,7 +1,7 @@
 """What the old ledger made of rows in older shapes when it loaded them, and what the import makes of them."""
 
 from limiter._util.timestamps import ms_from_iso
-from limiter.ledger.file import row_from_member
+from limiter.ledger.row_codec import row_from_member
 from tests.credits.test_vectors import as_ours
 from tests.support.vectors import Vectors
 

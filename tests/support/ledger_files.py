@@ -1,13 +1,45 @@
-"""Ledger files for the tests, written as a dump writes them."""
+"""Ledger files and rows for the tests: written as a dump writes them, read as an import reads them."""
 
 from collections.abc import AsyncIterable, Iterable
 from pathlib import Path
+from typing import Any
 
-from limiter._util.timestamps import iso_from_ms
+import pytest
+
+from limiter._util.timestamps import iso_from_ms, ms_from_iso
 from limiter.credits.models import Row
-from limiter.ledger.row_codec import line_from_row
+from limiter.errors import LedgerFileError
+from limiter.ledger.file import LedgerFile
+from limiter.ledger.row_codec import line_from_row, row_from_member
 from limiter.ledger.trailer import DumpedFile
 from limiter.ledger.writer import LedgerWriter
+
+NOW = "2026-05-11T23:02:57.123Z"
+NOW_MS = ms_from_iso(NOW)
+PERIOD = {"last_renewal_at": "2026-05-04T21:24:54.719Z"}
+
+
+def row(install_id: str = "a", **fields: Any) -> Row:
+    """Return the row that a member with these fields, and a period that has begun, is read as."""
+    return row_from_member(install_id, PERIOD | fields, now_ms=NOW_MS)
+
+
+def read(path: Path) -> dict[str, Row | LedgerFileError]:
+    with LedgerFile(path) as file:
+        return dict(file.rows(now_ms=NOW_MS))
+
+
+def cause_of(path: Path, content: str | bytes) -> str:
+    """Write the file, and return why it cannot be read."""
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(LedgerFileError) as caught:
+        read(path)
+    return str(caught.value).removeprefix(f"{path} ")
+
+
+def files(folder: Path) -> list[str]:
+    """Return the names of all files in the folder, in order."""
+    return sorted(path.name for path in folder.iterdir())
 
 
 async def write_ledger(
