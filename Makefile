@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: run test lint types check-lua format lock clean system peers bench
+.PHONY: run test lint types check-lua docs docs-generate format lock clean system peers bench
 
 run: $(READY)
 	@exec $(BIN)/limiter serve
@@ -25,6 +25,15 @@ check-lua: $(READY)
 	  $(BIN)/limiter lua show $$name | luacheck -q --config .luacheckrc --filename lua/$$name.lua - || exit 1; done; \
 	else echo "luacheck is not installed (Debian: lua-check): only the servers check the scripts"; fi
 
+# HTML in docs/_build; a warning is an error, as a link that leads nowhere.
+docs: $(READY)
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build
+	@echo "docs/_build/index.html"
+
+# Writes the pages that are made from the code: the commands' help and the heads of the Lua scripts.
+docs-generate: $(READY)
+	$(BIN)/python docs/generate.py
+
 format: $(READY)
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
@@ -32,8 +41,8 @@ format: $(READY)
 # Writes the lock again, from the lower bounds in pyproject.toml.
 lock: $(READY)
 	$(BIN)/pip install --quiet uv
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --group dev --no-emit-index-url --no-emit-find-links \
-	  --no-header --no-annotate --upgrade pyproject.toml --output-file requirements.lock
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --group dev --group docs \
+	  --no-emit-index-url --no-emit-find-links --no-header --no-annotate --upgrade pyproject.toml --output-file requirements.lock
 
 # What has no package for pip: a second server to test against, and the Lua linter. As root they are installed;
 # for anybody else the tests that need them say that they are skipped, and why.
@@ -52,7 +61,7 @@ $(READY): pyproject.toml requirements.lock
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) .cache tests/support/sdk/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .cache docs/_build tests/support/sdk/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # Half an hour to an hour: every benchmark that this machine can run, into benchmarks/RESULTS.md.
 bench: $(READY)
