@@ -17,6 +17,7 @@ import openai
 import pytest
 
 _FOLDER = Path(__file__).parent / "sdk"
+NODE_MODULES = _FOLDER / "node_modules"
 _MESSAGES: Any = [{"role": "user", "content": "Hi"}]
 Operation = Literal["chat", "stream", "complete", "respond", "embed", "transcribe", "models", "retrieve"]
 
@@ -138,11 +139,16 @@ def sdk_of(language: str) -> Iterator[Sdk]:
     if language == "python":
         yield PythonSdk()
         return
+    javascript = JavaScriptSdk(node_with_sdk())
+    yield javascript
+    javascript.close()
+
+
+def node_with_sdk() -> str:
+    """Return the path of Node, or skip the test if Node or the SDK's package is not installed."""
     node = shutil.which("node")
     if node is None:
         pytest.skip("Node is not installed (apt-get install nodejs npm), so there is no JavaScript SDK")
-    if not (_FOLDER / "node_modules/openai").is_dir():
+    if not (NODE_MODULES / "openai").is_dir():
         pytest.skip("npm's package openai is not installed: `make peers` does it, with npm and a registry at hand")
-    javascript = JavaScriptSdk(node)
-    yield javascript
-    javascript.close()
+    return node
