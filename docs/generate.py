@@ -20,6 +20,26 @@ from limiter.redis.lua_source import script_names
 DOCS = Path(__file__).resolve().parent
 LUA = DOCS.parent / "lua"
 _NOTE = "<!-- Written by docs/generate.py: `make docs-generate` writes it again. -->"
+_CLI_HEAD = f"""\
+# Command line
+
+{_NOTE}
+
+Every command explains itself with `--help`. In a checkout, `limiter` is `.venv/bin/limiter`. Settings come from
+[limiter.toml and the environment](settings.md), and options win over them.
+
+Exit codes: 0 done; 1 it could not be done, and a line on stderr says why; 2 wrong usage."""
+_LUA_HEAD = f"""\
+# Lua scripts
+
+{_NOTE}
+
+Each operation on Redis is one script in `lua/`, which Redis runs as one atomic step. The head of a script is its
+contract: what it does, what it replies, and each key and argument with its type, unit and bound. Arguments are strings
+on the wire. The paragraphs that scripts share are in `lua/include/`, and are pasted in place of their `--@include`
+line; `limiter lua show NAME` prints a script as Redis receives it.
+
+A test compares each head with what Python sends. A hash is the [row of an install](row.md) unless it says otherwise."""
 _BINDING = re.compile(r"local (\w+) += .*?(KEYS|ARGV)\b(?:\[(\d+)\])?.*? -- (.+)")
 _MARKUP = re.compile(r"\[/?(?:bold|italic|dim|cyan)\]")
 
@@ -34,11 +54,7 @@ def pages() -> dict[Path, str]:
 
 def cli_page() -> Iterator[str]:
     """Yield the lines of the page of commands."""
-    yield from ["# Command line", "", _NOTE, ""]
-    yield "Every command explains itself with `--help`. In a checkout, `limiter` is `.venv/bin/limiter`. Settings come from"
-    yield "[limiter.toml and the environment](settings.md); options win over them."
-    yield ""
-    yield "Exit codes: 0 done; 1 it could not be done, and a line on stderr says why; 2 wrong usage."
+    yield from _CLI_HEAD.splitlines()
     root = typer.main.get_command(app)
     for name, command in _commands(root, "limiter"):
         yield from ["", f"## {name}", ""]
@@ -90,14 +106,7 @@ def _plain(text: str) -> str:
 
 def lua_page() -> Iterator[str]:
     """Yield the lines of the page of scripts."""
-    yield from ["# Lua scripts", "", _NOTE, ""]
-    yield "Each operation on Redis is one script in `lua/`, which Redis runs as one atomic step. The head of a script is its"
-    yield "contract: what it does, what it answers, and each key and argument with its type, unit and bound. Arguments are"
-    yield "strings on the wire. The paragraphs that scripts share are in `lua/include/`, and are pasted in place of their"
-    yield "`--@include` line; `limiter lua show NAME` prints a script as Redis receives it."
-    yield ""
-    yield "Python's side of each is a method of `limiter/credits/scripts.py` or of the package that the script belongs to,"
-    yield "and a test compares the two. A hash is always the [row of an install](row.md), unless it says otherwise."
+    yield from _LUA_HEAD.splitlines()
     for name in script_names():
         yield from _script(name, (LUA / f"{name}.lua").read_text(encoding="utf-8").splitlines())
 
