@@ -62,6 +62,7 @@ _HEAD = """# Results
 Written by `make bench`. Each line is of interleaved rounds: what counts is the ratio within a round, its median and its
 spread; the absolute figures are one machine's on one day. {cores} cores ({machine}), shared by client, servers and
 peers; Python {python}, aiohttp {aiohttp}, redis-py {redis}, hiredis {hiredis}, uvloop {uvloop}; {servers}.
+[Performance](../docs/explanation/performance.md) says of the bars that are not reached where the rest goes.
 """
 
 
