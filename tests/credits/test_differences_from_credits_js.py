@@ -1,4 +1,7 @@
-"""Where we depart from credits.js on purpose: one test for each line of the table in the README that is the core's."""
+"""The deliberate differences from credits.js: the tests of those that are the core's, and a test for each in the docs.
+
+The table is in docs/explanation/credits-and-periods.md.
+"""
 
 import asyncio
 
@@ -7,8 +10,38 @@ from redis.asyncio import Redis
 
 from limiter import CreditLimiter, UnknownTier
 from tests.support.credits import Clock, LimiterWith, fields_of
+from tests.support.paths import ROOT
 
 DAY_MS = 24 * 60 * 60 * 1000
+HERE = "credits/test_differences_from_credits_js.py"
+# Each line of the table, by how it begins, with the test that holds it.
+HELD_BY = {
+    "plans now and debits later": f"{HERE}::test_requests_when_many_come_at_once_on_one_credit_then_one_passes",
+    "each return from core to pro": f"{HERE}::test_tier_when_dropped_to_core_and_back_then_the_month_is_not_new",
+    "an unknown tier": f"{HERE}::test_tier_when_unknown_then_it_is_an_error_and_no_request_passes",
+    "an unreadable `credits.json`": (
+        "backup/test_import.py::test_import_when_the_file_is_unreadable_then_it_refuses_says_where_and_changes_nothing"
+    ),
+    "infers a missing `anniversary_day`": (
+        f"{HERE}::test_row_when_it_has_no_anniversary_day_then_the_first_decision_stores_it_for_good"
+    ),
+    "reading a balance": (
+        f"{HERE}::test_balance_when_the_install_is_unknown_then_it_is_a_new_ones_and_no_row_comes_of_it"
+    ),
+    "temporary file, rename": (
+        "ledger/test_writer.py::test_write_when_it_publishes_then_file_and_folder_are_synced_around_the_rename"
+    ),
+}
+
+
+def test_table_when_read_then_each_line_has_its_test() -> None:
+    page = (ROOT / "docs/explanation/credits-and-periods.md").read_text(encoding="utf-8")
+    lines = page.split("\n| credits.js |", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
+    assert [beginning for line in lines for beginning in HELD_BY if line.startswith(f"| {beginning}")] == [*HELD_BY]
+    assert len(lines) == len(HELD_BY)
+    for held_by in HELD_BY.values():
+        path, _, name = held_by.partition("::")
+        assert f"def {name}(" in (ROOT / "tests" / path).read_text(encoding="utf-8"), held_by
 
 
 async def test_requests_when_many_come_at_once_on_one_credit_then_one_passes(limiter_with: LimiterWith) -> None:
