@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -11,6 +12,7 @@ from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Tiers, connect
 from tests.support.credits import PATIENCE_MS, TIERS, Clock, LimiterWith
+from tests.support.processes import left_processes
 from tests.support.redis_matrix import ELSEWHERE, MATRIX, TOPOLOGY
 from tests.support.redis_servers import Server, binaries
 from tests.support.redis_topologies import ClusterSetUp, SentinelSetUp
@@ -21,6 +23,26 @@ ON_EVERY_TOPOLOGY = ("test_seat", "test_mint", "test_dump")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--vectors", type=Path, default=Path(__file__).parent / "vectors", help="folder of vector files")
+
+
+def pytest_configure() -> None:
+    """Let the processes that the tests start have their Ctrl-C, whatever this one was started with.
+
+    A shell starts a job in the background (`nohup make test &` in a script) with SIGINT ignored, which children
+    inherit; a handler they do not. This one does nothing, so pytest itself goes on as it was told to.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda *_: None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """At the end of the session every process that a test started must have ended; those that have not are ended."""
+    yield
+    left = left_processes(tmp_path_factory.getbasetemp())
+    for process in left:
+        process.end()
+    assert not left, "these processes were left running:\n" + "\n".join(map(str, left))
 
 
 @pytest.fixture(scope="session")

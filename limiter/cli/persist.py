@@ -1,10 +1,8 @@
 """`limiter persist`: the persister by itself."""
 
-import asyncio
-import signal
-
 import typer
 
+from limiter._util.stop_signals import on_stop_signal
 from limiter.backup.persister import make_persister
 from limiter.bootstrap import open_limiter
 from limiter.cli._console import ERRORS, OUT, ConfigOption, RedisOption, log_as, run, settings_of
@@ -34,8 +32,7 @@ async def _persist(settings: Settings) -> str | None:
     """Persist until told to stop; give the error of the last dump, if it failed."""
     async with open_limiter(settings) as limiter:
         persister = make_persister(limiter, settings.persister)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, persister.stop)
+        on_stop_signal(persister.stop)
         OUT.print(f"limiter: dumping to {settings.persister.file} every {settings.persister.interval_s:g} s")
         await persister.run()
         return persister.last_error

@@ -15,6 +15,7 @@ import os
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ _LOST_S = 10.0  # a server that runs and does not even listen for so long has lo
 _LOCK_TIMEOUT_S = 90.0
 _REPLY_TIMEOUT_S = 5.0
 _PAUSE_S = 0.02
-_children: "dict[Path, subprocess.Popen[bytes]]" = {}  # the servers that this process started, to reap them
+_children: "dict[Path, subprocess.Popen[bytes]]" = {}  # the servers that this process started, by their sockets
 
 
 def folder_of(url: str) -> Path | None:
@@ -180,7 +181,7 @@ def _start(folder: Path, path: Path, held: IO[str]) -> "subprocess.Popen[bytes]"
     command = [str(_binary()), *(word for name, value in arguments.items() for word in (f"--{name}", value))]
     if dead := _children.pop(path, None):
         dead.wait(_START_TIMEOUT_S)
-    _children[path] = subprocess.Popen(  # noqa: S603  our own binary and arguments, no shell
+    child = _children[path] = subprocess.Popen(  # noqa: S603  our own binary and arguments, no shell
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -188,7 +189,9 @@ def _start(folder: Path, path: Path, held: IO[str]) -> "subprocess.Popen[bytes]"
         start_new_session=True,
         pass_fds=(held.fileno(),),  # the lock goes on with the server when we close our end
     )
-    return _children[path]
+    # Whoever leaves last stops it, and that may be another process: whenever it ends, it is waited for here.
+    threading.Thread(target=child.wait, name=f"embedded server {child.pid}", daemon=True).start()
+    return child
 
 
 def _log_end(folder: Path) -> str:

@@ -25,7 +25,7 @@ from limiter.credits.scripts import Scripts
 from limiter.ledger.file import LedgerFile
 from tests.backup.test_import import counts, do, dumps, many, member
 from tests.support.cli import LIMITER, environment, limiter
-from tests.support.credits import TIERS
+from tests.support.credits import PATIENCE_MS, TIERS
 from tests.support.redis_servers import Server, binaries
 from tests.support.redis_topologies import ClusterSetUp
 from tests.support.wait import eventually, wait_until
@@ -111,7 +111,7 @@ def test_import_when_ctrl_c_ends_it_then_it_says_what_is_in_and_another_can_begi
     process = start(ledger, server)
     wait_until(lambda: server.dbsize() > 100, within_s=30)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=20)
+    _, told = process.communicate(timeout=60)
     if process.returncode != 1:  # or it was done before
         assert process.returncode == 130
         assert "interrupted" in told
@@ -216,7 +216,7 @@ def test_import_when_ctrl_c_ends_it_before_it_writes_then_it_says_that_nothing_w
     while saying not in (line := process.stderr.readline()):
         assert line, "it ended before that"
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=20)
+    _, told = process.communicate(timeout=60)
     assert (process.returncode, "limiter: interrupted: nothing was changed" in told) == (130, True), told
 
 
@@ -255,7 +255,7 @@ async def test_import_when_the_server_goes_away_then_the_error_says_what_is_in_a
     own_server: Callable[..., Server], ledger: Path, closing: AsyncExitStack
 ) -> None:
     server = own_server()
-    redis = await connect(server.url)
+    redis = await connect(server.url, timeout_ms=PATIENCE_MS)
     closing.push_async_callback(redis.aclose)
 
     def kill(progress: Progress) -> None:
@@ -263,9 +263,10 @@ async def test_import_when_the_server_goes_away_then_the_error_says_what_is_in_a
             server.kill()
 
     with pytest.raises(LimiterUnavailable, match=r"Of 6,400 rows [\d,]+ or more are in, each whole: ") as gone:
-        await import_file(CreditLimiter(redis, TIERS), ledger, mode="create", on_progress=kill)
+        await import_file(CreditLimiter(redis, TIERS, deadline_ms=5000), ledger, mode="create", on_progress=kill)
     server.start()
-    report = await do(CreditLimiter(redis, TIERS), ledger)
+    patient = CreditLimiter(redis, TIERS, timeout_ms=PATIENCE_MS, deadline_ms=PATIENCE_MS)
+    report = await do(patient, ledger)
     assert report.new + report.same == ROWS + 400
     assert 3 * BATCH_ROWS <= said_to_be_in(gone.value) <= report.same
 

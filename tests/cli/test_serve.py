@@ -120,6 +120,19 @@ def test_ctrl_c_stops_all_of_it_and_the_next_start_finds_the_rows(relays: list[R
     assert second.stop() == 0
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_ctrl_c_when_it_was_started_with_it_ignored_then_it_goes_on_until_sigterm(
+    relays: list[Relay], tmp_path: Path, workers: str
+) -> None:
+    """A shell starts a script's job in the background so: a Ctrl-C at the terminal is not meant for it."""
+    relay = Relay(tmp_path, "--workers", workers, launcher=("sh", "-c", "trap '' INT; exec \"$@\"", "sh"))
+    relays.append(relay)
+    relay.process.send_signal(signal.SIGINT)
+    assert [chat(relay, str(uuid.uuid4()))[0] for _ in range(3)] == [200] * 3
+    assert relay.process.poll() is None
+    assert relay.stop() == 0
+
+
 def test_second_start_on_the_same_folder_joins_and_survives_the_first_ones_end(
     relays: list[Relay], tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 LIMITER = str(Path(sys.executable).with_name("limiter"))
@@ -36,13 +36,21 @@ def limiter(
 
 
 class Relay:
-    """A `limiter serve` process on a free port. log: where its log goes, with what it prints if nothing is said."""
+    """A `limiter serve` process on a free port.
+
+    log: where its log goes, with what it prints if nothing is said. launcher: what starts it, before its own words.
+    """
 
     def __init__(
-        self, cwd: Path, *arguments: str, settings: Mapping[str, str] | None = None, log: int = subprocess.STDOUT
+        self,
+        cwd: Path,
+        *arguments: str,
+        settings: Mapping[str, str] | None = None,
+        log: int = subprocess.STDOUT,
+        launcher: Sequence[str] = (),
     ) -> None:
         self.process = subprocess.Popen(
-            [LIMITER, "serve", "--port", "0", *arguments],
+            [*launcher, LIMITER, "serve", "--port", "0", *arguments],
             cwd=cwd,
             env=environment(settings),
             stdout=subprocess.PIPE,

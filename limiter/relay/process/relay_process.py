@@ -4,7 +4,6 @@ import asyncio
 import gc
 import logging
 import os
-import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -13,6 +12,7 @@ from functools import partial
 
 from aiohttp import web
 
+from limiter._util.stop_signals import on_stop_signal
 from limiter.backup.persister_process import PersisterProcess
 from limiter.bootstrap import open_limiter
 from limiter.config.settings import BackendSettings, Settings
@@ -48,9 +48,7 @@ async def serve(settings: Settings, started: Callable[[Serving], None], slot: Wo
     """
     gc.set_threshold(*_CYCLES)
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    on_stop_signal(stop.set)
     async with AsyncExitStack() as stack:
         limiter = await stack.enter_async_context(open_limiter(settings))
         backends = await stack.enter_async_context(open_backends(settings))

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import secrets
-import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from dataclasses import replace
 
 import orjson
 
+from limiter._util.stop_signals import on_stop_signal
 from limiter.config.settings import Settings
 from limiter.errors import LimiterError, SettingsError
 from limiter.relay.process.relay_process import Serving
@@ -40,9 +40,7 @@ async def supervise(settings: Settings, started: Callable[[Serving], None]) -> N
     Raises SettingsError when it cannot listen, LimiterError when the first worker cannot start: that one has said why.
     """
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    on_stop_signal(stop.set)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="limiter-"))
         listeners = _listen(settings, stack)
