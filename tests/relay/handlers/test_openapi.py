@@ -21,7 +21,7 @@ from tests.support.redis_servers import Server
 from tests.support.relay import CHAT, ONE_SERVER, Answer, RunningRelay, StartRelay, client_of, relays_on, tiers
 
 pytestmark = ONE_SERVER
-SOURCES = sorted(Path(limiter.relay.__file__).parent.glob("*.py"))
+SOURCES = sorted(Path(limiter.relay.__file__).parent.rglob("*.py"))
 JSON = "application/json"
 FORM = "multipart/form-data; boundary=b"
 

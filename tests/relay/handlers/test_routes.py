@@ -285,7 +285,7 @@ async def preflight(relay: RunningRelay, path: str, origin: str, method: str = "
     return await relay.send(
         "OPTIONS",
         path,
-        HttpTransport=origin,
+        Origin=origin,
         Access_Control_Request_Method=method,
         Access_Control_Request_Headers="authorization, x-install-id,x-stainless-os",
     )
@@ -295,41 +295,41 @@ async def test_preflight_when_the_origin_is_allowed_then_it_may_send_what_it_wan
     answer = await preflight(open_to_app, CHAT, APP)
     assert (answer.status, answer.body) == (204, b"")
     allowed = cors(answer)
-    assert allowed["Access-Control-Allow-HttpTransport"] == APP
+    assert allowed["Access-Control-Allow-Origin"] == APP
     assert allowed["Access-Control-Allow-Methods"] == "POST"
     assert allowed["Access-Control-Allow-Headers"] == "authorization, x-install-id,x-stainless-os"
     assert "Access-Control-Allow-Credentials" not in allowed
-    assert "HttpTransport" in answer.headers.getall("Vary")
+    assert "Origin" in answer.headers.getall("Vary")
 
 
 @pytest.mark.parametrize("origin", ["https://app.example.evil", "http://app.example", APP + ":444", "null", "*"])
 async def test_origin_when_it_is_another_then_no_answer_allows_it(open_to_app: RunningRelay, origin: str) -> None:
     refused = await preflight(open_to_app, CHAT, origin)
     assert (refused.status, cors(refused)) == (405, {})
-    assert cors(await open_to_app.ask(headers={"HttpTransport": origin})) == {}
+    assert cors(await open_to_app.ask(headers={"Origin": origin})) == {}
 
 
 @pytest.mark.parametrize("model", ["plain", "stream:1:0", "status:500"])
 async def test_answer_when_the_origin_is_allowed_then_its_headers_can_be_read(
     open_to_app: RunningRelay, model: str
 ) -> None:
-    answer = await open_to_app.ask(model, headers={"HttpTransport": APP})
-    assert answer.headers["Access-Control-Allow-HttpTransport"] == APP
+    answer = await open_to_app.ask(model, headers={"Origin": APP})
+    assert answer.headers["Access-Control-Allow-Origin"] == APP
     exposed = answer.headers["Access-Control-Expose-Headers"].split(", ")
     assert {"X-Request-Id", "X-Credits-Backend", "RateLimit", "RateLimit-Policy", "Retry-After"} <= set(exposed)
 
 
 async def test_refusal_when_the_origin_is_allowed_then_the_page_can_read_it(open_to_app: RunningRelay) -> None:
     for path, status in (("/nowhere", 404), ("/v1/credits", 400)):
-        answer = await open_to_app.send("GET", path, HttpTransport=APP)
-        assert (answer.status, answer.headers["Access-Control-Allow-HttpTransport"]) == (status, APP)
+        answer = await open_to_app.send("GET", path, Origin=APP)
+        assert (answer.status, answer.headers["Access-Control-Allow-Origin"]) == (status, APP)
     assert (await preflight(open_to_app, "/nowhere", APP)).status == 404
 
 
 async def test_origins_when_none_is_set_then_no_answer_mentions_them(relay: RunningRelay) -> None:
     refused = await preflight(relay, CHAT, APP)
     assert (refused.status, cors(refused)) == (405, {})
-    answer = await relay.ask(headers={"HttpTransport": APP})
+    answer = await relay.ask(headers={"Origin": APP})
     assert cors(answer) == {}
     assert "Vary" not in answer.headers
 

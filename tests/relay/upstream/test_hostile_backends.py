@@ -183,7 +183,7 @@ async def test_body_when_it_is_shorter_than_it_says_then_502_and_nothing_is_debi
         b"OpenAI-Version: a\0b",
         b"X-Request-Id: theirs\r\nX-Credits-Backend: theirs\r\nRateLimit: theirs\r\nIdempotency-Replayed: true",
         b"Set-Cookie: session=theirs\r\nConnection: X-Odd\r\nX-Odd: theirs\r\nLocation: http://theirs",
-        b"Access-Control-Allow-HttpTransport: *\r\nRetry-After: theirs\r\nX-Licence: theirs\r\nx-should-retry: theirs",
+        b"Access-Control-Allow-Origin: *\r\nRetry-After: theirs\r\nX-Licence: theirs\r\nx-should-retry: theirs",
     ],
     ids=["folded", "bare CR", "NUL", "the relay's own", "cookie", "other"],
 )
