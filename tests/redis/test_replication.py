@@ -29,7 +29,9 @@ SUBJECT, INSTALL = "alice@example.org", "0a0f3b4e-6a3e-4f0e-8f54-2f6a3f6f0b11"
 WRITTEN = 60  # rows: each of three primaries has some
 NEVER_S = 1.0  # the wait for a replica that stands still
 # The command itself, but that it does not wait for half a minute for what does not come.
-IMPATIENT = f"from limiter import cli; from limiter.redis import replication; replication.WITHIN_S = {NEVER_S}; cli.main()"
+IMPATIENT = (
+    f"from limiter import cli; from limiter.redis import replication; replication.WITHIN_S = {NEVER_S}; cli.main()"
+)
 
 
 async def connected(url: str, closing: AsyncExitStack) -> "Redis":
