@@ -14,7 +14,6 @@ release = version = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build"]
-suppress_warnings = ["toc.not_readable", "myst.xref_missing"]  # until every page is there
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3  # the anchors that a forge gives to headings, so that links work in both
