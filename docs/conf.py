@@ -11,7 +11,8 @@ project = "limiter"
 copyright = "the limiter authors"  # noqa: A001  Sphinx's name for it
 release = version = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+default_role = "code"  # docstrings have Markdown's backticks
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build"]
 
