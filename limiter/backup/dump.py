@@ -19,13 +19,13 @@ from limiter.backup.importer import moment_ms
 from limiter.backup.publish import Publication, Writer
 from limiter.credits.limiter import CreditLimiter
 from limiter.credits.rows import PackedFields, read_fields, read_values, row_or_error, scan_keys
-from limiter.credits.scripts import mapped
 from limiter.errors import BrokenRow, LedgerFileError
 from limiter.ledger.rotation import KEEP, prune
 from limiter.ledger.row_codec import line_from_row
 from limiter.ledger.row_fast_path import STORED_FIELDS, line_from_values
 from limiter.ledger.trailer import DumpedFile
 from limiter.ledger.writer import LedgerWriter, SideFile
+from limiter.redis.errors import translate_error
 
 _REASONS_KEPT = 20
 _FIELDS = PackedFields(STORED_FIELDS)
@@ -172,7 +172,7 @@ class _Scan:
         try:
             fields, raw = await pipeline.execute(raise_on_error=False)
         except (RedisError, OSError, TimeoutError) as error:
-            raise mapped(error, key) from error
+            raise translate_error(error, key) from error
         kept: dict[str, object] = {}
         if isinstance(fields, dict):
             kept["fields"] = {_readable(name): _readable(value) for name, value in fields.items()}

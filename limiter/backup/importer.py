@@ -19,11 +19,12 @@ from limiter.backup.row_writer import Item, RowWriter
 from limiter.credits.limiter import CreditLimiter
 from limiter.credits.models import Status
 from limiter.credits.rows import scan_keys
-from limiter.credits.scripts import PutMode, mapped
+from limiter.credits.scripts import PutMode
 from limiter.errors import LedgerFileError, LedgerRowError, LimiterError
 from limiter.ledger.file import Entry, LedgerFile
 from limiter.ledger.trailer import check_trailer
 from limiter.ledger.writer import SideFile
+from limiter.redis.errors import translate_error
 
 Phase = Literal["check", "compare", "write"]
 BATCH_ROWS = 500  # read at once, before others on this loop have their turn
@@ -119,7 +120,7 @@ async def moment_ms(limiter: CreditLimiter) -> int:
     try:
         seconds, microseconds = await limiter.redis.time()
     except (RedisError, OSError, TimeoutError) as error:
-        raise mapped(error, "TIME") from error
+        raise translate_error(error, "TIME") from error
     return int(seconds) * 1000 + int(microseconds) // 1000
 
 

@@ -15,11 +15,12 @@ from redis.exceptions import ClusterCrossSlotError, RedisError
 from limiter.credits.limiter import CreditLimiter
 from limiter.credits.models import Row, Status
 from limiter.credits.rows import Fields, decode_row
-from limiter.credits.scripts import PutMode, Scripts, mapped, status_of, stored_text, stored_values
+from limiter.credits.scripts import PutMode, Scripts, status_of, stored_text, stored_values
 from limiter.errors import BrokenRow, ScriptContractError
 from limiter.ledger.file import Entry
 from limiter.ledger.row_codec import merged_extra
 from limiter.ledger.row_fast_path import row_from_groups
+from limiter.redis.errors import translate_error
 
 _ROWS_IN_A_CALL = 20  # others wait for them, less than half a millisecond
 _TIMEOUT_MS = 30_000  # the server may be busy with others, and no client waits for an import
@@ -159,4 +160,4 @@ async def _executed(pipeline: Any, key: str) -> list[Any]:
     try:
         return cast("list[Any]", await pipeline.execute(raise_on_error=False))
     except (RedisError, OSError, TimeoutError) as error:
-        raise mapped(error, key) from error
+        raise translate_error(error, key) from error

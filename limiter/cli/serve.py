@@ -13,9 +13,8 @@ import typer
 from limiter.cli._console import OUT, ConfigOption, RedisOption, log_as, program, run, settings_of
 from limiter.config.settings import RedisSettings, Settings
 from limiter.credits.keys import Keys
-from limiter.redis.connect import redacted
 from limiter.redis.embedded import folder_of, socket_path
-from limiter.redis.url import parse_url
+from limiter.redis.url import parse_url, redacted
 from limiter.relay.process import relay_process as serving
 from limiter.relay.process.supervisor import supervise
 from limiter.relay.process.worker_metrics import WorkerSlot

@@ -27,7 +27,7 @@ from limiter.config.settings import (
 )
 from limiter.credits.models import MAX_COST
 from limiter.errors import SettingsError
-from limiter.redis.connect import redacted
+from limiter.redis.url import redacted
 
 DEFAULT_FILE = Path("limiter.toml")
 _NOT_SETTINGS = ("LIMITER_CONFIG", "LIMITER_TEST_")  # the file itself; the tests' own

@@ -4,7 +4,6 @@ It knows the clock, makes hold ids, and decides what may be repeated. Of install
 """
 
 import asyncio
-import os
 import re
 import time
 from collections.abc import Awaitable, Callable
@@ -13,6 +12,7 @@ from typing import TypeVar
 
 from redis.asyncio import Redis
 
+from limiter._util.ids import random_id
 from limiter.credits.denial_cache import DenialCache
 from limiter.credits.hold import Hold, hold_context
 from limiter.credits.keys import Keys, normalise_install_id
@@ -77,7 +77,7 @@ class CreditLimiter:
         """
         limits = self.tiers[tier]
         key = self.keys.install(install_id)
-        hold = _checked_hold_id(hold_id) if hold_id else new_hold_id()
+        hold = _checked_hold_id(hold_id) if hold_id else random_id()
         _check_cost(cost)
         return await self._decided(
             key,
@@ -195,7 +195,7 @@ class CreditLimiter:
 
         Look at `hold.allowed` first: a refused hold has nothing to settle. `hold.charge()` says what was really used.
         """
-        own_id = hold_id or new_hold_id()
+        own_id = hold_id or random_id()
         return hold_context(
             lambda: self.reserve(install_id, tier=tier, has_hardware=has_hardware, cost=cost, hold_id=own_id),
             lambda hold: self.commit(install_id, own_id, backend=hold.used_backend, cost=hold.used_cost),
@@ -260,11 +260,6 @@ class CreditLimiter:
             except LimiterUnavailable as error:
                 failure = error
                 unknown = unknown or error.executed is not False
-
-
-def new_hold_id() -> str:
-    """Give an id that nobody else has."""
-    return os.urandom(16).hex()
 
 
 def _channel_of(redis: "Redis") -> CommandChannel:

@@ -13,8 +13,8 @@ from redis.exceptions import RedisError
 from limiter._util.timestamps import is_canonical, ms_from_iso
 from limiter.credits.keys import Keys
 from limiter.credits.models import CORE, MAX_COUNT, HeldCredits, Row
-from limiter.credits.scripts import mapped, plain
 from limiter.errors import BrokenRow, LimiterUnavailable
+from limiter.redis.errors import translate_error, with_timeout
 from limiter.redis.multiplexed import CommandChannel, packed
 from limiter.redis.scan import scan
 
@@ -29,7 +29,7 @@ _DAYS = range(1, 32)
 async def read_row(redis: "Redis", keys: Keys, install_id: str, *, timeout_ms: int) -> Row | None:
     """Read one row as it is stored; None if there is none. Raises BrokenRow, LimiterUnavailable."""
     key = keys.install(install_id)
-    fields = await plain(redis.hgetall(key), key, timeout_ms=timeout_ms)
+    fields = await with_timeout(redis.hgetall(key), key, timeout_ms=timeout_ms)
     return decode_row(keys, key, cast("Fields", fields)) if fields else None
 
 
@@ -43,7 +43,7 @@ async def scan_keys(redis: "Redis", keys: Keys) -> AsyncIterator[list[bytes]]:
         async for names in scan(redis, keys.install_pattern):
             yield names
     except (RedisError, OSError, TimeoutError) as error:
-        raise mapped(error, keys.install_pattern) from error
+        raise translate_error(error, keys.install_pattern) from error
 
 
 async def read_values(
@@ -89,7 +89,7 @@ def row_or_error(keys: Keys, name: bytes, fields: "Fields | Exception") -> Row |
     """Decode what `read_fields` gave for a key; a broken row comes as its error. Raises LimiterUnavailable."""
     key = name.decode(errors="backslashreplace")
     if isinstance(fields, Exception):
-        error = mapped(fields, key)
+        error = translate_error(fields, key)
         if isinstance(error, BrokenRow):
             return error
         raise error from fields

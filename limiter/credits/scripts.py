@@ -3,31 +3,14 @@
 A method here makes one attempt. It never repeats: who may repeat what is decided in `CreditLimiter`.
 """
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from functools import lru_cache
 from typing import Any, Literal, TypeVar
 
-from redis.exceptions import (
-    AskError,
-    BusyLoadingError,
-    ClusterDownError,
-    DataError,
-    MasterDownError,
-    NoPermissionError,
-    NoScriptError,
-    OutOfMemoryError,
-    ReadOnlyError,
-    RedisError,
-    ResponseError,
-    TryAgainError,
-)
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.exceptions import NoScriptError, RedisError
 
-from limiter._util.cancellation import CancelWatch
 from limiter.credits.models import Backend, Balance, Decision, Reason, Row, Settlement, Status, Tier
-from limiter.errors import ACL_HINT, BrokenRow, LimiterUnavailable, ScriptContractError
+from limiter.redis.errors import translate_error
 from limiter.redis.lua_source import compose
 from limiter.redis.multiplexed import Argument, CommandChannel, command, packed
 
@@ -36,20 +19,6 @@ PutMode = Literal["create", "replace", "merge"]
 _STATUS = {status.value.encode(): status for status in Status}
 _REASON = {reason.value.encode(): reason for reason in Reason}
 _BACKEND: dict[bytes, Backend | None] = {b"": None, b"gemini": "gemini", b"hardware": "hardware"}
-_NOT_EXECUTED = (
-    AskError,  # and MOVED, when following them came to no end
-    BusyLoadingError,
-    ReadOnlyError,
-    ClusterDownError,
-    MasterDownError,
-    NoScriptError,  # flushed again between loading and running it
-    TryAgainError,
-    OutOfMemoryError,
-)
-# Without an error class in redis-py 8.1: too few replicas (min-replicas-to-write), a disk that cannot be written.
-_REFUSALS = ("NOREPLICAS ", "MISCONF ")
-# What a script's error says then: Valkey and Redis 7.2, Redis 7.0.
-_DENIED_IN_SCRIPT = ("ACL failure in script", "The user executing the script can't")
 
 
 class Scripts:
@@ -167,7 +136,7 @@ class Scripts:
                 await self._channel.send(row_key, command("SCRIPT", "LOAD", compose(name).text), self._timeout_s)
                 reply = await self._channel.send(row_key, evalsha, self._timeout_s)
         except RedisError as error:
-            raise mapped(error, row_key) from error
+            raise translate_error(error, row_key) from error
         return read(reply, *more)
 
 
@@ -187,19 +156,6 @@ def _head_and_tail(name: str, own: int, *usual: Argument) -> tuple[str, str]:
 def _word(text: str) -> str:
     """Give a key or a hold id as an element of a command. Both are ASCII: see `Keys`, and who may choose a hold id."""
     return f"${len(text)}\r\n{text}\r\n"
-
-
-async def plain(command: Awaitable[T], key: str, *, timeout_ms: int) -> T:
-    """Await a command of redis-py's about a key, no longer than so. Raises as `Scripts.call`."""
-    cancel = CancelWatch()
-    try:
-        async with asyncio.timeout(timeout_ms / 1000):
-            answer = await command
-    except (RedisError, OSError, TimeoutError) as error:
-        cancel.check()
-        raise mapped(error, key) from error
-    cancel.check()
-    return answer
 
 
 def stored_values(row: Row) -> tuple[str | int, ...]:
@@ -225,29 +181,6 @@ def stored_text(row: Row) -> str:
 def status_of(reply: list[bytes]) -> Status:
     """Give the status word that a flat reply begins with."""
     return _STATUS[reply[0]]
-
-
-def mapped(error: Exception, row_key: str) -> Exception:  # noqa: PLR0911  a table of cases
-    """Turn an error of redis-py into one of ours, with the key where it helps."""
-    text = str(error)
-    if isinstance(error, _NOT_EXECUTED) or text.startswith(_REFUSALS):
-        return LimiterUnavailable(f"Redis cannot do this now: {text}", executed=False)
-    if isinstance(error, RedisTimeoutError | TimeoutError):
-        return LimiterUnavailable("Redis did not answer in time: the outcome is unknown")
-    if isinstance(error, DataError):
-        return ScriptContractError(f"an argument cannot be sent to Redis: {text}")
-    if isinstance(error, RedisConnectionError | OSError):
-        return LimiterUnavailable(f"Redis is not reachable: {text}")
-    if isinstance(error, NoPermissionError) or any(words in text for words in _DENIED_IN_SCRIPT):
-        executed = False if isinstance(error, NoPermissionError) else None  # a script may have got half-way
-        return LimiterUnavailable(f"Redis does not let this user do it: {text}; {ACL_HINT}", executed=executed)
-    if text.startswith("BADROW "):
-        return BrokenRow(row_key, text.removeprefix(f"BADROW {row_key} "))
-    if text.startswith("WRONGTYPE"):
-        return BrokenRow(row_key, "is not a hash: delete or rename this key")
-    if isinstance(error, ResponseError):
-        return ScriptContractError(f"Redis refused a script on {row_key}: {text}")
-    return LimiterUnavailable(f"Redis failed: {text}")
 
 
 def _as_it_is(reply: Any) -> Any:

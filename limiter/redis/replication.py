@@ -14,10 +14,10 @@ from typing import Any
 
 from redis.asyncio import Redis
 
-from limiter.credits.scripts import mapped
 from limiter.errors import NotReplicated
 from limiter.redis.cluster import primaries_of
 from limiter.redis.connect import AWAY
+from limiter.redis.errors import translate_error
 
 WITHIN_S = 30.0
 _ASK_S = 0.1
@@ -37,7 +37,7 @@ async def wait_for_replicas(redis: "Redis", replicas: int) -> AsyncIterator[None
     try:
         before = {primary.run_id for primary in await _primaries(redis)}
     except AWAY as error:
-        raise mapped(error, "INFO") from error
+        raise translate_error(error, "INFO") from error
     yield
     await _wait(redis, before, replicas)
 

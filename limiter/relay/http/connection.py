@@ -13,7 +13,7 @@ from aiohttp.http import RawRequestMessage
 from aiohttp.http_exceptions import LineTooLong
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from limiter.credits.limiter import new_hold_id
+from limiter._util.ids import random_id
 from limiter.relay.http.problems import REQUEST_ID, Problem, problem_from, problem_response
 
 REFUSED = web.RequestKey("refused", Problem)  # why a request is not to be served, whatever it asks for
@@ -110,7 +110,7 @@ class _Connection(web.RequestHandler):
         if request.writer.output_size or not isinstance(request, web.Request):
             raise ConnectionError("half an answer is not an answer")
         if REQUEST_ID not in request:
-            request[REQUEST_ID] = new_hold_id()
+            request[REQUEST_ID] = random_id()
         response = problem_response(request, problem_from(RuntimeError()))
         response.force_close()
         return response

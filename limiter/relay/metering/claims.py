@@ -9,7 +9,8 @@ from enum import StrEnum
 from typing import Protocol, TypeVar, cast
 
 from limiter.credits.limiter import CreditLimiter
-from limiter.credits.scripts import Scripts, plain
+from limiter.credits.scripts import Scripts
+from limiter.redis.errors import with_timeout
 
 T = TypeVar("T")
 _SEATS_OUTLIVE_S = 30 * 86_400  # a licence that is renewed a little late finds its installs seated
@@ -190,4 +191,4 @@ class Stores:
         return await self._call(lambda: self._limiter.repeated(attempt, when_unknown=when_unknown))
 
     async def _plain(self, command: Awaitable[T], key: str) -> T:
-        return await plain(command, key, timeout_ms=self._timeout_ms)
+        return await with_timeout(command, key, timeout_ms=self._timeout_ms)

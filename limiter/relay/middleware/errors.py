@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from aiohttp import HttpVersion10, hdrs, web
 
-from limiter.credits.limiter import new_hold_id
+from limiter._util.ids import random_id
 from limiter.errors import LimiterError
 from limiter.relay.http.connection import REFUSED
 from limiter.relay.http.problems import REQUEST_ID, Problem, ProblemRaised, fail, problem_from, problem_response
@@ -21,7 +21,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 @web.middleware
 async def error_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Give each request its id, refuse what no route takes, and turn every exception into the error object."""
-    request[REQUEST_ID] = new_hold_id()
+    request[REQUEST_ID] = random_id()
     try:
         if refused := request.get(REFUSED):
             return _answer(request, refused)
