@@ -1,16 +1,19 @@
-"""From settings to a connected limiter: what the relay and the commands have in common."""
+"""From settings to a connected limiter or session: what the relay and the commands have in common."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from limiter.config.settings import Settings
 from limiter.credits.limiter import CreditLimiter
+from limiter.credits.session import Session
 from limiter.redis.connect import connect
+
+_ATTEMPTS_IN_A_DEADLINE = 3
 
 
 @asynccontextmanager
 async def open_limiter(settings: Settings) -> AsyncIterator[CreditLimiter]:
-    """Connect, and close at the end."""
+    """Connect a limiter, and close the connection at the end. Raises SettingsError, LimiterUnavailable."""
     redis = await connect(
         settings.redis.url, timeout_ms=settings.redis.timeout_ms, allow_eviction=settings.redis.allow_eviction
     )
@@ -21,8 +24,15 @@ async def open_limiter(settings: Settings) -> AsyncIterator[CreditLimiter]:
             prefix=settings.redis.prefix,
             hold_ms=settings.relay.hold_s * 1000,
             timeout_ms=settings.redis.timeout_ms,
-            deadline_ms=3 * settings.redis.timeout_ms,
+            deadline_ms=_ATTEMPTS_IN_A_DEADLINE * settings.redis.timeout_ms,
             deny_cache_ms=settings.redis.deny_cache_ms,
         )
     finally:
         await redis.aclose()
+
+
+@asynccontextmanager
+async def open_session(settings: Settings) -> AsyncIterator[Session]:
+    """Connect a session, for commands that reserve nothing. Raises as `open_limiter`."""
+    async with open_limiter(settings) as limiter:
+        yield limiter.session

@@ -24,11 +24,14 @@ from limiter.config.settings import (
     Settings,
 )
 from limiter.doctor import Finding, examine
+from limiter.licences.seats import Seats
 from limiter.licences.tokens import issue, public_key_text
 from limiter.redis.acl import acl_line, needed_commands, probes
 from limiter.redis.replication import wait_for_replicas
 from limiter.redis.url import Kind
 from limiter.relay.metering.claims import MintStatus, Stores
+from limiter.relay.metering.install_rate_limit import InstallRateLimit, MintStatus
+from tests.conftest import TIERS, Closing
 from tests.support.cli import limiter
 from tests.support.credits import TIERS
 from tests.support.openai_backend import running_backend
@@ -71,18 +74,18 @@ async def test_user_of_the_line_when_all_of_limiter_runs_then_nothing_is_refused
     closing.push_async_callback(redis.aclose)
     limiter = CreditLimiter(redis, TIERS)
     await serve_a_little(await connected(server.url, closing), limiter, closing)
-    stores = Stores(limiter)
-    assert await stores.seats("alice")
-    assert await stores.free("alice", INSTALL)
-    assert (await stores.mint("network", limit=1, period_ms=1000)).status is MintStatus.MINTED
-    await stores.return_mint("network", limit=1, period_ms=1000)
+    seats, new_installs = Seats(limiter.session), InstallRateLimit(limiter.session)
+    assert await seats.list("alice")
+    assert await seats.free("alice", INSTALL)
+    assert (await new_installs.mint("network", limit=1, period_ms=1000)).status is MintStatus.MINTED
+    await new_installs.return_mint("network", limit=1, period_ms=1000)
 
     told(server, "SET", "credits:install:broken", "no hash")  # one that cannot be read is taken along as it is
-    async with Persister(limiter, tmp_path / "credits.json", interval_s=60):
+    async with Persister(limiter.session, tmp_path / "credits.json", interval_s=60):
         await eventually((tmp_path / "credits.json").exists, what="a dump")
     assert (tmp_path / "credits.json.broken.json").exists()
     told(server, "DEL", "credits:install:broken")
-    await import_file(limiter, tmp_path / "credits.json", mode="merge")
+    await import_file(limiter.session, tmp_path / "credits.json", mode="merge")
     assert denied(server) == []
     assert set(needed) == used(server) & set(needed), "a right that nothing uses"
 
@@ -132,7 +135,7 @@ async def test_user_of_the_printed_line_when_there_are_several_servers_then_noth
     credit_limiter = CreditLimiter(redis, TIERS)
     for number in range(10):
         assert (await credit_limiter.debit(f"i-{number}", tier="pro", has_hardware=True)).allowed
-    assert (await dump(credit_limiter, tmp_path / "credits.json")).rows == 10
+    assert (await dump(credit_limiter.session, tmp_path / "credits.json")).rows == 10
     if kind == "sentinel":  # the cluster has no replicas
         async with wait_for_replicas(redis, 2):
             await credit_limiter.debit("i-0", tier="pro", has_hardware=True)

@@ -15,10 +15,9 @@ from redis.exceptions import RedisError
 from limiter._util.atomic_file import in_thread
 from limiter._util.cancellation import CancelWatch
 from limiter._util.timestamps import iso_from_ms
-from limiter.backup.importer import moment_ms
 from limiter.backup.publish import Publication, Writer
-from limiter.credits.limiter import CreditLimiter
 from limiter.credits.rows import PackedFields, read_fields, read_values, row_or_error, scan_keys
+from limiter.credits.session import Session
 from limiter.errors import BrokenRow, LedgerFileError
 from limiter.ledger.rotation import KEEP, prune
 from limiter.ledger.row_codec import line_from_row
@@ -72,7 +71,7 @@ class DumpReport:
 
 
 async def dump(
-    limiter: CreditLimiter,
+    session: Session,
     path: Path,
     *,
     keep: int = KEEP,
@@ -87,9 +86,9 @@ async def dump(
     replaced, when the file cannot be written, has rows and Redis none, or is another's by now; LimiterUnavailable when
     Redis goes away.
     """
-    time = iso_from_ms(await moment_ms(limiter))
+    time = iso_from_ms(await session.server_time_ms())
     with SideFile(path.parent / f"{path.name}.broken.json", "broken") as broken_file, LedgerWriter(path) as file:
-        scan, publication = _Scan(limiter, broken_file), Publication(path, time, writer)
+        scan, publication = _Scan(session, broken_file), Publication(path, time, writer)
         found = await publication.current(last)
         await scan.write_to(file)
         rows_digest = await file.rows_digest()
@@ -120,21 +119,21 @@ async def dump(
 class _Scan:
     """The rows of Redis, once; those that no file can hold go to `broken_file`."""
 
-    def __init__(self, limiter: CreditLimiter, broken_file: SideFile) -> None:
+    def __init__(self, session: Session, broken_file: SideFile) -> None:
         self.broken_file = broken_file
         self.first_broken: list[str] = []
-        self._limiter = limiter
+        self._session = session
         self._cancel = CancelWatch()
 
     async def write_to(self, file: LedgerWriter) -> None:
         """Write them, noting those that cannot be read, or that no import would take."""
-        prefix = len(self._limiter.keys.install_pattern) - 1
-        async for names in scan_keys(self._limiter.redis, self._limiter.keys):
+        prefix = len(self._session.keys.install_pattern) - 1
+        async for names in scan_keys(self._session):
             self._cancel.check()
             if not names:
                 continue
             lines, rest = [], []
-            for name, values in zip(names, await read_values(self._limiter.channel, names, _FIELDS), strict=True):
+            for name, values in zip(names, await read_values(self._session.channel, names, _FIELDS), strict=True):
                 line = None if isinstance(values, Exception) else line_from_values(name[prefix:], values)
                 if line is None:
                     rest.append(name)
@@ -146,10 +145,10 @@ class _Scan:
 
     async def _read_slowly(self, names: Sequence[bytes]) -> list[bytes]:
         lines = []
-        for name, fields in zip(names, await read_fields(self._limiter.channel, names), strict=True):
+        for name, fields in zip(names, await read_fields(self._session.channel, names), strict=True):
             if not fields:
                 continue  # it is gone by now
-            row = row_or_error(self._limiter.keys, name, fields)
+            row = row_or_error(self._session.keys, name, fields)
             if isinstance(row, BrokenRow):
                 await self._note(row.key, str(row))
                 continue
@@ -166,7 +165,7 @@ class _Scan:
 
     async def _as_redis_has_it(self, key: str) -> dict[str, object]:
         """Give the fields to read, and Redis' own DUMP of the key, which its RESTORE takes back."""
-        pipeline: Any = self._limiter.redis.pipeline(transaction=False)
+        pipeline: Any = self._session.redis.pipeline(transaction=False)
         pipeline.hgetall(key)
         pipeline.dump(key)
         try:

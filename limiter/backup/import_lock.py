@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager, suppress
 
 from limiter._util.cancellation import CancelWatch
 from limiter.backup.lease import Lease
-from limiter.credits.limiter import CreditLimiter
+from limiter.credits.session import Session
 from limiter.errors import LedgerFileError, LimiterUnavailable
 
 StillOurs = Callable[[], Awaitable[None]]
@@ -21,13 +21,13 @@ _LOG = logging.getLogger("limiter")
 
 
 @asynccontextmanager
-async def exclusive_import(limiter: CreditLimiter, *, lease_s: float = LEASE_S) -> AsyncIterator[StillOurs]:
+async def exclusive_import(session: Session, *, lease_s: float = LEASE_S) -> AsyncIterator[StillOurs]:
     """Wait until no other import runs, and keep others waiting until the block ends.
 
     Gives a check, for right before each writing, that raises LedgerFileError once another import had the lease, be it
     over by then, as after a pause of this process. Both raise LimiterUnavailable.
     """
-    lease = Lease(limiter, lease_s=lease_s, key=limiter.keys.import_lease())
+    lease = Lease(session, lease_s=lease_s, key=session.keys.import_lease())
     cancel = CancelWatch()
     leased = await lease.take()
     if not leased.is_mine:

@@ -10,21 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from redis.exceptions import RedisError
-
 from limiter._util.atomic_file import in_thread
 from limiter._util.cancellation import CancelWatch
 from limiter.backup.import_lock import StillOurs, exclusive_import
 from limiter.backup.row_writer import Item, RowWriter
-from limiter.credits.limiter import CreditLimiter
 from limiter.credits.models import Status
 from limiter.credits.rows import scan_keys
 from limiter.credits.scripts import PutMode
+from limiter.credits.session import Session
 from limiter.errors import LedgerFileError, LedgerRowError, LimiterError
 from limiter.ledger.file import Entry, LedgerFile
 from limiter.ledger.trailer import check_trailer
 from limiter.ledger.writer import SideFile
-from limiter.redis.errors import translate_error
 
 Phase = Literal["check", "compare", "write"]
 BATCH_ROWS = 500  # read at once, before others on this loop have their turn
@@ -71,7 +68,7 @@ class ImportReport:
 
 
 async def import_file(
-    limiter: CreditLimiter,
+    session: Session,
     path: Path,
     *,
     mode: PutMode,
@@ -85,21 +82,21 @@ async def import_file(
     Raises LedgerFileError, with nothing changed, for a file that is broken anywhere or a Redis with other rows;
     LimiterUnavailable when Redis goes away, after which the same import can be repeated.
     """
-    now_ms = await moment_ms(limiter)
+    now_ms = await session.server_time_ms()
     rejected_path = path.parent / f"{path.name}.rejected.json"
     with LedgerFile(path) as file, SideFile(rejected_path, "rejected") as rejected_file:
-        run = _Import(limiter, file, now_ms, None if dry_run else rejected_file, on_progress)
+        run = _Import(session, file, now_ms, None if dry_run else rejected_file, on_progress)
         await run.check()
         if dry_run:
             answers = await run.compared(mode)
         else:
-            async with exclusive_import(limiter) as still_ours:
+            async with exclusive_import(session) as still_ours:
                 answers = await run.compared(mode) if mode == "create" else Counter()
                 if not answers or answers.total() != answers[Status.SAME]:
                     try:
                         answers = await run.store(mode, still_ours)
                     finally:
-                        limiter.rows_changed()
+                        session.announce_bulk_change()
         return ImportReport(
             total=run.total,
             new=answers[Status.CREATED],
@@ -113,23 +110,12 @@ async def import_file(
         )
 
 
-async def moment_ms(limiter: CreditLimiter) -> int:
-    """Give the time that the limiter goes by: its clock's, or else the server's. Raises LimiterUnavailable."""
-    if limiter.clock is not None:
-        return limiter.clock()
-    try:
-        seconds, microseconds = await limiter.redis.time()
-    except (RedisError, OSError, TimeoutError) as error:
-        raise translate_error(error, "TIME") from error
-    return int(seconds) * 1000 + int(microseconds) // 1000
-
-
 class _Import:
     """One import's passes over its file. All of them see one moment, so that they make the same rows."""
 
     def __init__(
         self,
-        limiter: CreditLimiter,
+        session: Session,
         file: LedgerFile,
         now_ms: int,
         rejected_file: SideFile | None,
@@ -138,9 +124,9 @@ class _Import:
         self.total = self.rejected = self.good = 0
         self.first_rejected: list[Rejected] = []
         self.faults: Counter[str] = Counter()
-        self._limiter, self._file, self._now_ms = limiter, file, now_ms
+        self._session, self._file, self._now_ms = session, file, now_ms
         self._rejected_file, self._on_progress = rejected_file, on_progress
-        self._writer = RowWriter(limiter, self._reject)
+        self._writer = RowWriter(session, self._reject)
         self._cancel = CancelWatch()
 
     async def check(self) -> None:
@@ -169,7 +155,7 @@ class _Import:
 
         Raises LedgerFileError for the mode `create` and a Redis that has other rows.
         """
-        stored = await _count_rows(self._limiter) if mode == "create" else 0
+        stored = await _count_rows(self._session) if mode == "create" else 0
         if mode == "create" and not stored:
             return Counter({Status.CREATED: self.good})
         answers: Counter[Status] = Counter()
@@ -258,6 +244,6 @@ def _refuse_other_rows(path: Path, stored: int, answers: "Counter[Status]") -> N
         )
 
 
-async def _count_rows(limiter: CreditLimiter) -> int:
+async def _count_rows(session: Session) -> int:
     """Count the rows of this prefix."""
-    return sum([len(names) async for names in scan_keys(limiter.redis, limiter.keys)])
+    return sum([len(names) async for names in scan_keys(session)])

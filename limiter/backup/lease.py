@@ -10,8 +10,7 @@ import uuid
 from dataclasses import dataclass
 from enum import StrEnum
 
-from limiter.credits.limiter import CreditLimiter
-from limiter.credits.scripts import Scripts
+from limiter.credits.session import Session
 
 
 class LeaseStatus(StrEnum):
@@ -45,14 +44,12 @@ class LeaseState:
 class Lease:
     """The way to a lease; without `key` the persisters'. Methods raise LimiterUnavailable, and may be repeated."""
 
-    def __init__(
-        self, limiter: CreditLimiter, *, lease_s: float, owner: str | None = None, key: str | None = None
-    ) -> None:
+    def __init__(self, session: Session, *, lease_s: float, owner: str | None = None, key: str | None = None) -> None:
         self.lease_s = lease_s
         self.owner = owner or f"{socket.gethostname()[:48]}:{os.getpid()}:{uuid.uuid4().hex[:12]}"
-        self._limiter = limiter
-        self._scripts = Scripts(limiter.channel, timeout_ms=1000)
-        self._key = key or limiter.keys.lease()
+        self._session = session
+        self._scripts = session.scripts(timeout_ms=1000)
+        self._key = key or session.keys.lease()
 
     async def take(self, *, least_epoch: int = 0, checksum: str = "", good_at: str = "") -> LeaseState:
         """Take the lease or keep it, for another `lease_s`. Run lease.lua."""
@@ -63,8 +60,7 @@ class Lease:
         return await self._call(0, 0, "", "")
 
     async def _call(self, least_epoch: int, lease_ms: int, checksum: str, good_at: str) -> LeaseState:
-        clock = self._limiter.clock
-        status, epoch, owner, noted, good = await self._limiter.repeated(
+        status, epoch, owner, noted, good = await self._session.retry(
             lambda: self._scripts.call(
                 "lease",
                 self._key,
@@ -73,7 +69,7 @@ class Lease:
                 lease_ms,
                 checksum,
                 good_at,
-                None if clock is None else clock(),
+                self._session.now_ms(),
             )
         )
         return LeaseState(LeaseStatus(status.decode()), epoch, owner.decode(), noted.decode(), good.decode())

@@ -16,7 +16,7 @@ from limiter.backup.dump import DumpReport, dump
 from limiter.backup.lease import Lease, LeaseState
 from limiter.backup.publish import Writer
 from limiter.config.settings import PersisterSettings
-from limiter.credits.limiter import CreditLimiter
+from limiter.credits.session import Session
 from limiter.errors import LimiterError
 from limiter.ledger.rotation import KEEP
 from limiter.ledger.trailer import DumpedFile, Trailer, read_trailer
@@ -37,7 +37,7 @@ class Persister:
 
     def __init__(
         self,
-        limiter: CreditLimiter,
+        session: Session,
         path: Path,
         *,
         interval_s: float,
@@ -49,8 +49,8 @@ class Persister:
         self.last_error: str | None = None
         self.last_report: DumpReport | None = None
         self._good_at = ""
-        self._limiter, self._path, self._interval_s, self._keep = limiter, path, interval_s, keep
-        self._lease = Lease(limiter, lease_s=lease_s)
+        self._session, self._path, self._interval_s, self._keep = session, path, interval_s, keep
+        self._lease = Lease(session, lease_s=lease_s)
         self._leased: LeaseState | None = None
         self._file: DumpedFile | None = None
         self._stopped = asyncio.Event()
@@ -166,7 +166,7 @@ class Persister:
             if self.last_report is None:  # later on, a folder that is gone may be a disk that is
                 await in_thread(self._path.parent.mkdir, parents=True, exist_ok=True)
             report = await dump(
-                self._limiter, self._path, keep=self._keep, last=self._file, writer=Writer(self._lease, leased)
+                self._session, self._path, keep=self._keep, last=self._file, writer=Writer(self._lease, leased)
             )
         except (LimiterError, OSError) as error:
             self._failed(error)
@@ -191,12 +191,10 @@ class Persister:
         _LOG.error("%s; the first: %s", self.last_error, report.first_broken[0])
 
 
-def make_persister(
-    limiter: CreditLimiter, settings: PersisterSettings, *, on_change: OnChange | None = None
-) -> Persister:
+def make_persister(session: Session, settings: PersisterSettings, *, on_change: OnChange | None = None) -> Persister:
     """Make the persister that the settings ask for. on_change: given each new report."""
     return Persister(
-        limiter,
+        session,
         Path(settings.file),
         interval_s=settings.interval_s,
         keep=settings.keep,

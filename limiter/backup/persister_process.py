@@ -21,7 +21,7 @@ import orjson
 import uvloop
 
 from limiter.backup.persister import make_persister
-from limiter.bootstrap import open_limiter
+from limiter.bootstrap import open_session
 from limiter.config.settings import Settings
 from limiter.errors import LimiterError
 from limiter.log_config import set_up_logging
@@ -124,8 +124,8 @@ async def _main(settings: Settings) -> None:
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    async with open_limiter(settings) as limiter:
-        persister = make_persister(limiter, settings.persister, on_change=_tell)
+    async with open_session(settings) as session:
+        persister = make_persister(session, settings.persister, on_change=_tell)
         loop.add_signal_handler(signal.SIGTERM, persister.stop)
 
         async def stop_with_parent() -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from limiter._util.cancellation import CancelWatch
 from limiter.backup.lease import Lease
-from limiter.credits.limiter import CreditLimiter
 from limiter.credits.rows import scan_keys
+from limiter.credits.session import Session
 from limiter.errors import LedgerFileError, LimiterError
 from limiter.ledger.rotation import generations
 from limiter.ledger.verify import VerifyReport, verify
@@ -44,12 +44,12 @@ def newest_good(path: Path, *, passed_over: Callable[[VerifyReport], None]) -> V
 
 
 @asynccontextmanager
-async def exclusive(limiter: CreditLimiter, *, lease_s: float, checksum: str) -> AsyncIterator[None]:
+async def exclusive(session: Session, *, lease_s: float, checksum: str) -> AsyncIterator[None]:
     """Keep persisters from writing until the block ends. Raises LedgerFileError while one is at work.
 
     checksum: of the file that is restored; after the block persisters know it as the fleet's own.
     """
-    lease = Lease(limiter, lease_s=lease_s)
+    lease = Lease(session, lease_s=lease_s)
     await _take(lease)
     keeping = asyncio.create_task(_keep(lease))
     try:
@@ -61,9 +61,9 @@ async def exclusive(limiter: CreditLimiter, *, lease_s: float, checksum: str) ->
         await lease.give_back()
 
 
-async def has_rows(limiter: CreditLimiter) -> bool:
+async def has_rows(session: Session) -> bool:
     """Tell whether Redis has any row. Raises LimiterUnavailable."""
-    async for names in scan_keys(limiter.redis, limiter.keys):
+    async for names in scan_keys(session):
         if names:
             return True
     return False

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple, cast
 
 from redis.exceptions import ClusterCrossSlotError, RedisError
 
-from limiter.credits.limiter import CreditLimiter
 from limiter.credits.models import Row, Status
 from limiter.credits.rows import Fields, decode_row
-from limiter.credits.scripts import PutMode, Scripts, status_of, stored_text, stored_values
+from limiter.credits.scripts import PutMode, status_of, stored_text, stored_values
+from limiter.credits.session import Session
 from limiter.errors import BrokenRow, ScriptContractError
 from limiter.ledger.file import Entry
 from limiter.ledger.row_codec import merged_extra
@@ -50,9 +50,9 @@ class RowWriter:
     Methods raise LimiterUnavailable: then some rows of the batch may be in, each of them whole.
     """
 
-    def __init__(self, limiter: CreditLimiter, reject: Reject) -> None:
-        self._limiter, self._reject = limiter, reject
-        self._scripts = Scripts(limiter.channel, timeout_ms=_TIMEOUT_MS)
+    def __init__(self, session: Session, reject: Reject) -> None:
+        self._session, self._reject = session, reject
+        self._scripts = session.scripts(timeout_ms=_TIMEOUT_MS)
         self._has_slots = False  # of a cluster, once its first answer said so
 
     async def store(self, batch: Sequence[Item], mode: PutMode) -> "Counter[Status]":
@@ -75,10 +75,10 @@ class RowWriter:
         return others
 
     async def _created(self, call: Sequence[Item]) -> list[Status]:
-        keys = [self._limiter.keys.install(item.entry.install_id) for item in call]
+        keys = [self._session.keys.install(item.entry.install_id) for item in call]
         texts = [item.text for item in call]
         try:
-            return await self._limiter.repeated(lambda: self._scripts.create_rows(keys, texts))
+            return await self._session.retry(lambda: self._scripts.create_rows(keys, texts))
         except ScriptContractError as error:
             if not isinstance(error.__cause__, ClusterCrossSlotError):
                 raise
@@ -90,9 +90,9 @@ class RowWriter:
         settled = await self._settled(batch, mode)
         word = f"{mode}?" if asks else mode
         calls = (
-            self._limiter.repeated(
+            self._session.retry(
                 partial(
-                    self._scripts.call, "put_row", self._limiter.keys.install(row.install_id), word, *stored_values(row)
+                    self._scripts.call, "put_row", self._session.keys.install(row.install_id), word, *stored_values(row)
                 )
             )
             for _, row in settled
@@ -120,20 +120,20 @@ class RowWriter:
         """
         rows = [(item, item.row) for item in batch]
         keys = [
-            self._limiter.keys.install(row.install_id)
+            self._session.keys.install(row.install_id)
             for item, row in rows
             if item.entry.undated or (mode == "merge" and row.extra)
         ]
         if not keys:
             return rows
-        pipeline = self._limiter.redis.pipeline(transaction=False)
+        pipeline = self._session.redis.pipeline(transaction=False)
         for key in keys:
             pipeline.hgetall(key)
         found = zip(keys, await _executed(pipeline, keys[0]), strict=True)
         stored = {key: row for key, fields in found if (row := self._stored(key, fields))}
         settled: list[tuple[Item, Row]] = []
         for item, row in rows:
-            known = stored.get(self._limiter.keys.install(row.install_id))
+            known = stored.get(self._session.keys.install(row.install_id))
             try:
                 settled.append((item, row if known is None else _filled(item, row, known, mode)))
             except ValueError as cause:
@@ -144,7 +144,7 @@ class RowWriter:
         if isinstance(fields, Exception) or not fields:
             return None  # put_row says what is wrong with it
         try:
-            return decode_row(self._limiter.keys, key, fields)
+            return decode_row(self._session.keys, key, fields)
         except BrokenRow:
             return None
 

@@ -7,7 +7,7 @@ import typer
 
 from limiter.backup.dump import DumpReport
 from limiter.backup.dump import dump as dump_rows
-from limiter.bootstrap import open_limiter
+from limiter.bootstrap import open_session
 from limiter.cli._console import ERRORS, OUT, ConfigOption, JsonOption, RedisOption, print_json, run, settings_of
 from limiter.config.settings import Settings
 
@@ -43,8 +43,8 @@ def dump(
 
 
 async def _dump(settings: Settings, file: Path) -> DumpReport:
-    async with open_limiter(settings) as limiter:
-        return await dump_rows(limiter, file, keep=settings.persister.keep)
+    async with open_session(settings) as session:
+        return await dump_rows(session, file, keep=settings.persister.keep)
 
 
 def _document(report: DumpReport) -> dict[str, object]:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from limiter.backup.importer import ImportReport
-from limiter.bootstrap import open_limiter
+from limiter.bootstrap import open_session
 from limiter.cli._console import ConfigOption, JsonOption, RedisOption, run, settings_of
 from limiter.cli.import_progress import import_shown, print_report
 from limiter.config.settings import Settings
@@ -48,7 +48,7 @@ def import_(
 
 async def _import(settings: Settings, file: Path, mode: PutMode, *, dry_run: bool, as_json: bool) -> ImportReport:
     wanted = 0 if dry_run else settings.redis.wait_replicas
-    async with open_limiter(settings) as limiter, wait_for_replicas(limiter.redis, wanted):
-        report = await import_shown(limiter, file, mode=mode, dry_run=dry_run)
+    async with open_session(settings) as session, wait_for_replicas(session.redis, wanted):
+        report = await import_shown(session, file, mode=mode, dry_run=dry_run)
         print_report(report, as_json=as_json)
     return report

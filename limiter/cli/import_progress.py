@@ -11,8 +11,8 @@ from rich.table import Table
 from limiter.backup.importer import ImportReport, Phase, import_file
 from limiter.backup.importer import Progress as ImportProgress
 from limiter.cli._console import ERRORS, OUT, print_json
-from limiter.credits.limiter import CreditLimiter
 from limiter.credits.scripts import PutMode
+from limiter.credits.session import Session
 
 _PHASES: dict[Phase, str] = {
     "check": "checking the file",
@@ -22,12 +22,12 @@ _PHASES: dict[Phase, str] = {
 _LINE_EVERY_S = 5.0
 
 
-async def import_shown(limiter: CreditLimiter, file: Path, *, mode: PutMode, dry_run: bool = False) -> ImportReport:
+async def import_shown(session: Session, file: Path, *, mode: PutMode, dry_run: bool = False) -> ImportReport:
     """Import a file as `importer.import_file` does, with a progress bar in a terminal, and lines anywhere else."""
     view = _Bars() if ERRORS.is_terminal else _Lines()
     with view.bars:
         try:
-            return await import_file(limiter, file, mode=mode, dry_run=dry_run, on_progress=view.show)
+            return await import_file(session, file, mode=mode, dry_run=dry_run, on_progress=view.show)
         except asyncio.CancelledError:
             said = "nothing was changed"
             if view.stored is not None:

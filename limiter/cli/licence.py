@@ -8,14 +8,14 @@ import typer
 from rich.table import Table
 
 from limiter._util.timestamps import iso_from_ms
-from limiter.bootstrap import open_limiter
+from limiter.bootstrap import open_session
 from limiter.cli._console import OUT, ConfigOption, JsonOption, RedisOption, print_json, print_table, run, settings_of
 from limiter.config.settings import Settings
 from limiter.credits.keys import normalise_install_id
 from limiter.errors import LimiterError, UnknownTier
+from limiter.licences.seats import Seat, Seats
 from limiter.licences.tokens import InvalidLicence, Licences, issue, make_key, public_key_text, read_key
 from limiter.redis.replication import wait_for_replicas
-from limiter.relay.metering.claims import Seat, Stores
 
 app = typer.Typer(help="Licences: signed tokens that say which tier an install has paid for.", no_args_is_help=True)
 _DAY_S = 86_400
@@ -111,11 +111,11 @@ def seats(
 
 async def _seats(settings: Settings, subject: str, free: str | None, *, as_json: bool) -> None:
     wanted = 0 if free is None else settings.redis.wait_replicas
-    async with open_limiter(settings) as limiter, wait_for_replicas(limiter.redis, wanted):
-        stores = Stores(limiter, timeout_ms=settings.redis.timeout_ms)
-        if free is not None and not await stores.free(subject, normalise_install_id(free)):
+    async with open_session(settings) as session, wait_for_replicas(session.redis, wanted):
+        seats = Seats(session)
+        if free is not None and not await seats.free(subject, normalise_install_id(free)):
             raise LimiterError(f"{free} has no seat of {subject}")
-        _print_seats(subject, await stores.seats(subject), as_json=as_json)
+        _print_seats(subject, await seats.list(subject), as_json=as_json)
 
 
 def _print_seats(subject: str, taken: list[Seat], *, as_json: bool) -> None:

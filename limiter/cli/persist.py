@@ -4,7 +4,7 @@ import typer
 
 from limiter._util.stop_signals import on_stop_signal
 from limiter.backup.persister import make_persister
-from limiter.bootstrap import open_limiter
+from limiter.bootstrap import open_session
 from limiter.cli._console import ERRORS, OUT, ConfigOption, RedisOption, log_as, run, settings_of
 from limiter.config.settings import Settings
 from limiter.errors import SettingsError
@@ -30,8 +30,8 @@ def persist(redis: RedisOption = None, config: ConfigOption = None) -> None:
 
 async def _persist(settings: Settings) -> str | None:
     """Persist until told to stop; give the error of the last dump, if it failed."""
-    async with open_limiter(settings) as limiter:
-        persister = make_persister(limiter, settings.persister)
+    async with open_session(settings) as session:
+        persister = make_persister(session, settings.persister)
         on_stop_signal(persister.stop)
         OUT.print(f"limiter: dumping to {settings.persister.file} every {settings.persister.interval_s:g} s")
         await persister.run()

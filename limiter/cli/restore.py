@@ -10,7 +10,7 @@ import typer
 from limiter._util.timestamps import ms_from_iso
 from limiter.backup.importer import ImportReport, import_file
 from limiter.backup.restore import exclusive, has_rows, newest_good
-from limiter.bootstrap import open_limiter
+from limiter.bootstrap import open_session
 from limiter.cli._console import ERRORS, ConfigOption, JsonOption, RedisOption, run, settings_of
 from limiter.cli.import_progress import import_shown, print_report
 from limiter.config.settings import Settings
@@ -86,16 +86,16 @@ def _pass_over(report: VerifyReport) -> None:
 
 async def _look(settings: Settings, found: VerifyReport, mode: PutMode) -> None:
     """Refuse before anybody is asked. Raises LedgerFileError."""
-    async with open_limiter(settings) as limiter:
-        if mode == "create" and await has_rows(limiter):
-            await import_file(limiter, found.path, mode=mode, dry_run=True)  # refuses, unless it is a repeat
+    async with open_session(settings) as session:
+        if mode == "create" and await has_rows(session):
+            await import_file(session, found.path, mode=mode, dry_run=True)  # refuses, unless it is a repeat
 
 
 async def _restore(settings: Settings, found: VerifyReport, mode: PutMode, *, as_json: bool) -> ImportReport:
-    async with open_limiter(settings) as limiter, wait_for_replicas(limiter.redis, settings.redis.wait_replicas):
+    async with open_session(settings) as session, wait_for_replicas(session.redis, settings.redis.wait_replicas):
         checksum = found.trailer.checksum if found.trailer is not None else ""
-        async with exclusive(limiter, lease_s=settings.persister.lease_s, checksum=checksum):
-            report = await import_shown(limiter, found.path, mode=mode)
+        async with exclusive(session, lease_s=settings.persister.lease_s, checksum=checksum):
+            report = await import_shown(session, found.path, mode=mode)
         print_report(report, as_json=as_json)
     return report
 

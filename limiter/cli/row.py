@@ -31,7 +31,7 @@ async def _show(settings: Settings, install_id: str, *, as_json: bool) -> None:
     async with open_limiter(settings) as limiter:
         found = await limiter.row(install_id)
         if found is None:
-            raise LimiterError(f"there is no row {limiter.keys.install(install_id)}")
+            raise LimiterError(f"there is no row {limiter.session.keys.install(install_id)}")
         balances = [await limiter.balance(install_id, tier=tier) for tier in limiter.tiers]
     if as_json:
         print_json(_document(found, balances))

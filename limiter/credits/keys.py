@@ -40,14 +40,14 @@ def normalise_install_id(install_id: str) -> str:
 class Keys:
     """The keys under one prefix."""
 
-    __slots__ = ("_install", "_prefix", "install_pattern")
+    __slots__ = ("_install", "install_pattern", "prefix")
 
     def __init__(self, prefix: str = "credits") -> None:
         if not _PREFIX.fullmatch(prefix):
             raise SettingsError(
                 f"redis.prefix {prefix!r} is not usable: give 1 to 32 characters of A-Z a-z 0-9 . _ : -"
             )
-        self._prefix = prefix
+        self.prefix = prefix
         self._install = f"{prefix}:install:"
         self.install_pattern = f"{prefix}:install:*"
 
@@ -61,31 +61,31 @@ class Keys:
 
     def claim(self, install_id: str, idempotency_key: str) -> str:
         """Give the key of what became of an install's `Idempotency-Key`. Raises InvalidInstallId."""
-        return f"{self._prefix}:claim:{normalise_install_id(install_id)}:{_digest(idempotency_key)}"
+        return f"{self.prefix}:claim:{normalise_install_id(install_id)}:{_digest(idempotency_key)}"
 
     def sdk_retry(self, install_id: str, fingerprint: str) -> str:
         """Give the key of what became of an install's latest request of a kind. Raises InvalidInstallId."""
-        return f"{self._prefix}:retry:{normalise_install_id(install_id)}:{fingerprint}"
+        return f"{self.prefix}:retry:{normalise_install_id(install_id)}:{fingerprint}"
 
     def seats(self, subject: str) -> str:
         """Give the key of the seats of a licence's subject, which may be any text."""
-        return f"{self._prefix}:seats:{_digest(subject)}"
+        return f"{self.prefix}:seats:{_digest(subject)}"
 
     def probe(self) -> str:
         """Give a key that nothing is kept at, to try out what may be done."""
-        return f"{self._prefix}:doctor"
+        return f"{self.prefix}:doctor"
 
     def mint(self, network: str | None) -> str:
         """Give the key that counts the new installs of a network, or of all."""
-        return f"{self._prefix}:mint:{network or 'all'}"
+        return f"{self.prefix}:mint:{network or 'all'}"
 
     def lease(self) -> str:
         """Give the key of the persisters' lease."""
-        return f"{self._prefix}:persister"
+        return f"{self.prefix}:persister"
 
     def import_lease(self) -> str:
         """Give the key of the lease that imports have one after the other."""
-        return f"{self._prefix}:import"
+        return f"{self.prefix}:import"
 
 
 def _digest(text: str) -> str:

@@ -3,29 +3,23 @@
 It knows the clock, makes hold ids, and decides what may be repeated. Of installs it knows only refusals, for a moment.
 """
 
-import asyncio
 import re
-import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from typing import TypeVar
 
 from redis.asyncio import Redis
 
 from limiter._util.ids import random_id
 from limiter.credits.denial_cache import DenialCache
 from limiter.credits.hold import Hold, hold_context
-from limiter.credits.keys import Keys, normalise_install_id
+from limiter.credits.keys import normalise_install_id
 from limiter.credits.models import MAX_COST, Backend, Balance, Decision, Row, Settlement, Status, Tiers
 from limiter.credits.rows import read_row
-from limiter.credits.scripts import PutMode, Scripts
-from limiter.errors import LimiterUnavailable, Overloaded
-from limiter.redis.multiplexed import CommandChannel
+from limiter.credits.scripts import PutMode
+from limiter.credits.session import Session
+from limiter.errors import LimiterUnavailable
 
-T = TypeVar("T")
 _HOLD_ID = re.compile(r"[A-Za-z0-9._-]{1,48}", re.ASCII)
-_FIRST_PAUSE_S = 0.01
-_LONGEST_PAUSE_S = 0.25
 
 
 class CreditLimiter:
@@ -50,15 +44,11 @@ class CreditLimiter:
         deny_cache_ms: int = 0,
     ) -> None:
         self.tiers = tiers
-        self.keys = Keys(prefix)
-        self.redis = redis
         self.hold_ms = hold_ms
-        self.clock = clock
-        self._deadline_s = deadline_ms / 1000
+        self.session = Session(redis, prefix=prefix, clock=clock, timeout_ms=timeout_ms, deadline_ms=deadline_ms)
+        self._scripts = self.session.scripts()
         self._denial_cache = DenialCache(deny_cache_ms, clock)
-        self.channel = _channel_of(redis)
-        self._timeout_ms = min(timeout_ms, deadline_ms)
-        self._scripts = Scripts(self.channel, timeout_ms=self._timeout_ms)
+        self.session.on_bulk_change(self._denial_cache.invalidate_all)
 
     async def reserve(
         self,
@@ -76,7 +66,7 @@ class CreditLimiter:
         and a new row, nothing else. Raises UnknownTier, InvalidInstallId, BrokenRow, LimiterUnavailable.
         """
         limits = self.tiers[tier]
-        key = self.keys.install(install_id)
+        key = self.session.keys.install(install_id)
         hold = _checked_hold_id(hold_id) if hold_id else random_id()
         _check_cost(cost)
         return await self._decided(
@@ -91,7 +81,7 @@ class CreditLimiter:
                 cost=cost,
                 hold_ms=self.hold_ms,
                 may_create=may_create,
-                now_ms=self._now_ms(),
+                now_ms=self.session.now_ms(),
             ),
             hold_id=hold,
         )
@@ -104,21 +94,21 @@ class CreditLimiter:
         COMMITTED; LATE when the hold had lapsed, debited all the same; GONE when there is no such hold, as after the
         first of two commits. Raises InvalidInstallId, BrokenRow, LimiterUnavailable.
         """
-        key = self.keys.install(install_id)
+        key = self.session.keys.install(install_id)
         hold = _checked_hold_id(hold_id)
         if cost is not None:
             _check_cost(cost)
         if backend not in (None, "gemini", "hardware"):
             raise ValueError(f"backend is {backend!r}, want 'gemini' or 'hardware'")
         try:
-            return await self.repeated(
+            return await self.session.retry(
                 lambda: self._scripts.commit(
                     key,
                     hold_id=hold,
                     backend=backend,
                     cost=cost,
                     lifetime_tiers=self.tiers.lifetime_names,
-                    now_ms=self._now_ms(),
+                    now_ms=self.session.now_ms(),
                 ),
                 when_overloaded=True,
             )
@@ -127,11 +117,11 @@ class CreditLimiter:
 
     async def release(self, install_id: str, hold_id: str) -> Status:
         """Give a hold back: RELEASED, or GONE when there is no such hold. Raises as `commit`."""
-        key = self.keys.install(install_id)
+        key = self.session.keys.install(install_id)
         hold = _checked_hold_id(hold_id)
         try:
-            return await self.repeated(
-                lambda: self._scripts.release(key, hold_id=hold, now_ms=self._now_ms()), when_overloaded=True
+            return await self.session.retry(
+                lambda: self._scripts.release(key, hold_id=hold, now_ms=self.session.now_ms()), when_overloaded=True
             )
         finally:
             self._denial_cache.invalidate(key)
@@ -144,7 +134,7 @@ class CreditLimiter:
         Never repeated after a lost answer: LimiterUnavailable then means that it may have been debited.
         """
         limits = self.tiers[tier]
-        key = self.keys.install(install_id)
+        key = self.session.keys.install(install_id)
         _check_cost(cost)
         return await self._decided(
             key,
@@ -157,7 +147,7 @@ class CreditLimiter:
                 cost=cost,
                 lifetime_tiers=self.tiers.lifetime_names,
                 may_create=may_create,
-                now_ms=self._now_ms(),
+                now_ms=self.session.now_ms(),
             ),
             when_unknown=False,
         )
@@ -165,28 +155,24 @@ class CreditLimiter:
     async def balance(self, install_id: str, *, tier: str) -> Balance:
         """Tell what a tier has left on a row; an unknown install has what a new one would. Writes nothing."""
         limits = self.tiers[tier]
-        key = self.keys.install(install_id)
-        return await self.repeated(lambda: self._scripts.balance(key, tier=limits, now_ms=self._now_ms()))
+        key = self.session.keys.install(install_id)
+        return await self.session.retry(lambda: self._scripts.balance(key, tier=limits, now_ms=self.session.now_ms()))
 
     async def row(self, install_id: str) -> Row | None:
         """Read a row as it is stored, without a roll-over; None if unknown."""
         install_id = normalise_install_id(install_id)
-        return await self.repeated(lambda: read_row(self.redis, self.keys, install_id, timeout_ms=self._timeout_ms))
+        return await self.session.retry(lambda: read_row(self.session, install_id))
 
     async def put_row(self, row: Row, *, mode: PutMode) -> Status:
         """Store a row: `create` leaves an existing one alone, `replace` overwrites it, `merge` keeps larger counters.
 
         CREATED, SAME, REPLACED, MERGED or EXISTS. Live holds stay. Raises as `commit`.
         """
-        key = self.keys.install(row.install_id)
+        key = self.session.keys.install(row.install_id)
         try:
-            return await self.repeated(lambda: self._scripts.put_row(key, row, mode=mode))
+            return await self.session.retry(lambda: self._scripts.put_row(key, row, mode=mode))
         finally:
             self._denial_cache.invalidate(key)
-
-    def rows_changed(self) -> None:
-        """Hear that rows were changed past these methods, as by an import."""
-        self._denial_cache.invalidate_all()
 
     def hold(
         self, install_id: str, *, tier: str, has_hardware: bool, cost: int = 1, hold_id: str | None = None
@@ -218,55 +204,13 @@ class CreditLimiter:
         asked = self._denial_cache.snapshot()
         decision = None
         try:
-            decision = await self.repeated(attempt, when_unknown=when_unknown)
+            decision = await self.session.retry(attempt, when_unknown=when_unknown)
         except LimiterUnavailable as error:
             error.hold_id = hold_id or None
             raise
         finally:
             self._denial_cache.record(key, asked, decision)
         return decision
-
-    def _now_ms(self) -> int | None:
-        return None if self.clock is None else self.clock()
-
-    async def repeated(
-        self, attempt: Callable[[], Awaitable[T]], *, when_unknown: bool = True, when_overloaded: bool = False
-    ) -> T:
-        """Repeat an attempt that got no answer, within the deadline; one of unknown outcome only if that is safe.
-
-        attempt: ends by itself within the time of one. when_overloaded: for what ends work that was begun, where more
-        calls wait already than should. For calls of the relay's own, too, which shall behave like the limiter's.
-        """
-        deadline_s = time.monotonic() + self._deadline_s
-        try:
-            return await attempt()
-        except LimiterUnavailable as error:
-            failure = error
-        unknown = failure.executed is not False
-        pause_s = _FIRST_PAUSE_S
-        while True:
-            overloaded = isinstance(failure, Overloaded) and not when_overloaded
-            if (unknown and not when_unknown) or overloaded or time.monotonic() + pause_s >= deadline_s:
-                failure.executed = None if unknown else False  # an earlier attempt may have been executed
-                raise failure
-            await asyncio.sleep(pause_s)
-            pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
-            try:
-                async with asyncio.timeout(deadline_s - time.monotonic()):
-                    return await attempt()
-            except TimeoutError:
-                message = f"Redis did not answer in time: the outcome is unknown; before that: {failure}"
-                raise LimiterUnavailable(message) from None
-            except LimiterUnavailable as error:
-                failure = error
-                unknown = unknown or error.executed is not False
-
-
-def _channel_of(redis: "Redis") -> CommandChannel:
-    channel: CommandChannel | None = getattr(redis, "channel", None)
-    if channel is None:
-        raise TypeError(f"{redis!r} has no channel for scripts: give CreditLimiter what `limiter.connect` returned")
-    return channel
 
 
 def _checked_hold_id(hold_id: str) -> str:

@@ -1,4 +1,4 @@
-"""Rows as Redis holds them: decoding one hash, reading them all. Reading only; `row_sender` writes."""
+"""Rows as Redis holds them: decoding one hash, reading them all. Reading only; `backup.row_writer` writes."""
 
 import asyncio
 import json
@@ -7,14 +7,14 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from limiter._util.timestamps import is_canonical, ms_from_iso
 from limiter.credits.keys import Keys
 from limiter.credits.models import CORE, MAX_COUNT, HeldCredits, Row
+from limiter.credits.session import Session
 from limiter.errors import BrokenRow, LimiterUnavailable
-from limiter.redis.errors import translate_error, with_timeout
+from limiter.redis.errors import translate_error
 from limiter.redis.multiplexed import CommandChannel, packed
 from limiter.redis.scan import scan
 
@@ -26,24 +26,24 @@ _HOLD = re.compile(r"(gemini|hardware) (\S+) (lifetime|monthly) (\d{1,20}) (\d{1
 _DAYS = range(1, 32)
 
 
-async def read_row(redis: "Redis", keys: Keys, install_id: str, *, timeout_ms: int) -> Row | None:
+async def read_row(session: Session, install_id: str) -> Row | None:
     """Read one row as it is stored; None if there is none. Raises BrokenRow, LimiterUnavailable."""
-    key = keys.install(install_id)
-    fields = await with_timeout(redis.hgetall(key), key, timeout_ms=timeout_ms)
-    return decode_row(keys, key, cast("Fields", fields)) if fields else None
+    key = session.keys.install(install_id)
+    fields = await session.command(session.redis.hgetall(key), key)
+    return decode_row(session.keys, key, cast("Fields", fields)) if fields else None
 
 
-async def scan_keys(redis: "Redis", keys: Keys) -> AsyncIterator[list[bytes]]:
+async def scan_keys(session: Session) -> AsyncIterator[list[bytes]]:
     """Give the key of every row, once each and in no order, as many at a time as SCAN gives. Raises LimiterUnavailable.
 
     A row that is made or deleted meanwhile may be among them or not. Memory: 12 to 24 bytes a row, by which a key is
     known again that SCAN gives twice while the key space is resized.
     """
     try:
-        async for names in scan(redis, keys.install_pattern):
+        async for names in scan(session.redis, session.keys.install_pattern):
             yield names
     except (RedisError, OSError, TimeoutError) as error:
-        raise translate_error(error, keys.install_pattern) from error
+        raise translate_error(error, session.keys.install_pattern) from error
 
 
 async def read_values(

@@ -9,21 +9,28 @@ from aiohttp import web
 from limiter.config.settings import RelaySettings, Settings
 from limiter.credits.limiter import CreditLimiter
 from limiter.credits.models import Backend
+from limiter.licences.seats import Seats
 from limiter.licences.tokens import Licences
 from limiter.log_config import short_names
+from limiter.relay.handlers.context import RELAY, Relay
+from limiter.relay.handlers.credits import show_credits
 from limiter.relay.handlers.health import REPORTS, Report, show_health, show_readiness
-from limiter.relay.handlers.metered import RELAY, Relay, serve_metered, serve_upload, show_credits
+from limiter.relay.handlers.metered import serve_json, serve_upload
 from limiter.relay.handlers.models import MODELS, Models, show_model, show_models
 from limiter.relay.handlers.openapi import show_openapi
+from limiter.relay.http.client_address import trusted_networks
 from limiter.relay.http.connection import RelayRunner
-from limiter.relay.metering.admission import Admission, trusted_networks
-from limiter.relay.metering.availability import RedisAvailability
-from limiter.relay.metering.claims import Stores
+from limiter.relay.http.handler import Handler
+from limiter.relay.metering.admission import Admission
+from limiter.relay.metering.availability import RedisAvailability, WatchedLimiter
+from limiter.relay.metering.background_retries import BackgroundRetries
+from limiter.relay.metering.claims import Claims
 from limiter.relay.metering.idempotency import Idempotency
+from limiter.relay.metering.install_rate_limit import InstallRateLimit
 from limiter.relay.metering.settlement import Settlements
 from limiter.relay.middleware.access_log import add_access_log
 from limiter.relay.middleware.cors import add_cors
-from limiter.relay.middleware.errors import Handler, add_request_id, error_middleware
+from limiter.relay.middleware.errors import add_request_id, error_middleware
 from limiter.relay.requests.memory_budget import MemoryBudget
 from limiter.relay.requests.upload import UploadLimits, expect_later
 from limiter.relay.telemetry.metrics import Metrics, show_metrics
@@ -47,10 +54,10 @@ def create_app(
     """
     app = web.Application(client_max_size=settings.relay.body_limit_mb * _MIB, middlewares=[error_middleware])
     metrics = Metrics(tiers=limiter.tiers, routes=[path for _, path, _ in _ROUTES])
-    mode = RedisAvailability(limiter, on_redis_down=settings.redis.on_redis_down, timed=metrics.decision_took)
-    app[RELAY] = relay = _relay(limiter, backends, settings, mode, metrics)
+    availability = RedisAvailability(limiter, on_redis_down=settings.redis.on_redis_down, timed=metrics.decision_took)
+    app[RELAY] = relay = _relay(limiter, backends, settings, availability, metrics)
     app[MODELS] = Models(backends)
-    app[REPORTS] = {"redis_mode": mode.report, **(reports or {})}
+    app[REPORTS] = {"redis_mode": availability.report, **(reports or {})}
     for method, path, handler in _ROUTES:
         expect = expect_later if handler is serve_upload else None
         for served in (method, "HEAD") if method == "GET" else (method,):
@@ -59,19 +66,19 @@ def create_app(
     app.on_response_prepare.append(add_request_id)
     add_cors(app, settings.relay.cors_origins)
     add_access_log(app, metrics, short_names(settings.logs.key.get_secret_value()))
-    metrics.watch_redis(lambda: mode.state == "ok")
-    metrics.watch_settlements(relay.settlements.under_way)
+    metrics.watch_redis(lambda: availability.state == "ok")
+    metrics.watch_settlements(relay.retries.under_way)
     for name, client in backends.items():
         client.watch(partial(metrics.backend_called, name))
         metrics.watch_breaker(name, partial(getattr, client.breaker, "state"))
 
     async def watch_redis(_app: web.Application) -> AsyncIterator[None]:
-        async with mode:
+        async with availability:
             yield
 
     async def settle_at_the_end(_app: web.Application) -> AsyncIterator[None]:
         yield
-        await relay.settlements.drain(settings.relay.drain_s)
+        await relay.retries.drain(settings.relay.drain_s)
 
     app.cleanup_ctx.extend([watch_redis, settle_at_the_end])  # they end in the opposite order
     return app
@@ -81,34 +88,37 @@ def _relay(
     limiter: CreditLimiter,
     backends: Mapping[Backend, BackendClient],
     settings: Settings,
-    mode: RedisAvailability,
+    availability: RedisAvailability,
     metrics: Metrics,
 ) -> Relay:
     limits, keeping = settings.relay, settings.idempotency
-    stores = Stores(limiter, timeout_ms=settings.redis.timeout_ms, call=mode.call)
-    settlements = Settlements(limiter, mode, metrics)
+    watched = WatchedLimiter(limiter, availability)
+    retries = BackgroundRetries(availability, give_up_s=limiter.hold_ms / 1000)
     return Relay(
-        limiter=limiter,
+        tiers=limiter.tiers,
+        limiter=watched,
+        availability=availability,
         licences=Licences(settings.licence.public_keys),
         backends=backends,
-        settlements=settlements,
         costs=settings.costs,
         uploads=UploadLimits(limits.upload_limit_mb * _MIB, limits.replay_limit_kb * _KIB, limits.upload_s),
-        bodies=MemoryBudget(limits.bodies_in_memory_mb * _MIB),
+        memory=MemoryBudget(limits.bodies_in_memory_mb * _MIB),
         admission=Admission(
-            stores,
-            mint_per_ip=limits.mint_per_ip,
-            mint_overall=limits.mint_overall,
+            watched,
+            Seats(watched.session),
+            InstallRateLimit(watched.session, per_ip=limits.mint_per_ip, overall=limits.mint_overall),
             trusted_proxies=trusted_networks(limits.trusted_proxies),
         ),
         idempotency=Idempotency(
-            stores,
-            settlements.start,
+            Claims(watched.session),
+            retries,
+            hold_ms=limiter.hold_ms,
             keep_s=keeping.keep_s,
             keep_bytes=keeping.answer_limit_kb * _KIB,
             retry_window_s=keeping.retry_window_s,
         ),
-        mode=mode,
+        retries=retries,
+        settlements=Settlements(limiter, retries, metrics),
     )
 
 
@@ -133,10 +143,10 @@ def routes() -> list[tuple[str, str]]:
 
 
 _ROUTES: list[tuple[str, str, Handler]] = [
-    ("POST", "/v1/chat/completions", serve_metered),
-    ("POST", "/v1/completions", serve_metered),
-    ("POST", "/v1/embeddings", serve_metered),
-    ("POST", "/v1/responses", serve_metered),
+    ("POST", "/v1/chat/completions", serve_json),
+    ("POST", "/v1/completions", serve_json),
+    ("POST", "/v1/embeddings", serve_json),
+    ("POST", "/v1/responses", serve_json),
     ("POST", "/v1/audio/transcriptions", serve_upload),
     ("GET", "/v1/models", show_models),
     ("GET", "/v1/models/{id}", show_model),

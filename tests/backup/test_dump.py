@@ -51,7 +51,7 @@ async def test_dump_when_there_are_rows_then_the_file_has_them_as_they_are_read(
 ) -> None:
     for number in range(30):
         await limiter.debit(f"i-{number}", tier="pro", has_hardware=True, cost=number + 1)
-    report = await dump(limiter, path)
+    report = await dump(limiter.session, path)
     assert report.clean
     assert (report.rows, report.kept, report.broken_file) == (30, None, None)
     expected = {}
@@ -68,7 +68,7 @@ async def test_dump_when_credits_are_held_then_the_holds_are_not_in_the_file(
     limiter: CreditLimiter, path: Path
 ) -> None:
     await limiter.reserve("a", tier="pro", has_hardware=True, cost=5, hold_id="h-1")
-    await dump(limiter, path)
+    await dump(limiter.session, path)
     assert "h-1" not in path.read_text()
     assert "held" not in rows_of(path)["a"]
     assert rows_of(path)["a"]["monthly_consumed"] == 0
@@ -78,16 +78,16 @@ async def test_dump_when_its_checksum_is_taken_with_two_common_tools_then_it_is_
     limiter: CreditLimiter, path: Path
 ) -> None:
     await limiter.debit("a", tier="pro", has_hardware=True)
-    report = await dump(limiter, path)
+    report = await dump(limiter.session, path)
     command = ["sh", "-c", 'head -c -88 "$0" | sha256sum', str(path)]
     told = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=True)
     assert report.checksum == f"sha256:{told.stdout.split()[0]}"
 
 
 async def test_dump_when_there_is_nothing_then_an_empty_ledger_is_written(limiter: CreditLimiter, path: Path) -> None:
-    assert (await dump(limiter, path)).rows == 0
+    assert (await dump(limiter.session, path)).rows == 0
     assert rows_of(path) == {}
-    assert (await dump(limiter, path)).rows == 0
+    assert (await dump(limiter.session, path)).rows == 0
 
 
 async def test_dump_when_rows_are_broken_then_the_others_are_written_and_the_broken_are_kept_raw(
@@ -100,7 +100,7 @@ async def test_dump_when_rows_are_broken_then_the_others_are_written_and_the_bro
     await redis.hset("credits:install:tier", "tier_snapshot", "a tier")
     await redis.hset("credits:install:extra", "extra", "{")
     await redis.set("credits:install:string", b"\xff")
-    report = await dump(limiter, path)
+    report = await dump(limiter.session, path)
     assert list(rows_of(path)) == ["good"]
     assert not report.clean
     assert (report.rows, report.broken, len(report.first_broken)) == (1, 4, 4)
@@ -122,11 +122,11 @@ async def test_dump_when_no_row_can_be_read_then_the_file_stays(
     limiter: CreditLimiter, redis: Redis, path: Path
 ) -> None:
     await limiter.debit("a", tier="pro", has_hardware=True)
-    await dump(limiter, path)
+    await dump(limiter.session, path)
     before = path.read_bytes()
     await redis.hset("credits:install:a", "last_renewal_at", "x")
     with pytest.raises(LedgerFileError, match="not one of the 1 rows in Redis can be read"):
-        await dump(limiter, path)
+        await dump(limiter.session, path)
     assert path.read_bytes() == before
     assert names(path.parent) == ["credits.json"]
 
@@ -138,7 +138,7 @@ async def test_dump_when_a_uuid_key_is_in_upper_case_then_it_is_told_and_does_no
     await limiter.debit(install_id, tier="pro", has_hardware=True)
     fields = await redis.hgetall(f"credits:install:{install_id}")
     await redis.hset(f"credits:install:{install_id.upper()}", mapping=fields)  # type: ignore[arg-type]  # redis-py 8.1
-    report = await dump(limiter, path)
+    report = await dump(limiter.session, path)
     assert report.first_broken == (f"row '{install_id.upper()}': its key is not in lower case",)
     with LedgerFile(path) as file:
         assert [each for each, _ in file.members()] == [install_id]
@@ -146,12 +146,12 @@ async def test_dump_when_a_uuid_key_is_in_upper_case_then_it_is_told_and_does_no
 
 async def test_dump_when_its_folder_is_missing_then_it_says_so(limiter: CreditLimiter, tmp_path: Path) -> None:
     with pytest.raises(LedgerFileError, match="cannot be written: No such file or directory"):
-        await dump(limiter, tmp_path / "none" / "credits.json")
+        await dump(limiter.session, tmp_path / "none" / "credits.json")
 
 
 async def test_dump_when_its_folder_cannot_be_written_then_it_says_so(limiter: CreditLimiter) -> None:
     with pytest.raises(LedgerFileError, match="cannot be written: "):
-        await dump(limiter, Path("/proc/credits.json"))  # not even root can make a file there
+        await dump(limiter.session, Path("/proc/credits.json"))  # not even root can make a file there
 
 
 async def test_dump_when_its_file_is_a_pipe_or_a_folder_then_it_says_so_and_leaves_it(
@@ -161,7 +161,7 @@ async def test_dump_when_its_file_is_a_pipe_or_a_folder_then_it_says_so_and_leav
     await limiter.debit("i-1", tier="pro", has_hardware=True)
     for taken, cause in ((path, "it is no regular file"), (Path("/"), "Is a directory"), (Path(), "Is a directory")):
         with pytest.raises(LedgerFileError, match=f"cannot be written: {cause}"):
-            await dump(limiter, taken)
+            await dump(limiter.session, taken)
     assert path.is_fifo()
     assert names(path.parent) == [path.name]
 
@@ -174,11 +174,11 @@ async def test_dump_when_redis_goes_away_midway_then_the_old_file_stays(
     closing.push_async_callback(redis.aclose)
     limiter = CreditLimiter(redis, TIERS)
     await limiter.debit("a", tier="pro", has_hardware=True)
-    await dump(limiter, path)
+    await dump(limiter.session, path)
     before = path.read_bytes()
     server.kill()
     with pytest.raises(LimiterUnavailable):
-        await dump(limiter, path)
+        await dump(limiter.session, path)
     assert path.read_bytes() == before
     assert names(path.parent) == ["credits.json", "server-0"]
 
@@ -191,10 +191,10 @@ async def test_dump_when_it_is_cancelled_then_the_old_file_stays_and_no_temp_fil
     closing.push_async_callback(redis.aclose)
     limiter = CreditLimiter(redis, TIERS, clock=clock)
     await limiter.debit("a", tier="pro", has_hardware=True)
-    await dump(limiter, path)
+    await dump(limiter.session, path)
     before = path.read_bytes()
     server.pause()
-    task = asyncio.ensure_future(dump(limiter, path))
+    task = asyncio.ensure_future(dump(limiter.session, path))
     await eventually(lambda: len(names(path.parent)) > 2)
     task.cancel()
     server.resume()
@@ -213,10 +213,10 @@ async def test_dump_when_a_file_with_rows_meets_an_empty_redis_then_it_refuses_a
     """Whoever brings a credits.json and starts before importing it must not lose it."""
     path.write_text(json.dumps(OLD))
     with pytest.raises(LedgerFileError, match=r"it has rows and Redis has none. Import it first \(limiter import "):
-        await dump(limiter, path)
+        await dump(limiter.session, path)
     path.write_text("{broken")
     with pytest.raises(LedgerFileError, match="Import it first"):
-        await dump(limiter, path)
+        await dump(limiter.session, path)
     assert path.read_text() == "{broken"
     assert names(path.parent) == ["credits.json"]
 
@@ -226,7 +226,7 @@ async def test_dump_when_the_file_has_nothing_to_lose_then_it_is_replaced(
     limiter: CreditLimiter, path: Path, content: str
 ) -> None:
     path.write_text(content)
-    assert (await dump(limiter, path)).rows == 0
+    assert (await dump(limiter.session, path)).rows == 0
     assert rows_of(path) == {}
 
 
@@ -237,7 +237,7 @@ async def test_dump_when_the_file_was_never_imported_then_it_is_kept_under_anoth
     path.write_text(content)
     inode = path.stat().st_ino
     await limiter.debit("new", tier="pro", has_hardware=True)
-    report = await dump(limiter, path)
+    report = await dump(limiter.session, path)
     assert report.kept == path.with_name("credits.json.before-20260511T230257.123Z")
     assert (report.kept.read_text(), report.kept.stat().st_ino) == (content, inode)
     assert list(rows_of(path)) == ["new"]
@@ -248,7 +248,7 @@ async def test_dump_when_a_dump_is_replaced_then_it_stays_under_its_time_and_so_
 ) -> None:
     for number in range(6):
         await limiter.debit(f"i-{number}", tier="core", has_hardware=True)
-        report = await dump(limiter, path, keep=3)
+        report = await dump(limiter.session, path, keep=3)
         assert report.file.trailer
         assert (report.rows, report.file.trailer.sequence, report.is_set_aside) == (number + 1, number + 1, False)
         clock.now_ms += 1000
@@ -264,17 +264,17 @@ async def test_dump_when_the_rows_are_those_of_the_file_then_nothing_is_replaced
     limiter: CreditLimiter, path: Path, clock: Clock
 ) -> None:
     await limiter.debit("a", tier="pro", has_hardware=True)
-    first = await dump(limiter, path)
+    first = await dump(limiter.session, path)
     clock.now_ms += 1000
     for last in (first.file, None):  # None: as after a restart
-        again = await dump(limiter, path, last=last)
+        again = await dump(limiter.session, path, last=last)
         assert (again.unchanged, again.kept, again.time) == (True, None, "2026-05-11T23:02:58.123Z")
         assert (again.rows, again.checksum, again.size_bytes) == (1, first.checksum, path.stat().st_size)
         assert first.file.is_still(path.stat())
     await limiter.reserve("a", tier="pro", has_hardware=True)  # a hold is not in the file
-    assert (await dump(limiter, path)).unchanged
+    assert (await dump(limiter.session, path)).unchanged
     await limiter.debit("a", tier="pro", has_hardware=True)
-    assert not (await dump(limiter, path)).unchanged
+    assert not (await dump(limiter.session, path)).unchanged
 
 
 async def test_dump_when_rows_are_missing_from_it_then_the_last_whole_one_is_never_removed(
@@ -282,16 +282,16 @@ async def test_dump_when_rows_are_missing_from_it_then_the_last_whole_one_is_nev
 ) -> None:
     for number in range(20):
         await limiter.debit(f"i-{number}", tier="pro", has_hardware=True)
-    whole = await dump(limiter, path, keep=2)
+    whole = await dump(limiter.session, path, keep=2)
     await redis.hset("credits:install:i-0", "monthly_consumed", "x")
     for _ in range(4):
         clock.now_ms += 1000
         await limiter.debit("i-1", tier="pro", has_hardware=True)
-        assert (await dump(limiter, path, keep=2)).broken == 1
+        assert (await dump(limiter.session, path, keep=2)).broken == 1
     assert [each.trailer.broken for each in generations(path) if each.trailer] == [1, 1, 0]
     assert generations(path)[-1].trailer == whole.file.trailer
     await redis.hset("credits:install:i-0", "monthly_consumed", "1")
-    await dump(limiter, path, keep=2)
+    await dump(limiter.session, path, keep=2)
     assert [each.trailer.broken for each in generations(path) if each.trailer] == [0, 1]
 
 
@@ -300,7 +300,7 @@ async def test_prune_when_the_file_itself_is_broken_then_nothing_is_removed(
 ) -> None:
     for _ in range(3):
         await limiter.debit("a", tier="pro", has_hardware=True)
-        await dump(limiter, path)
+        await dump(limiter.session, path)
         clock.now_ms += 1000
     content = bytearray(path.read_bytes())
     content[30] ^= 1
@@ -314,12 +314,12 @@ async def test_prune_when_the_file_itself_is_broken_then_nothing_is_removed(
 
 async def test_dump_when_somebody_put_another_file_there_then_it_is_kept(limiter: CreditLimiter, path: Path) -> None:
     await limiter.debit("a", tier="pro", has_hardware=True)
-    first = await dump(limiter, path)
-    second = await dump(limiter, path, last=first.file)
+    first = await dump(limiter.session, path)
+    second = await dump(limiter.session, path, last=first.file)
     assert second.unchanged
     path.with_name("other").write_text(json.dumps(OLD))
     path.with_name("other").rename(path)
-    third = await dump(limiter, path, last=second.file)
+    third = await dump(limiter.session, path, last=second.file)
     assert third.kept is not None
     assert json.loads(third.kept.read_text()) == OLD
 
@@ -329,25 +329,25 @@ async def test_dump_when_redis_lost_most_rows_then_the_larger_file_is_kept(
 ) -> None:
     for number in range(20):
         await limiter.debit(f"i-{number}", tier="pro", has_hardware=True)
-    last = await dump(limiter, path)
+    last = await dump(limiter.session, path)
     await redis.delete("credits:install:i-0")
-    last = await dump(limiter, path, last=last.file)
+    last = await dump(limiter.session, path, last=last.file)
     assert not last.is_set_aside
     await redis.flushdb()
     await limiter.debit("i-1", tier="pro", has_hardware=True)
-    report = await dump(limiter, path, last=last.file)
+    report = await dump(limiter.session, path, last=last.file)
     assert report.kept is not None
     assert report.is_set_aside
     assert len(rows_of(report.kept)) == 19
     await limiter.debit("i-2", tier="pro", has_hardware=True)
-    assert not (await dump(limiter, path, last=report.file)).is_set_aside
+    assert not (await dump(limiter.session, path, last=report.file)).is_set_aside
 
 
 async def test_dump_when_a_kept_name_is_taken_then_the_next_is_used(limiter: CreditLimiter, path: Path) -> None:
     await limiter.debit("a", tier="pro", has_hardware=True)
     for _ in range(2):  # at one moment of the clock
         path.write_text(json.dumps(OLD))
-        await dump(limiter, path)
+        await dump(limiter.session, path)
     kept = "credits.json.before-20260511T230257.123Z"
     assert names(path.parent) == ["credits.json", kept, f"{kept}-2"]
 

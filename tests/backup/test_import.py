@@ -62,7 +62,7 @@ async def dumps(redis: Redis) -> dict[object, object]:
 
 
 async def do(limiter: CreditLimiter, path: Path, mode: PutMode = "create", *, dry_run: bool = False) -> ImportReport:
-    return await import_file(limiter, path, mode=mode, dry_run=dry_run)
+    return await import_file(limiter.session, path, mode=mode, dry_run=dry_run)
 
 
 def names(folder: Path) -> list[str]:
@@ -142,7 +142,7 @@ async def test_import_when_it_is_cancelled_midway_and_repeated_then_the_end_is_t
             reached.set()
             task.cancel()
 
-    task = asyncio.ensure_future(import_file(limiter, path, mode="create", dry_run=False, on_progress=watch))
+    task = asyncio.ensure_future(import_file(limiter.session, path, mode="create", dry_run=False, on_progress=watch))
     with pytest.raises(asyncio.CancelledError):
         await task
     assert reached.is_set()
@@ -166,7 +166,7 @@ async def test_import_when_the_server_forgets_its_scripts_midway_then_it_goes_on
 
     flushes: list[asyncio.Future[Any]] = []
     path = ledger(many(3 * BATCH_ROWS))
-    report = await import_file(limiter, path, mode="create", dry_run=False, on_progress=forget)
+    report = await import_file(limiter.session, path, mode="create", dry_run=False, on_progress=forget)
     await asyncio.gather(*flushes)
     await other.aclose()
     assert counts(report) == (3 * BATCH_ROWS, 0, 0, 0)
@@ -185,7 +185,7 @@ async def test_import_when_redis_dies_midway_then_it_says_so_and_a_repeat_comple
             server.kill()
 
     with pytest.raises(LimiterUnavailable):
-        await import_file(limiter, path, mode="create", dry_run=False, on_progress=kill)
+        await import_file(limiter.session, path, mode="create", dry_run=False, on_progress=kill)
     server.start()
     report = await do(limiter, path)
     assert sum(counts(report)) == report.new + report.same == 9 * BATCH_ROWS
@@ -198,8 +198,8 @@ async def test_import_when_it_runs_then_progress_goes_through_the_file_in_each_p
 ) -> None:
     path = ledger(many(2 * BATCH_ROWS + 5))
     seen: list[Progress] = []
-    await import_file(limiter, path, mode="create", on_progress=seen.append)
-    await import_file(limiter, path, mode="create", on_progress=seen.append)
+    await import_file(limiter.session, path, mode="create", on_progress=seen.append)
+    await import_file(limiter.session, path, mode="create", on_progress=seen.append)
     began = seen.pop(3)  # from here on something may be in
     assert (began.phase, began.rows, began.read_bytes) == ("write", 0, 0)
     assert [each.phase for each in seen] == ["check"] * 3 + ["write"] * 3 + ["check"] * 3 + ["compare"] * 3
@@ -246,7 +246,7 @@ async def test_dry_run_when_rows_are_bad_then_what_is_wrong_is_counted_the_most_
     bad = {f"m-{number}": member(monthly_consumed=-number - 1) for number in range(3)} | {
         f"t-{number}": member(tier_snapshot=f"t {number}") for number in range(5)
     }
-    report = await import_file(limiter, ledger(many(2) | bad), mode="create", dry_run=True)
+    report = await import_file(limiter.session, ledger(many(2) | bad), mode="create", dry_run=True)
     assert list(report.faults.items()) == [
         ("tier_snapshot: want 1 to 20 characters of A-Z a-z 0-9 _ -", 5),
         ("monthly_consumed: want an integer from 0 to 2^53 - 1", 3),
@@ -443,10 +443,10 @@ async def test_file_when_it_goes_through_redis_and_back_then_its_rows_are_byte_e
     ledger({}).write_text(text)
     await do(limiter, tmp_path / "credits.json")
     first, second = tmp_path / "first.json", tmp_path / "second.json"
-    await dump(limiter, first)
+    await dump(limiter.session, first)
     await redis.flushdb()
     await do(limiter, first)
-    await dump(limiter, second)
+    await dump(limiter.session, second)
     assert rows_of(first) == rows_of(second)
     assert len(rows_of(first)) == 701
     assert re.search(rb'"note":"\xc3\xa9\\n\xf0\x9f\x98\x80","price":1.10}', b"".join(rows_of(second)))
@@ -498,7 +498,7 @@ async def test_rows_when_they_are_legal_then_they_survive_file_and_redis_and_fil
     given_path.write_text(json.dumps({"rows": rows}, ensure_ascii=False))
     report = await do(limiter, given_path)
     assert counts(report) == (len(rows), 0, 0, 0)
-    await dump(limiter, dumped_path)
+    await dump(limiter.session, dumped_path)
     with LedgerFile(given_path) as given_file, LedgerFile(dumped_path) as dumped_file:
         assert dict(given_file.rows(now_ms=0)) == dict(dumped_file.rows(now_ms=0))
     dumped = json.loads(dumped_path.read_text())["rows"]

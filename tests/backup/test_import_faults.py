@@ -137,7 +137,7 @@ async def test_import_when_another_has_the_lease_then_it_waits_until_it_is_given
     redis = await connect(url_of(server))
     closing.push_async_callback(redis.aclose)
     limiter = CreditLimiter(redis, TIERS)
-    async with exclusive_import(limiter):
+    async with exclusive_import(limiter.session):
         second = asyncio.create_task(do(limiter, ledger))
         await asyncio.sleep(0.5)  # it has read the file, and asks
         assert not second.done()
@@ -151,7 +151,7 @@ async def test_import_when_another_took_the_lease_meanwhile_then_the_check_says_
     redis = await connect(url_of(server))
     closing.push_async_callback(redis.aclose)
     limiter = CreditLimiter(redis, TIERS)
-    async with exclusive_import(limiter, lease_s=0.1) as still_ours:
+    async with exclusive_import(limiter.session, lease_s=0.1) as still_ours:
         server.hset("credits:import", mapping={"owner": "other:1:x", "lapses_ms": "9999999999999"})
 
         async def lost() -> bool:
@@ -244,7 +244,7 @@ async def test_batch_when_one_of_its_calls_fails_then_the_others_are_over_when_i
 
     monkeypatch.setattr(Scripts, "create_rows", some_fail)
     monkeypatch.setattr(limiter, "repeated", unrepeated)
-    writer = RowWriter(limiter, reject=lambda *_: asyncio.sleep(0))
+    writer = RowWriter(limiter.session, reject=lambda *_: asyncio.sleep(0))
     with LedgerFile(path) as file, pytest.raises(LimiterUnavailable):
         await writer.store([Item(entry, entry.row(now_ms=0)) for entry in file.entries()], "create")
     assert len(over) == 4
@@ -263,7 +263,8 @@ async def test_import_when_the_server_goes_away_then_the_error_says_what_is_in_a
             server.kill()
 
     with pytest.raises(LimiterUnavailable, match=r"Of 6,400 rows [\d,]+ or more are in, each whole: ") as gone:
-        await import_file(CreditLimiter(redis, TIERS, deadline_ms=5000), ledger, mode="create", on_progress=kill)
+        limiter = CreditLimiter(redis, TIERS, deadline_ms=5000)
+        await import_file(limiter.session, ledger, mode="create", on_progress=kill)
     server.start()
     patient = CreditLimiter(redis, TIERS, timeout_ms=PATIENCE_MS, deadline_ms=PATIENCE_MS)
     report = await do(patient, ledger)
@@ -290,7 +291,7 @@ async def test_import_when_a_dumped_file_was_changed_then_it_refuses_and_nothing
     limiter = CreditLimiter(redis, TIERS)
     await do(limiter, ledger)
     dumped = tmp_path / "dumped.json"
-    await dump(limiter, dumped)
+    await dump(limiter.session, dumped)
     server.flushall()
     text = dumped.read_text()
     dumped.write_text(text.replace('"lifetime_consumed":3', '"lifetime_consumed":4', 1))
@@ -316,7 +317,7 @@ async def test_import_when_the_file_is_written_to_meanwhile_then_it_says_so(
                 file.write(" ")
 
     with pytest.raises(LedgerFileError, match=r"was written to while it was read: .*Of 6,400 rows") as changed:
-        await import_file(CreditLimiter(redis, TIERS), ledger, mode="create", on_progress=write)
+        await import_file(CreditLimiter(redis, TIERS).session, ledger, mode="create", on_progress=write)
     assert BATCH_ROWS <= said_to_be_in(changed.value) <= len(await dumps(redis))
 
 

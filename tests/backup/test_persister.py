@@ -38,7 +38,7 @@ async def test_persister_when_it_runs_then_it_dumps_again_and_once_more_on_stop(
     limiter: CreditLimiter, path: Path, clock: Clock
 ) -> None:
     await limiter.debit("a", tier="pro", has_hardware=True)
-    async with Persister(limiter, path, interval_s=0.01) as persister:
+    async with Persister(limiter.session, path, interval_s=0.01) as persister:
         await eventually(path.exists)
         await limiter.debit("b", tier="pro", has_hardware=True)
         await eventually(lambda: len(rows_of(path)) == 2)
@@ -60,7 +60,7 @@ async def test_persister_when_it_runs_then_it_dumps_again_and_once_more_on_stop(
 async def test_persister_when_the_interval_is_long_then_stop_does_not_wait_for_it(
     limiter: CreditLimiter, path: Path
 ) -> None:
-    persister = Persister(limiter, path, interval_s=3600)
+    persister = Persister(limiter.session, path, interval_s=3600)
     task = asyncio.create_task(persister.run())
     await eventually(path.exists)
     await limiter.debit("a", tier="pro", has_hardware=True)
@@ -70,7 +70,7 @@ async def test_persister_when_the_interval_is_long_then_stop_does_not_wait_for_i
 
 
 async def test_persister_when_it_is_cancelled_then_it_ends_at_once(limiter: CreditLimiter, path: Path) -> None:
-    persister = Persister(limiter, path, interval_s=0.001)
+    persister = Persister(limiter.session, path, interval_s=0.001)
     for _ in range(20):
         task = asyncio.create_task(persister.run())
         await eventually(path.exists)
@@ -83,7 +83,7 @@ async def test_persister_when_it_is_cancelled_then_it_ends_at_once(limiter: Cred
 async def test_persister_when_its_folder_is_missing_then_it_makes_it_as_the_old_ledger_does(
     limiter: CreditLimiter, tmp_path: Path
 ) -> None:
-    async with Persister(limiter, tmp_path / "data" / "deep" / "credits.json", interval_s=3600):
+    async with Persister(limiter.session, tmp_path / "data" / "deep" / "credits.json", interval_s=3600):
         pass
     assert rows_of(tmp_path / "data" / "deep" / "credits.json") == {}
 
@@ -96,7 +96,7 @@ async def test_persister_when_redis_is_away_then_it_says_so_keeps_the_file_and_g
     closing.push_async_callback(redis.aclose)
     limiter = CreditLimiter(redis, TIERS)
     await limiter.debit("a", tier="pro", has_hardware=True)
-    async with Persister(limiter, path, interval_s=0.01) as persister:
+    async with Persister(limiter.session, path, interval_s=0.01) as persister:
         await eventually(lambda: persister.last_good_at)
         server.kill()
         await eventually(lambda: persister.last_error)
@@ -116,7 +116,7 @@ async def test_persister_when_rows_are_broken_then_its_report_says_so_until_they
     for name in ("a", "b"):
         await limiter.debit(name, tier="pro", has_hardware=True)
     await redis.hset("credits:install:b", "monthly_consumed", "x")
-    async with Persister(limiter, path, interval_s=0.01) as persister:
+    async with Persister(limiter.session, path, interval_s=0.01) as persister:
         await eventually(lambda: persister.last_error)
         assert persister.last_error == f"1 rows are not in {path}: see {path}.broken.json"
         assert persister.last_good_at is None
@@ -130,11 +130,11 @@ async def test_persister_when_a_file_was_brought_and_not_imported_then_it_stays_
     limiter: CreditLimiter, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path.write_text(json.dumps(OLD))
-    async with Persister(limiter, path, interval_s=0.01) as persister:
+    async with Persister(limiter.session, path, interval_s=0.01) as persister:
         await eventually(lambda: persister.last_error)
         assert json.loads(path.read_text()) == OLD
         assert "Import it first" in caplog.text
-        await import_file(limiter, path, mode="create", dry_run=False)
+        await import_file(limiter.session, path, mode="create", dry_run=False)
         await eventually(lambda: persister.last_good_at)
     assert rows_of(path)["brought"]["lifetime_consumed"] == 40
     kept = path.with_name("credits.json.before-20260511T230257.123Z")
@@ -143,7 +143,7 @@ async def test_persister_when_a_file_was_brought_and_not_imported_then_it_stays_
 
 async def test_persister_when_the_disk_cannot_be_written_then_it_survives(limiter: CreditLimiter, path: Path) -> None:
     path.mkdir()
-    async with Persister(limiter, path, interval_s=0.01) as persister:
+    async with Persister(limiter.session, path, interval_s=0.01) as persister:
         await eventually(lambda: persister.last_error)
         assert "Is a directory" in str(persister.last_error)
         path.rmdir()

@@ -110,7 +110,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def nursery(core: CreditLimiter, path: Path) -> Iterator[Nursery]:
-    port = core.redis.connection_pool.connection_kwargs["port"]
+    port = core.session.redis.connection_pool.connection_kwargs["port"]
     nursery = Nursery(f"redis://127.0.0.1:{port}/0", path)
     yield nursery
     nursery.close()
@@ -125,7 +125,7 @@ async def load(core: CreditLimiter) -> AsyncIterator[None]:
         for number in itertools.count():
             await core.debit(f"i-{random.randrange(ROWS)}", tier="pro", has_hardware=True)
             await core.debit(f"new-{number}", tier="core", has_hardware=True)
-            await core.redis.delete(core.keys.install(f"new-{number - 50}"))
+            await core.session.redis.delete(core.session.keys.install(f"new-{number - 50}"))
             if done:  # redis-py can lose a cancellation, see `limiter.cancelling`
                 return
 
@@ -161,8 +161,8 @@ def is_whole(temp: Path) -> bool:
 
 
 async def rows_of(core: CreditLimiter) -> dict[str, dict[str, object]]:
-    names = [name.decode() async for some in scan_keys(core.redis, core.keys) for name in some]
-    rows = [await core.row(core.keys.install_id(name)) for name in names]
+    names = [name.decode() async for some in scan_keys(core.session) for name in some]
+    rows = [await core.row(core.session.keys.install_id(name)) for name in names]
     return {row.install_id: row.as_dict() for row in rows if row}
 
 
@@ -191,8 +191,8 @@ async def test_file_when_its_persister_is_killed_at_any_moment_then_it_is_a_good
     assert all(verify(each.path).is_good for each in files)
     newest = newest_good(path, passed_over=lambda report: pytest.fail(str(report)))
     assert newest.path == path
-    await core.redis.flushdb()
-    await import_file(core, newest.path, mode="create")
+    await core.session.redis.flushdb()
+    await import_file(core.session, newest.path, mode="create")
     assert await rows_of(core) == rows
 
 

@@ -46,9 +46,9 @@ def fill(path: Path) -> None:
 @asynccontextmanager
 async def dumped(limiter: CreditLimiter, path: Path) -> AsyncIterator[Persister]:
     """Give a persister that has written one row."""
-    limiter.clock = None
+    limiter.session.clock = None
     await limiter.debit("first", tier="pro", has_hardware=True)
-    async with Persister(limiter, path, interval_s=0.02, lease_s=30) as persister:
+    async with Persister(limiter.session, path, interval_s=0.02, lease_s=30) as persister:
         await eventually(lambda: persister.last_good_at)
         yield persister
 
@@ -157,7 +157,7 @@ async def test_persisters_when_two_run_then_one_writes_and_the_other_stands_by_a
     limiter: CreditLimiter, tmp_path: Path
 ) -> None:
     path = tmp_path / "credits.json"
-    async with dumped(limiter, path) as first, Persister(limiter, path, interval_s=0.02, lease_s=0.3) as second:
+    async with dumped(limiter, path) as first, Persister(limiter.session, path, interval_s=0.02, lease_s=0.3) as second:
         await eventually(lambda: second.role == "standby")
         report = second.report()
         assert (report["writer"], report["epoch"], report["error"]) == (first.report()["writer"], 1, None)

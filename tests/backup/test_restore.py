@@ -53,10 +53,10 @@ async def consumed(core: CreditLimiter) -> dict[str, int]:
 
 async def two_dumps(core: CreditLimiter, path: Path, clock: Clock) -> None:
     await core.debit("a", tier="pro", has_hardware=True, cost=3)
-    await dump(core, path)
+    await dump(core.session, path)
     clock.now_ms += 1000
     await core.debit("b", tier="pro", has_hardware=True, cost=4)
-    await dump(core, path)
+    await dump(core.session, path)
 
 
 async def test_restore_when_redis_is_empty_then_the_rows_of_the_latest_dump_are_there_and_it_says_what_is_lost(
@@ -73,7 +73,7 @@ async def test_restore_when_redis_is_empty_then_the_rows_of_the_latest_dump_are_
     assert "What was debited since is lost" in ran.stderr
     assert await consumed(core) == {"a": 3, "b": 4}
     assert (await core.balance("a", tier="pro")).held == 0
-    assert (await dump(core, path)).unchanged
+    assert (await dump(core.session, path)).unchanged
     assert path.read_bytes() == before
 
 
@@ -134,7 +134,7 @@ async def test_restore_when_the_file_is_missing_then_it_says_that_before_it_want
 async def test_restore_when_there_is_no_terminal_then_it_wants_yes(
     core: CreditLimiter, redis_url: str, path: Path
 ) -> None:
-    await dump(core, path)
+    await dump(core.session, path)
     ran = await restore(redis_url, path)
     assert ran.returncode == 2
     assert "add --yes" in ran.stderr
@@ -194,8 +194,8 @@ async def test_restore_when_a_persister_is_at_work_then_it_refuses_and_says_to_s
 ) -> None:
     await two_dumps(core, path, clock)
     await redis.flushdb()
-    core.clock = None
-    async with Persister(core, path.with_name("other.json"), interval_s=3600, lease_s=1):
+    core.session.clock = None
+    async with Persister(core.session, path.with_name("other.json"), interval_s=3600, lease_s=1):
         ran = await restore(redis_url, path, "--yes")
     assert ran.returncode == 1
     assert "a persister is at work" in ran.stderr
@@ -207,8 +207,8 @@ async def test_restore_when_a_persister_was_killed_then_it_waits_for_its_lease_t
 ) -> None:
     await two_dumps(core, path, clock)
     await redis.flushdb()
-    core.clock = None
-    await Lease(core, lease_s=1, owner="killed").take()
+    core.session.clock = None
+    await Lease(core.session, lease_s=1, owner="killed").take()
     ran = await restore(redis_url, path, "--yes")
     assert ran.returncode == 0, ran.stderr
     assert await consumed(core) == {"a": 3, "b": 4}
@@ -220,9 +220,9 @@ async def test_persister_when_it_starts_after_a_restore_then_it_knows_the_file_a
     await two_dumps(core, path, clock)
     await redis.flushdb()
     assert (await restore(redis_url, path, "--yes")).returncode == 0
-    core.clock = None
+    core.session.clock = None
     await core.debit("c", tier="pro", has_hardware=True)
-    async with Persister(core, path, interval_s=3600):
+    async with Persister(core.session, path, interval_s=3600):
         pass
     assert not [each for each in path.parent.iterdir() if ".before-" in each.name]
     assert set(json.loads(path.read_text())["rows"]) == {"a", "b", "c"}

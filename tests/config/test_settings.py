@@ -310,9 +310,9 @@ def test_costs_when_they_are_for_no_metered_path_then_refused(path: str, told: s
 
 def test_costs_when_a_path_is_metered_then_it_can_have_its_own() -> None:
     from limiter.relay.app import _ROUTES  # noqa: PLC0415  a table of the module
-    from limiter.relay.handlers.metered import serve_metered, serve_upload  # noqa: PLC0415
+    from limiter.relay.handlers.metered import serve_json, serve_upload  # noqa: PLC0415
 
-    assert tuple(path for _, path, serve in _ROUTES if serve in (serve_metered, serve_upload)) == METERED_PATHS
+    assert tuple(path for _, path, serve in _ROUTES if serve in (serve_json, serve_upload)) == METERED_PATHS
 
 
 def test_costs_when_only_one_is_said_then_the_default_stays() -> None:

@@ -117,8 +117,8 @@ async def test_renewal_when_told_for_every_day_of_a_century_then_it_agrees_with_
             fields = ["last_renewal_at", iso(began), "anniversary_day", str(1 + number % 31)]
             for counter in ("lifetime", "monthly"):
                 fields += [f"{counter}_consumed", "0", f"{counter}_gemini_consumed", "0"]
-            pipeline.hset(limiter.keys.install("a"), items=fields)
-            pipeline.evalsha(script.sha, 1, limiter.keys.install("a"), "monthly", "9", "", str(epoch_ms(began)))
+            pipeline.hset(limiter.session.keys.install("a"), items=fields)
+            pipeline.evalsha(script.sha, 1, limiter.session.keys.install("a"), "monthly", "9", "", str(epoch_ms(began)))
         answers = (await pipeline.execute())[1::2]
         for number, (began, answer) in enumerate(zip(moments[first : first + 2000], answers, strict=True)):
             assert answer[6:8] == [epoch_ms(next_renewal(began, 1 + number % 31)), iso(began).encode()]

@@ -109,9 +109,9 @@ async def test_other_installs_when_one_row_is_broken_then_they_are_served_and_li
     await redis.hset(KEY, "lifetime_consumed", "many")
     await redis.set("credits:install:c", "no row")
     assert (await limiter.debit("b", tier="core", has_hardware=False)).allowed
-    names = [name async for some in scan_keys(redis, limiter.keys) for name in some]
-    answers = await read_fields(limiter.channel, names)
-    found = [row_or_error(limiter.keys, name, fields) for name, fields in zip(names, answers, strict=True)]
+    names = [name async for some in scan_keys(limiter.session) for name in some]
+    answers = await read_fields(limiter.session.channel, names)
+    found = [row_or_error(limiter.session.keys, name, fields) for name, fields in zip(names, answers, strict=True)]
     assert sorted(str(row) if isinstance(row, BrokenRow) else row.install_id for row in found) == [
         "b",
         f"{KEY} field lifetime_consumed is 'many', want an integer from 0 to 2^53 - 1",

@@ -158,7 +158,7 @@ async def test_rows_when_changed_past_the_limiter_and_it_is_told_then_redis_is_a
     limiter: CreditLimiter,
 ) -> None:
     await use_up(limiter)
-    limiter.rows_changed()
+    limiter.session.announce_bulk_change()
     assert not (await reserve(limiter)).from_memory
 
 

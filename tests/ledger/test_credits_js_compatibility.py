@@ -40,7 +40,7 @@ async def test_dumped_file_when_the_old_rules_load_it_then_the_rows_are_those_of
     given.write_text(json.dumps({"rows": many(250) | odd, "other": [1]}))
     await do(limiter, given)
     dumped = tmp_path / "dumped.json"
-    await dump(limiter, dumped)
+    await dump(limiter.session, dumped)
     rows = loaded(dumped, now="never")
     assert len(rows) == 254
     for install_id, row in rows.items():

@@ -141,7 +141,7 @@ async def test_primary_when_it_is_killed_under_load_then_its_replica_goes_on_and
 
 async def node_of(server: Server, limiter: CreditLimiter) -> "Redis":
     """Give the limiter's own plain client of one node."""
-    nodes = await primaries_of(limiter.redis)
+    nodes = await primaries_of(limiter.session.redis)
     return next(node for node in nodes if node.connection_pool.connection_kwargs["port"] == server.port)
 
 
@@ -177,16 +177,16 @@ async def test_ledger_when_a_slot_is_between_two_nodes_then_import_and_dump_miss
     on_its_way = MovingSlot(cluster, slot, next(server for server in cluster.servers if server is not owner))
     on_its_way.move_keys(2)
 
-    assert (await dump(limiter, tmp_path / "credits.json")).rows == len(installs)
-    report = await import_file(limiter, tmp_path / "credits.json", mode="create")
+    assert (await dump(limiter.session, tmp_path / "credits.json")).rows == len(installs)
+    report = await import_file(limiter.session, tmp_path / "credits.json", mode="create")
     assert (report.same, report.rejected) == (len(installs), 0)
     for server in cluster.primaries():
         told(server, "FLUSHALL")
         told(server, "SCRIPT", "FLUSH")
-    report = await import_file(limiter, tmp_path / "credits.json", mode="create")
+    report = await import_file(limiter.session, tmp_path / "credits.json", mode="create")
     assert (report.new, report.rejected) == (len(installs), 0)
     on_its_way.end()
-    assert (await dump(limiter, tmp_path / "credits.json")).rows == len(installs)
+    assert (await dump(limiter.session, tmp_path / "credits.json")).rows == len(installs)
 
 
 async def test_url_when_it_does_not_say_cluster_or_wrongly_then_the_error_says_what_to_give(

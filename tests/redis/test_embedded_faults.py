@@ -40,19 +40,19 @@ async def test_embedded_when_its_server_is_killed_under_a_client_then_calls_soon
     limiter: CreditLimiter,
 ) -> None:
     await limiter.debit("i", tier="core", has_hardware=False)
-    pid = (await limiter.redis.info("server"))["process_id"]
-    await limiter.redis.waitaof(1, 0, 1000)
+    pid = (await limiter.session.redis.info("server"))["process_id"]
+    await limiter.session.redis.waitaof(1, 0, 1000)
     os.kill(int(pid), signal.SIGKILL)
     balance = await limiter.balance("i", tier="core")
     assert balance.remaining == 49
-    assert (await limiter.redis.info("server"))["process_id"] != pid
+    assert (await limiter.session.redis.info("server"))["process_id"] != pid
 
 
 async def test_embedded_when_its_socket_is_removed_then_no_second_server_starts_on_its_files(
     limiter: CreditLimiter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(embedded, "_LOST_S", 0.2)
-    pid = int((await limiter.redis.info("server"))["process_id"])
+    pid = int((await limiter.session.redis.info("server"))["process_id"])
     embedded.socket_path(tmp_path / "data").unlink()
     with pytest.raises(LimiterUnavailable, match=r"a server runs on .*, but its socket .* is gone: end that process"):
         await connect(f"embedded:{tmp_path / 'data'}")

@@ -46,13 +46,13 @@ async def test_server_when_killed_and_started_again_then_rows_and_holds_are_ther
     limiter = await limiter_on(server, closing, deadline_ms=5000)
     await limiter.debit("a", tier="pro", has_hardware=False, cost=3)
     await limiter.reserve("a", tier="pro", has_hardware=False, cost=2, hold_id="h1")
-    before = await fields_of(limiter.redis, "a")
+    before = await fields_of(limiter.session.redis, "a")
     server.kill()
     server.start()
     assert (await limiter.reserve("b", tier="pro", has_hardware=False)).allowed
-    assert await fields_of(limiter.redis, "a") == before
+    assert await fields_of(limiter.session.redis, "a") == before
     assert (await limiter.commit("a", "h1")).status is Status.COMMITTED
-    assert (await fields_of(limiter.redis, "a"))["monthly_consumed"] == "5"
+    assert (await fields_of(limiter.session.redis, "a"))["monthly_consumed"] == "5"
 
 
 async def test_server_when_away_then_each_call_says_so_within_its_deadline_and_works_again_after(
@@ -109,8 +109,8 @@ async def test_server_when_it_stands_still_then_calls_end_in_time_and_count_once
     again = await limiter.reserve("a", tier="pro", has_hardware=False, cost=2, hold_id="h1")
     assert (again.allowed, again.balance.held) == (True, 2)
     await limiter.commit("a", "h1")
-    assert (await fields_of(limiter.redis, "a"))["monthly_consumed"] == "2"
-    assert await fields_of(limiter.redis, "b") == {}
+    assert (await fields_of(limiter.session.redis, "a"))["monthly_consumed"] == "2"
+    assert await fields_of(limiter.session.redis, "b") == {}
 
 
 async def test_calls_when_more_than_there_are_connections_then_they_wait_for_one(
@@ -194,7 +194,7 @@ async def test_hold_when_cancelled_again_while_it_is_being_released_then_that_st
     server.resume()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert "held" not in await fields_of(limiter.redis, "a")
+    assert "held" not in await fields_of(limiter.session.redis, "a")
 
 
 async def test_hold_when_cancelled_while_it_is_being_committed_then_it_is_committed_and_the_cancellation_goes_on(
@@ -215,7 +215,7 @@ async def test_hold_when_cancelled_while_it_is_being_committed_then_it_is_commit
     server.resume()
     with pytest.raises(asyncio.CancelledError):
         await task
-    fields = await fields_of(limiter.redis, "a")
+    fields = await fields_of(limiter.session.redis, "a")
     assert (fields["monthly_consumed"], "held" in fields) == ("1", False)
 
 

@@ -13,10 +13,13 @@ from redis.asyncio import Redis
 
 from limiter import CreditLimiter, connect
 from limiter.backup.dump import dump
+from limiter.credits.session import Session
 from limiter.errors import LimiterUnavailable, NotReplicated
+from limiter.licences.seats import Seats
 from limiter.redis import replication
 from limiter.redis.replication import wait_for_replicas
 from limiter.relay.metering.claims import Stores
+from tests.conftest import TIERS, Closing
 from tests.support.cli import environment
 from tests.support.credits import TIERS
 from tests.support.redis_servers import Server, binaries
@@ -176,14 +179,14 @@ async def ledger_of_three(redis: "Redis", folder: Path) -> Path:
     credit_limiter = CreditLimiter(redis, TIERS)
     for name in "abc":
         assert (await credit_limiter.debit(name, tier="pro", has_hardware=True)).allowed
-    await dump(credit_limiter, folder / "credits.json")
+    await dump(credit_limiter.session, folder / "credits.json")
     await redis.flushdb()
     return folder / "credits.json"
 
 
 async def seat(redis: "Redis") -> None:
-    stores = Stores(CreditLimiter(redis, TIERS), timeout_ms=1000)
-    await stores.seat(SUBJECT, INSTALL, seats=3, expires_s=round(time.time()) + 3600)
+    seats = Seats(Session(redis))
+    await seats.take(SUBJECT, INSTALL, seats=3, expires_s=round(time.time()) + 3600)
 
 
 async def written(redis: "Redis", *, replicas: int, then: Callable[[], None] = lambda: None) -> None:

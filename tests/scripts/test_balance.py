@@ -94,7 +94,7 @@ async def test_balance_when_more_was_consumed_than_the_quota_now_allows_then_not
 
 async def test_balance_when_there_is_no_row_then_the_script_says_so(redis: Redis, limiter: CreditLimiter) -> None:
     """Python's callers need only the numbers; whoever runs the script by hand sees what they are of."""
-    script, key = compose("balance").text, limiter.keys.install("a")
+    script, key = compose("balance").text, limiter.session.keys.install("a")
     assert (await redis.eval(script, 1, key, "monthly", "9", "", ""))[:3] == [b"UNKNOWN_INSTALL", b"", b""]
     await limiter.debit("a", tier="core", has_hardware=False)
     assert (await redis.eval(script, 1, key, "monthly", "9", "", ""))[:3] == [b"KNOWN", b"", b""]

@@ -6,20 +6,22 @@ from redis.asyncio import Redis
 from limiter import CreditLimiter
 from limiter.relay.metering.claims import Claimed, ClaimStatus, Stores
 from tests.support.credits import Clock, fields_of, text_of
+from limiter.relay.metering.claims import Claimed, Claims, ClaimStatus
+from tests.conftest import Clock, fields_of, text_of
 
 KEY = "credits:claim:a:k"
 NOTHING = b""
 
 
 @pytest.fixture
-def stores(limiter: CreditLimiter) -> Stores:
-    return Stores(limiter)
+def claims(limiter: CreditLimiter) -> Claims:
+    return Claims(limiter.session)
 
 
 async def claim(
-    stores: Stores, owner: str, fingerprint: str = "f", *, attempt: int | None = None, missed_ms: int | None = None
+    claims: Claims, owner: str, fingerprint: str = "f", *, attempt: int | None = None, missed_ms: int | None = None
 ) -> Claimed:
-    return await stores.claim(KEY, owner, fingerprint, claim_ms=60_000, attempt=attempt, missed_ms=missed_ms)
+    return await claims.claim(KEY, owner, fingerprint, claim_ms=60_000, attempt=attempt, missed_ms=missed_ms)
 
 
 async def fields(redis: Redis) -> dict[str, str]:
@@ -27,9 +29,9 @@ async def fields(redis: Redis) -> dict[str, str]:
 
 
 async def test_claim_when_the_key_is_free_then_it_is_held_for_its_time(
-    stores: Stores, redis: Redis, clock: Clock
+    claims: Claims, redis: Redis, clock: Clock
 ) -> None:
-    assert await claim(stores, "one") == Claimed(ClaimStatus.CLAIMED, NOTHING)
+    assert await claim(claims, "one") == Claimed(ClaimStatus.CLAIMED, NOTHING)
     assert await fields(redis) == {
         "owner": "one",
         "fingerprint": "f",
@@ -42,124 +44,124 @@ async def test_claim_when_the_key_is_free_then_it_is_held_for_its_time(
     assert 50_000 < await redis.pttl(KEY) <= 60_000
 
 
-async def test_claim_when_repeated_after_a_lost_reply_then_it_is_claimed_again(stores: Stores) -> None:
-    await claim(stores, "one")
-    assert (await claim(stores, "one")).status is ClaimStatus.CLAIMED
+async def test_claim_when_repeated_after_a_lost_reply_then_it_is_claimed_again(claims: Claims) -> None:
+    await claim(claims, "one")
+    assert (await claim(claims, "one")).status is ClaimStatus.CLAIMED
 
 
-async def test_claim_when_another_runs_then_running_or_busy_and_nothing_changes(stores: Stores, redis: Redis) -> None:
-    await claim(stores, "one")
+async def test_claim_when_another_runs_then_running_or_busy_and_nothing_changes(claims: Claims, redis: Redis) -> None:
+    await claim(claims, "one")
     before = await fields(redis)
-    assert (await claim(stores, "two")).status is ClaimStatus.RUNNING
-    assert (await claim(stores, "two", "another request")).status is ClaimStatus.BUSY
+    assert (await claim(claims, "two")).status is ClaimStatus.RUNNING
+    assert (await claim(claims, "two", "another request")).status is ClaimStatus.BUSY
     assert await fields(redis) == before
 
 
-async def test_claim_when_an_answer_was_kept_then_it_is_given_byte_for_byte(stores: Stores) -> None:
+async def test_claim_when_an_answer_was_kept_then_it_is_given_byte_for_byte(claims: Claims) -> None:
     answer = bytes(range(256)) * 100
-    await claim(stores, "one")
-    assert await stores.keep(KEY, "one", "f", keep_ms=1000, answer=answer) is ClaimStatus.KEPT
-    assert await claim(stores, "two") == Claimed(ClaimStatus.KEPT, answer)
-    assert (await claim(stores, "two", "another request")).status is ClaimStatus.REUSED
+    await claim(claims, "one")
+    assert await claims.record(KEY, "one", "f", keep_ms=1000, answer=answer) is ClaimStatus.KEPT
+    assert await claim(claims, "two") == Claimed(ClaimStatus.KEPT, answer)
+    assert (await claim(claims, "two", "another request")).status is ClaimStatus.REUSED
 
 
 async def test_claim_when_a_stream_began_then_running_and_when_its_node_died_spent(
-    stores: Stores, redis: Redis, clock: Clock
+    claims: Claims, redis: Redis, clock: Clock
 ) -> None:
-    await claim(stores, "one")
-    await stores.keep(KEY, "one", "f", keep_ms=90_000, busy_ms=5000)
+    await claim(claims, "one")
+    await claims.record(KEY, "one", "f", keep_ms=90_000, busy_ms=5000)
     assert 80_000 < await redis.pttl(KEY) <= 90_000
-    assert (await claim(stores, "two")).status is ClaimStatus.RUNNING
+    assert (await claim(claims, "two")).status is ClaimStatus.RUNNING
     clock.now_ms += 5000
-    assert (await claim(stores, "two")).status is ClaimStatus.SPENT
+    assert (await claim(claims, "two")).status is ClaimStatus.SPENT
 
 
 async def test_claim_when_it_is_a_first_attempt_then_the_one_before_can_neither_keep_nor_drop(
-    stores: Stores, redis: Redis
+    claims: Claims, redis: Redis
 ) -> None:
-    await claim(stores, "one")
-    assert (await claim(stores, "two", attempt=0)).status is ClaimStatus.CLAIMED
+    await claim(claims, "one")
+    assert (await claim(claims, "two", attempt=0)).status is ClaimStatus.CLAIMED
     before = await fields(redis)
-    assert await stores.keep(KEY, "one", "f", keep_ms=1000, answer=b"x") is ClaimStatus.LOST
-    assert await stores.drop(KEY, "one") is ClaimStatus.GONE
+    assert await claims.record(KEY, "one", "f", keep_ms=1000, answer=b"x") is ClaimStatus.LOST
+    assert await claims.drop(KEY, "one") is ClaimStatus.GONE
     assert await fields(redis) == before
     assert before["owner"] == "two"
 
 
-async def served(stores: Stores, owner: str, attempt: int) -> None:
+async def served(claims: Claims, owner: str, attempt: int) -> None:
     """Let an attempt be served, and leave its name as its answer."""
-    assert (await claim(stores, owner, attempt=attempt)).status is ClaimStatus.CLAIMED
-    assert await stores.keep(KEY, owner, "f", keep_ms=60_000, answer=owner.encode()) is ClaimStatus.KEPT
+    assert (await claim(claims, owner, attempt=attempt)).status is ClaimStatus.CLAIMED
+    assert await claims.record(KEY, owner, "f", keep_ms=60_000, answer=owner.encode()) is ClaimStatus.KEPT
 
 
-async def test_claim_when_attempts_are_counted_then_each_number_gets_the_answer_once(stores: Stores) -> None:
+async def test_claim_when_attempts_are_counted_then_each_number_gets_the_answer_once(claims: Claims) -> None:
     """A0 is served and its answer lost, as is that of A1; then B1 comes, whose first attempt nobody saw."""
-    await served(stores, "A0", 0)
-    assert await claim(stores, "A1", attempt=1) == Claimed(ClaimStatus.KEPT, b"A0")
-    assert await claim(stores, "A2", attempt=2) == Claimed(ClaimStatus.KEPT, b"A0")
-    await served(stores, "B1", 1)
-    await served(stores, "C1", 1)
-    assert await claim(stores, "C2", attempt=2) == Claimed(ClaimStatus.KEPT, b"C1")
-    await served(stores, "D2", 2)
+    await served(claims, "A0", 0)
+    assert await claim(claims, "A1", attempt=1) == Claimed(ClaimStatus.KEPT, b"A0")
+    assert await claim(claims, "A2", attempt=2) == Claimed(ClaimStatus.KEPT, b"A0")
+    await served(claims, "B1", 1)
+    await served(claims, "C1", 1)
+    assert await claim(claims, "C2", attempt=2) == Claimed(ClaimStatus.KEPT, b"C1")
+    await served(claims, "D2", 2)
 
 
-async def test_claim_when_its_reply_was_lost_then_the_same_attempt_gets_the_answer_again(stores: Stores) -> None:
-    await served(stores, "A0", 0)
+async def test_claim_when_its_reply_was_lost_then_the_same_attempt_gets_the_answer_again(claims: Claims) -> None:
+    await served(claims, "A0", 0)
     for _ in range(3):
-        assert await claim(stores, "A1", attempt=1) == Claimed(ClaimStatus.KEPT, b"A0")
+        assert await claim(claims, "A1", attempt=1) == Claimed(ClaimStatus.KEPT, b"A0")
 
 
-async def test_claim_when_the_attempt_before_runs_then_asking_does_not_use_the_answer_up(stores: Stores) -> None:
-    await claim(stores, "A0", attempt=0)
+async def test_claim_when_the_attempt_before_runs_then_asking_does_not_use_the_answer_up(claims: Claims) -> None:
+    await claim(claims, "A0", attempt=0)
     for _ in range(3):
-        assert (await claim(stores, "A1", attempt=1)).status is ClaimStatus.RUNNING
-    await stores.keep(KEY, "A0", "f", keep_ms=60_000, answer=b"A0")
-    assert await claim(stores, "A1", attempt=1) == Claimed(ClaimStatus.KEPT, b"A0")
+        assert (await claim(claims, "A1", attempt=1)).status is ClaimStatus.RUNNING
+    await claims.record(KEY, "A0", "f", keep_ms=60_000, answer=b"A0")
+    assert await claim(claims, "A1", attempt=1) == Claimed(ClaimStatus.KEPT, b"A0")
 
 
 async def test_claim_when_the_first_attempt_was_missed_then_what_began_before_is_not_its_own(
-    stores: Stores, clock: Clock
+    claims: Claims, clock: Clock
 ) -> None:
-    await served(stores, "A0", 0)
+    await served(claims, "A0", 0)
     clock.now_ms += 500  # here B0 is turned away
     clock.now_ms += 500
-    assert (await claim(stores, "B1", attempt=1, missed_ms=500)).status is ClaimStatus.CLAIMED
-    await stores.keep(KEY, "B1", "f", keep_ms=60_000, answer=b"B1")
+    assert (await claim(claims, "B1", attempt=1, missed_ms=500)).status is ClaimStatus.CLAIMED
+    await claims.record(KEY, "B1", "f", keep_ms=60_000, answer=b"B1")
     clock.now_ms += 500
-    assert await claim(stores, "B2", attempt=2, missed_ms=1000) == Claimed(ClaimStatus.KEPT, b"B1")
+    assert await claim(claims, "B2", attempt=2, missed_ms=1000) == Claimed(ClaimStatus.KEPT, b"B1")
 
 
-async def test_claim_when_a_key_names_the_request_then_every_repeat_gets_the_answer(stores: Stores) -> None:
-    await claim(stores, "one")
-    await stores.keep(KEY, "one", "f", keep_ms=60_000, answer=b"x")
+async def test_claim_when_a_key_names_the_request_then_every_repeat_gets_the_answer(claims: Claims) -> None:
+    await claim(claims, "one")
+    await claims.record(KEY, "one", "f", keep_ms=60_000, answer=b"x")
     for owner in ("two", "three", "four"):
-        assert await claim(stores, owner) == Claimed(ClaimStatus.KEPT, b"x")
+        assert await claim(claims, owner) == Claimed(ClaimStatus.KEPT, b"x")
 
 
-async def test_keep_when_the_claim_has_lapsed_then_it_is_kept_all_the_same(stores: Stores, redis: Redis) -> None:
-    assert await stores.keep(KEY, "one", "f", keep_ms=1000, answer=b"x") is ClaimStatus.KEPT
-    assert await claim(stores, "two") == Claimed(ClaimStatus.KEPT, b"x")
+async def test_keep_when_the_claim_has_lapsed_then_it_is_kept_all_the_same(claims: Claims, redis: Redis) -> None:
+    assert await claims.record(KEY, "one", "f", keep_ms=1000, answer=b"x") is ClaimStatus.KEPT
+    assert await claim(claims, "two") == Claimed(ClaimStatus.KEPT, b"x")
     assert 0 < await redis.pttl(KEY) <= 1000
 
 
-async def test_keep_when_the_note_of_a_stream_comes_after_its_end_then_the_end_stands(stores: Stores) -> None:
-    await claim(stores, "one")
-    await stores.keep(KEY, "one", "f", keep_ms=1000, answer=b"x")
-    await stores.keep(KEY, "one", "f", keep_ms=90_000, busy_ms=60_000)
-    assert await stores.drop(KEY, "one") is ClaimStatus.KEPT
-    assert await claim(stores, "two") == Claimed(ClaimStatus.KEPT, b"x")
+async def test_keep_when_the_note_of_a_stream_comes_after_its_end_then_the_end_stands(claims: Claims) -> None:
+    await claim(claims, "one")
+    await claims.record(KEY, "one", "f", keep_ms=1000, answer=b"x")
+    await claims.record(KEY, "one", "f", keep_ms=90_000, busy_ms=60_000)
+    assert await claims.drop(KEY, "one") is ClaimStatus.KEPT
+    assert await claim(claims, "two") == Claimed(ClaimStatus.KEPT, b"x")
 
 
-async def test_drop_when_repeated_then_it_leaves_the_next_claim_alone(stores: Stores, redis: Redis) -> None:
-    await claim(stores, "one")
-    assert await stores.drop(KEY, "one") is ClaimStatus.DROPPED
-    await claim(stores, "two")
-    assert await stores.drop(KEY, "one") is ClaimStatus.GONE
+async def test_drop_when_repeated_then_it_leaves_the_next_claim_alone(claims: Claims, redis: Redis) -> None:
+    await claim(claims, "one")
+    assert await claims.drop(KEY, "one") is ClaimStatus.DROPPED
+    await claim(claims, "two")
+    assert await claims.drop(KEY, "one") is ClaimStatus.GONE
     assert (await fields(redis))["owner"] == "two"
 
 
-async def test_claims_when_made_then_no_row_is_touched(stores: Stores, redis: Redis) -> None:
-    await claim(stores, "one")
-    await stores.keep(KEY, "one", "f", keep_ms=1000)
+async def test_claims_when_made_then_no_row_is_touched(claims: Claims, redis: Redis) -> None:
+    await claim(claims, "one")
+    await claims.record(KEY, "one", "f", keep_ms=1000)
     assert await redis.keys("*") == [KEY.encode()]
     assert await fields_of(redis, "a") == {}

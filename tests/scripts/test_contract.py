@@ -14,9 +14,13 @@ from redis.exceptions import ResponseError
 from limiter import CreditLimiter, Row, Status, Tiers, connect
 from limiter.backup.lease import Lease, LeaseStatus
 from limiter.credits.keys import Keys
+from limiter.licences.seats import Seats, SeatStatus
 from limiter.redis.lua_source import compose, script_names
 from limiter.relay.metering.claims import ClaimStatus, MintStatus, SeatStatus, Stores
 from tests.support.credits import Clock
+from limiter.relay.metering.claims import Claims, ClaimStatus
+from limiter.relay.metering.install_rate_limit import InstallRateLimit, MintStatus
+from tests.conftest import Clock
 from tests.support.paths import LUA
 from tests.support.redis_proxy import Proxy, proxy_of
 
@@ -107,20 +111,24 @@ CALLS: dict[str, tuple[Callable[[CreditLimiter], Awaitable[object]], dict[str, s
         },
     ),
     "claim": (
-        lambda limiter: Stores(limiter).claim("credits:claim:a:k", "o", "f", claim_ms=706, attempt=2, missed_ms=705),
+        lambda limiter: Claims(limiter.session).claim(
+            "credits:claim:a:k", "o", "f", claim_ms=706, attempt=2, missed_ms=705
+        ),
         NOW | {"owner": "o", "fingerprint": "f", "claim_ms": "706", "attempt": "2", "missed_ms": "705"},
     ),
     "keep": (
-        lambda limiter: Stores(limiter).keep("credits:claim:a:k", "o", "f", keep_ms=707, busy_ms=706, answer=b"x\x80"),
+        lambda limiter: Claims(limiter.session).record(
+            "credits:claim:a:k", "o", "f", keep_ms=707, busy_ms=706, answer=b"x\x80"
+        ),
         NOW | {"owner": "o", "fingerprint": "f", "busy_ms": "706", "answer": "x\udc80", "keep_ms": "707"},
     ),
-    "drop": (lambda limiter: Stores(limiter).drop("credits:claim:a:k", "o"), {"owner": "o"}),
+    "drop": (lambda limiter: Claims(limiter.session).drop("credits:claim:a:k", "o"), {"owner": "o"}),
     "seat": (
-        lambda limiter: Stores(limiter).seat("b", "a", seats=3, expires_s=2_000_000_000),
+        lambda limiter: Seats(limiter.session).take("b", "a", seats=3, expires_s=2_000_000_000),
         NOW | {"install_id": "a", "seats": "3", "lapses_ms": "2002592000000"},
     ),
     "lease": (
-        lambda limiter: Lease(limiter, lease_s=0.71, owner="o").take(
+        lambda limiter: Lease(limiter.session, lease_s=0.71, owner="o").take(
             least_epoch=711, checksum="sha256:x", good_at=ROW.last_active_at
         ),
         NOW
@@ -133,7 +141,7 @@ CALLS: dict[str, tuple[Callable[[CreditLimiter], Awaitable[object]], dict[str, s
         },
     ),
     "mint": (
-        lambda limiter: Stores(limiter).return_mint("203.0.113.9", limit=708, period_ms=709),
+        lambda limiter: InstallRateLimit(limiter.session).return_mint("203.0.113.9", limit=708, period_ms=709),
         NOW | {"limit": "708", "period_ms": "709", "returns": "1"},
     ),
 }

@@ -24,8 +24,8 @@ OTHER = Row("b", "core", 1, 0, "2026-05-02T08:00:00.000Z", 2, 0, 0, "2026-05-02T
 
 
 async def create(limiter: CreditLimiter, *rows: Row) -> list[Status]:
-    keys = [limiter.keys.install(row.install_id) for row in rows]
-    return await Scripts(limiter.channel, timeout_ms=1000).create_rows(keys, [stored_text(row) for row in rows])
+    keys = [limiter.session.keys.install(row.install_id) for row in rows]
+    return await Scripts(limiter.session.channel, timeout_ms=1000).create_rows(keys, [stored_text(row) for row in rows])
 
 
 async def test_create_rows_when_they_are_new_then_each_is_what_put_row_makes_of_it(
@@ -63,9 +63,9 @@ async def test_create_rows_when_the_key_is_no_row_then_it_is_left_alone(redis: R
 async def test_create_rows_when_texts_are_not_whole_then_it_is_refused_and_nothing_stored(
     redis: Redis, limiter: CreditLimiter, texts: list[str]
 ) -> None:
-    keys = [limiter.keys.install(row.install_id) for row in (ROW, OTHER)]
+    keys = [limiter.session.keys.install(row.install_id) for row in (ROW, OTHER)]
     with pytest.raises(ScriptContractError, match="BADARG create_rows"):
-        await Scripts(limiter.channel, timeout_ms=1000).create_rows(keys, texts)
+        await Scripts(limiter.session.channel, timeout_ms=1000).create_rows(keys, texts)
     assert await redis.dbsize() == 0
 
 

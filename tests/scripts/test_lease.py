@@ -11,7 +11,7 @@ KEY = "credits:persister"
 
 
 def lease(limiter: CreditLimiter, owner: str) -> Lease:
-    return Lease(limiter, lease_s=30, owner=owner)
+    return Lease(limiter.session, lease_s=30, owner=owner)
 
 
 async def test_lease_when_it_is_free_then_the_first_to_come_has_it_and_others_stand_by(

@@ -21,8 +21,8 @@ from limiter import CreditLimiter, Tiers
 from limiter.config.settings import IdempotencySettings, LicenceSettings, RedisSettings, RelaySettings, Settings
 from limiter.credits.models import Backend as BackendName
 from limiter.relay import create_app, make_runner
+from limiter.relay.handlers.context import RELAY
 from limiter.relay.handlers.health import Report
-from limiter.relay.handlers.metered import RELAY
 from limiter.relay.upstream.client import BackendClient
 from tests.support.openai_backend import Document
 from tests.support.redis_matrix import MATRIX, TOPOLOGY
@@ -133,7 +133,7 @@ class RunningRelay:
 
     async def settled(self) -> None:
         """Wait until no handler's commit or release is under way."""
-        while tasks := set(self.app[RELAY].settlements._tasks):
+        while tasks := set(self.app[RELAY].retries._tasks):
             await asyncio.wait(tasks)
 
     async def spent(self, install_id: str | None = None) -> tuple[int, int]:

@@ -10,8 +10,9 @@ from aiohttp import hdrs, web
 from multidict import CIMultiDict
 
 from limiter.credits.models import Balance
-from limiter.relay.http.problems import REQUEST_ID, spendable
-from limiter.relay.metering.idempotency import AnswerRecorder
+from limiter.relay.http.problems import REQUEST_ID
+from limiter.relay.http.ratelimit_headers import spendable
+from limiter.relay.metering.answer_recorder import AnswerRecorder
 from limiter.relay.metering.settlement import OpenHold
 from limiter.relay.upstream.response import BackendFailed, BackendResponse
 
@@ -19,8 +20,8 @@ CREDITS_EVENT = "X-Credits-Event"
 _WHOLE_BODY = 1 << 20  # an answer up to this size is read whole, so that a broken one can still become an error
 
 
-class Served(Protocol):
-    """One request that is being served, and its record."""
+class Billing(Protocol):
+    """What pays for one request that is being served, and the recorder of its answer."""
 
     @property
     def recorder(self) -> AnswerRecorder: ...  # noqa: D102  the class says it
@@ -29,7 +30,7 @@ class Served(Protocol):
 
 
 class Metered(NamedTuple):
-    """A request that its hold pays for. balance: what was left when it was reserved."""
+    """A request that its hold pays for. balance: what was left when it was rebilling."""
 
     hold: OpenHold
     cost: int
@@ -66,19 +67,19 @@ class Unmetered(NamedTuple):
 
 
 async def pass_answer(
-    request: web.Request, upstream: BackendResponse, headers: CIMultiDict[str], served: Served
+    request: web.Request, upstream: BackendResponse, headers: CIMultiDict[str], billing: Billing
 ) -> web.StreamResponse:
     """Pass an answer on. Raises BackendFailed while the client has seen nothing of it yet."""
     if upstream.succeeded and upstream.streams:
-        served.commit(upstream)
-        return await _pass_stream(request, upstream, headers, served)
-    return await _pass_body(request, upstream, headers, served)
+        billing.commit(upstream)
+        return await _pass_stream(request, upstream, headers, billing)
+    return await _pass_body(request, upstream, headers, billing)
 
 
 async def _pass_stream(
-    request: web.Request, upstream: BackendResponse, headers: CIMultiDict[str], served: Served
+    request: web.Request, upstream: BackendResponse, headers: CIMultiDict[str], billing: Billing
 ) -> web.StreamResponse:
-    response = served.recorder.stream(status=upstream.status, headers=headers)
+    response = billing.recorder.stream(status=upstream.status, headers=headers)
     packed = headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity"
     last = upstream.first
     with suppress(ConnectionError):  # the client left: leaving the caller's block stops the backend
@@ -95,18 +96,18 @@ async def _pass_stream(
             last = b"\n\ndata: " + error + b"\n\n"
             await response.write(last)
         if request.headers.get(CREDITS_EVENT) == "1" and not packed:
-            await response.write((b"" if last.endswith((b"\n", b"\r")) else b"\n\n") + _comment(upstream, served))
+            await response.write((b"" if last.endswith((b"\n", b"\r")) else b"\n\n") + _comment(upstream, billing))
         await response.write_eof()
     return response
 
 
-def _comment(upstream: BackendResponse, served: Served) -> bytes:
+def _comment(upstream: BackendResponse, billing: Billing) -> bytes:
     """Give the comment line that tells what was charged; by the specification of SSE, clients pass over it."""
-    return b": credits " + orjson.dumps(served.told(upstream)) + b"\n\n"
+    return b": credits " + orjson.dumps(billing.told(upstream)) + b"\n\n"
 
 
 async def _pass_body(
-    request: web.Request, upstream: BackendResponse, headers: CIMultiDict[str], served: Served
+    request: web.Request, upstream: BackendResponse, headers: CIMultiDict[str], billing: Billing
 ) -> web.StreamResponse:
     """Pass an answer that is no stream: whole if it is small, else as it comes.
 
@@ -116,9 +117,9 @@ async def _pass_body(
     read, complete = await _read_up_to(upstream, _WHOLE_BODY)
     if complete:
         if upstream.succeeded:
-            served.commit(upstream)
-        return served.recorder.whole(status=upstream.status, headers=headers, body=read)
-    response = served.recorder.stream(status=upstream.status, headers=headers)
+            billing.commit(upstream)
+        return billing.recorder.whole(status=upstream.status, headers=headers, body=read)
+    response = billing.recorder.stream(status=upstream.status, headers=headers)
     try:
         with suppress(ConnectionError):
             await response.prepare(request)
@@ -129,9 +130,9 @@ async def _pass_body(
     except BackendFailed:
         return broken_off(request, response)
     except asyncio.CancelledError:
-        served.commit(upstream)
+        billing.commit(upstream)
         raise
-    served.commit(upstream)
+    billing.commit(upstream)
     return response
 
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Mapping
 
-import orjson
 from aiohttp import web
 
 from limiter.credits.models import CORE
 from limiter.errors import LimiterError
-from limiter.relay.handlers.metered import RELAY
+from limiter.relay.handlers.context import RELAY
+from limiter.relay.http.json_response import json_response
 
 _PROBE = "readyz"  # an install id that no client can have: it is no UUID
 Report = Callable[[], Mapping[str, object]]
@@ -16,7 +16,7 @@ REPORTS = web.AppKey("reports", dict[str, Report])
 
 async def show_health(_request: web.Request) -> web.Response:
     """Tell that the process runs, whatever else does."""
-    return _json(200, {"status": "ok"})
+    return json_response({"status": "ok"})
 
 
 async def show_readiness(request: web.Request) -> web.Response:
@@ -31,14 +31,10 @@ async def show_readiness(request: web.Request) -> web.Response:
     }
     status, told = 200, {"status": "ready", "redis": "ok"}
     try:
-        await relay.mode.call(lambda: relay.limiter.balance(_PROBE, tier=CORE))
+        await relay.limiter.balance(_PROBE, tier=CORE)
     except LimiterError as error:
-        unmetered = relay.mode.serves_unmetered and relay.backends["hardware"].breaker.state != "open"
+        unmetered = relay.availability.serves_unmetered and relay.backends["hardware"].breaker.state != "open"
         status = 200 if unmetered and request.query.get("unmetered") == "1" else 503
         told = {"status": "unmetered" if unmetered else "not ready", "redis": str(error)}
     reports = {name: dict(report()) for name, report in request.app[REPORTS].items()}
-    return _json(status, told | document | reports)
-
-
-def _json(status: int, document: Mapping[str, object]) -> web.Response:
-    return web.Response(status=status, body=orjson.dumps(document), content_type="application/json")
+    return json_response(told | document | reports, status=status)

@@ -1,37 +1,32 @@
-"""The order of a metered request: identify, read, reserve, forward, then commit or release. Nothing else does.
+"""The life of a metered request: identify, admit, idempotency, reserve, forward, settle, record.
 
 Commit: a complete 2xx body, or the first body byte of a 2xx stream. Release: the backend refused, failed or timed out
-before that, or the client left before that. After the first byte of a stream the debit stands. While Redis is away a
-request is refused, or served from hardware without any of it.
+before that, or the client left before that. After the first byte of a stream the debit stands. While Redis is
+unavailable a request is refused, or served from hardware without any of it.
 """
 
 import asyncio
 import logging
-from collections.abc import Mapping
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from typing import NamedTuple
 
-import orjson
-from aiohttp import hdrs, web
+from aiohttp import web
 from multidict import CIMultiDict
 
-from limiter.credits.limiter import CreditLimiter
 from limiter.credits.models import Backend, Decision
 from limiter.errors import LimiterUnavailable
-from limiter.licences.tokens import Licences
+from limiter.relay.handlers.context import RELAY, Relay
 from limiter.relay.handlers.forwarding import Metered, Unmetered, pass_answer
-from limiter.relay.http.problems import REQUEST_ID, ProblemRaised, ratelimit_headers, refuse
-from limiter.relay.http.request_record import RequestRecord, request_record
-from limiter.relay.metering.admission import Admission
+from limiter.relay.http.problems import REQUEST_ID, ProblemRaised
+from limiter.relay.http.ratelimit_headers import ratelimit_headers
+from limiter.relay.http.request_record import request_record
+from limiter.relay.metering.admission import Wanted
 from limiter.relay.metering.answer_recorder import AnswerRecorder
-from limiter.relay.metering.availability import RedisAvailability
-from limiter.relay.metering.idempotency import Idempotency
-from limiter.relay.metering.settlement import Settlements
-from limiter.relay.requests.identity import Identity, identify
+from limiter.relay.metering.refusals import refuse
+from limiter.relay.requests.identity import Identity
 from limiter.relay.requests.json_body import ForwardableRequest, read_json
-from limiter.relay.requests.memory_budget import MemoryBudget
-from limiter.relay.requests.upload import Upload, UploadLimits
+from limiter.relay.requests.upload import Upload
 from limiter.relay.telemetry.metrics import UNAVAILABLE, UNMETERED
 from limiter.relay.upstream.client import BackendClient
 from limiter.relay.upstream.response import BackendFailed, BackendResponse
@@ -39,58 +34,24 @@ from limiter.relay.upstream.response import BackendFailed, BackendResponse
 _LOG = logging.getLogger("limiter.relay")
 
 
-@dataclass(frozen=True, slots=True)
-class Relay:
-    """What a metered request needs. `backends` holds those that are set, or the echo as both."""
-
-    limiter: CreditLimiter
-    licences: Licences
-    backends: Mapping[Backend, BackendClient]
-    settlements: Settlements
-    costs: Mapping[str, int]
-    uploads: UploadLimits
-    bodies: MemoryBudget
-    admission: Admission
-    idempotency: Idempotency
-    mode: RedisAvailability
-
-    @property
-    def has_hardware(self) -> bool:
-        """Whether requests can be served without Gemini."""
-        return "hardware" in self.backends
-
-    def identify(self, request: web.Request) -> Identity:
-        """Tell who asks. Raises ProblemRaised."""
-        identity = identify(request, self.licences, self.limiter.tiers)
-        record = request_record(request)
-        record.install_id, record.tier = identity.install_id, identity.tier
-        return identity
-
-    def cost(self, request: web.Request) -> int:
-        """Tell what a request costs, in credits."""
-        return self.costs.get(request.path, self.costs["default"])
-
-
-RELAY = web.AppKey("relay", Relay)
-
-
 class _Call(NamedTuple):
-    """One request for credits: whose it is, and what it asks for."""
+    """One request for credits: who it is from, what it wants, and its body where that is there whole."""
 
     relay: Relay
     request: web.Request
     identity: Identity
-    asked: ForwardableRequest
+    wanted: ForwardableRequest
+    body: bytes | None
 
 
-async def serve_metered(request: web.Request) -> web.StreamResponse:
+async def serve_json(request: web.Request) -> web.StreamResponse:
     """Serve one request with a JSON body for credits."""
     relay = request.app[RELAY]
     identity = relay.identify(request)
-    with relay.bodies.counting() as reservation:
-        asked = await read_json(request, reservation, within_s=relay.uploads.total_s)
-        request_record(request).model = asked.model
-        return await _answer(_Call(relay, request, identity, asked), asked.body)
+    with relay.memory.counting() as reservation:
+        wanted = await read_json(request, reservation, within_s=relay.uploads.total_s)
+        request_record(request).model = wanted.model
+        return await _serve(_Call(relay, request, identity, wanted, wanted.body))
 
 
 async def serve_upload(request: web.Request) -> web.StreamResponse:
@@ -102,65 +63,65 @@ async def serve_upload(request: web.Request) -> web.StreamResponse:
     def note(model: str) -> None:
         record.model = model
 
-    with relay.bodies.counting() as reservation, closing(Upload(request, relay.uploads, reservation, note)) as upload:
-        return await _answer(_Call(relay, request, identity, upload), None)
+    with relay.memory.counting() as reservation, closing(Upload(request, relay.uploads, reservation, note)) as upload:
+        return await _serve(_Call(relay, request, identity, upload, None))
 
 
-async def _answer(call: _Call, body: bytes | None) -> web.StreamResponse:
-    """Serve for credits, or while Redis is away unmetered, where the operator wants that. body: None for an upload."""
-    mode = call.relay.mode
-    try:
-        if not mode.serves_unmetered:
-            try:
-                mode.check()
-                return await _serve_once(call, body)
-            except LimiterUnavailable:  # nothing was forwarded, and what may be held is being given back
-                if not await mode.serves_this_unmetered():
-                    request_record(call.request).status = UNAVAILABLE
-                    await _remember_missed(call, body)
-                    raise
-        await _remember_missed(call, body)
+async def _serve(call: _Call) -> web.StreamResponse:
+    """Serve for credits, or while Redis is unavailable unmetered, where the operator wants that."""
+    availability = call.relay.availability
+    with _failures_as_problems(call):
+        try:
+            if not availability.serves_unmetered:
+                return await _serve_metered(call)
+        except LimiterUnavailable:  # nothing was forwarded, and what may be held is being released
+            if not await availability.serves_this_unmetered():
+                request_record(call.request).status = UNAVAILABLE
+                await _note_missed(call)
+                raise
+        await _note_missed(call)
         return await _serve_unmetered(call)
-    except BackendFailed as failure:
-        _warn(call.request[REQUEST_ID], failure)
-        raise ProblemRaised(failure.problem, call.identity.headers()) from failure
 
 
-async def _remember_missed(call: _Call, body: bytes | None) -> None:
-    await call.relay.idempotency.missed(call.request, call.identity.install_id, body)
-
-
-async def _serve_once(call: _Call, body: bytes | None) -> web.StreamResponse:
-    relay, identity = call.relay, call.identity
+async def _serve_metered(call: _Call) -> web.StreamResponse:
+    """Serve for credits: the steps of a request's life, once it is known who it is from."""
+    relay, request, identity = call.relay, call.request, call.identity
+    relay.availability.check()
     await relay.admission.seat(identity.install_id, identity.licence)
+    attempt = await relay.idempotency.begin(request, identity.install_id, call.body)
+    if attempt.replay is not None:
+        return attempt.replay
+    with attempt:
+        decision = await _reserve(call, attempt.hold_id)
+        with (
+            relay.settlements.open(identity.install_id, decision.hold_id) as hold,
+            await _forward(call, decision) as answer,
+        ):
+            headers = _answer_headers(answer, identity, ratelimit_headers(decision.balance))
+            billing = Metered(hold, relay.cost(request), decision.balance, attempt.recorder)
+            return await pass_answer(request, answer, headers, billing)
 
-    async def serve(recorder: AnswerRecorder) -> web.StreamResponse:
-        return await _serve(call, recorder, await _reserve(call, recorder.hold_id))
 
-    return await relay.idempotency.once(call.request, identity.install_id, body, serve)
+async def _serve_unmetered(call: _Call) -> web.StreamResponse:
+    """Serve from hardware, and from nothing else, what needs no Redis: no credits, no seat, no key."""
+    relay, request, identity = call.relay, call.request, call.identity
+    record = request_record(request)
+    record.status, record.cost, record.backend = UNMETERED, None, "hardware"
+    with await _send(relay.backends["hardware"], call.wanted) as answer:
+        headers = _answer_headers(answer, identity, {"X-Credits-Unmetered": "true"})
+        return await pass_answer(request, answer, headers, Unmetered(AnswerRecorder(request[REQUEST_ID])))
 
 
 async def _reserve(call: _Call, hold_id: str) -> Decision:
+    """Hold the credits of a request. Raises ProblemRaised when it is refused, LimiterUnavailable."""
     relay, identity = call.relay, call.identity
     record = request_record(call.request)
-    cost = record.cost = relay.cost(call.request)
-
-    async def reserve(may_create: bool) -> Decision:
-        return await relay.mode.decide(
-            lambda: relay.limiter.reserve(
-                identity.install_id,
-                tier=identity.tier,
-                has_hardware=relay.has_hardware,
-                cost=cost,
-                hold_id=hold_id,
-                may_create=may_create,
-            )
-        )
-
+    record.cost = relay.cost(call.request)
+    wanted = Wanted(identity.install_id, identity.tier, relay.has_hardware, record.cost, hold_id)
     try:
-        decision = await relay.admission.reserve(call.request, identity.install_id, identity.licence, reserve)
+        decision = await relay.admission.reserve(call.request, identity.licence, wanted)
     except (asyncio.CancelledError, LimiterUnavailable) as error:
-        # The client left while Redis was deciding, or its answer was lost: whatever it decided is given back.
+        # The client left while Redis was deciding, or its answer was lost: whatever it decided is undone.
         if not isinstance(error, LimiterUnavailable) or error.executed is not False:
             relay.settlements.undo(identity.install_id, hold_id)
         raise
@@ -170,44 +131,38 @@ async def _reserve(call: _Call, hold_id: str) -> Decision:
     return decision
 
 
-async def _serve(call: _Call, recorder: AnswerRecorder, decision: Decision) -> web.StreamResponse:
-    """Forward a request that was allowed, pass its answer on, and settle its hold."""
-    relay, request, identity = call.relay, call.request, call.identity
-    hold = relay.settlements.open(identity.install_id, decision.hold_id)
-    try:
-        with await _forward(relay, call.asked, decision, request_record(request)) as upstream:
-            headers = _answer_headers(upstream, identity, ratelimit_headers(decision.balance))
-            served = Metered(hold, relay.cost(request), decision.balance, recorder)
-            return await pass_answer(request, upstream, headers, served)
-    finally:
-        hold.release()
-
-
-async def _serve_unmetered(call: _Call) -> web.StreamResponse:
-    """Serve from hardware, and from nothing else, what can be asked of no Redis: no credits, no seat, no key."""
-    relay, request, identity = call.relay, call.request, call.identity
-    record = request_record(request)
-    record.status, record.cost, record.backend = UNMETERED, None, "hardware"
-    with await _send(relay.backends["hardware"], call.asked) as upstream:
-        headers = _answer_headers(upstream, identity, {"X-Credits-Unmetered": "true"})
-        return await pass_answer(request, upstream, headers, Unmetered(AnswerRecorder(request[REQUEST_ID])))
-
-
-async def _forward(
-    relay: Relay, asked: ForwardableRequest, decision: Decision, record: RequestRecord
-) -> BackendResponse:
+async def _forward(call: _Call, decision: Decision) -> BackendResponse:
     """Send to the planned backend; a Gemini that fails before its first byte falls back to hardware."""
+    relay, record = call.relay, request_record(call.request)
     # Where Gemini is not set at all, what is planned for it is served, and debited, by hardware.
     planned: Backend = "gemini" if decision.backend == "gemini" and "gemini" in relay.backends else "hardware"
     record.backend = planned
     try:
-        return await _send(relay.backends[planned], asked)
+        return await _send(relay.backends[planned], call.wanted)
     except BackendFailed as failure:
-        if planned == "hardware" or not relay.has_hardware or not asked.replayable:
+        if planned == "hardware" or not relay.has_hardware or not call.wanted.replayable:
             raise
         _warn(decision.hold_id, failure, " Falling back to hardware.")
     record.backend, record.fell_back = "hardware", True
-    return await _send(relay.backends["hardware"], asked)
+    return await _send(relay.backends["hardware"], call.wanted)
+
+
+async def _send(client: BackendClient, wanted: ForwardableRequest) -> BackendResponse:
+    return await client.send(wanted.path, wanted.headers, wanted.body_for(client))
+
+
+async def _note_missed(call: _Call) -> None:
+    await call.relay.idempotency.missed(call.request, call.identity.install_id, call.body)
+
+
+@contextmanager
+def _failures_as_problems(call: _Call) -> Iterator[None]:
+    """Turn a backend's failure, of which the client has seen nothing, into the error object. Raises ProblemRaised."""
+    try:
+        yield
+    except BackendFailed as failure:
+        _warn(call.request[REQUEST_ID], failure)
+        raise ProblemRaised(failure.problem, call.identity.headers()) from failure
 
 
 def _warn(request_id: str, failure: BackendFailed, then: str = "") -> None:
@@ -215,35 +170,10 @@ def _warn(request_id: str, failure: BackendFailed, then: str = "") -> None:
         _LOG.warning("%s%s", failure, then, extra={"request_id": request_id})
 
 
-async def _send(client: BackendClient, asked: ForwardableRequest) -> BackendResponse:
-    return await client.send(asked.path, asked.headers, asked.body_for(client))
-
-
-def _answer_headers(upstream: BackendResponse, identity: Identity, metering: Mapping[str, str]) -> CIMultiDict[str]:
-    """Add ours to the headers of the backend's answer."""
-    headers = upstream.headers
+def _answer_headers(answer: BackendResponse, identity: Identity, metering: Mapping[str, str]) -> CIMultiDict[str]:
+    """Return the headers of the backend's answer with those of the relay."""
+    headers = answer.headers
     headers.update(metering)
     headers.update(identity.headers())
-    headers["X-Credits-Backend"] = upstream.backend
+    headers["X-Credits-Backend"] = answer.backend
     return headers
-
-
-async def show_credits(request: web.Request) -> web.Response:
-    """Tell the caller's own balance."""
-    relay = request.app[RELAY]
-    identity = relay.identify(request)
-    balance = await relay.mode.call(lambda: relay.limiter.balance(identity.install_id, tier=identity.tier))
-    document = {
-        "object": "credits",
-        "install_id": identity.install_id,
-        "tier": balance.tier,
-        "capped": balance.capped,
-        "quota": balance.quota,
-        "remaining": balance.remaining,
-        "gemini_cap": balance.gemini_cap,
-        "gemini_remaining": balance.gemini_remaining,
-        "held": balance.held,
-        "renews_at": balance.renews_at,
-    }
-    headers = {**ratelimit_headers(balance), **identity.headers(), hdrs.CACHE_CONTROL: "no-store"}
-    return web.Response(body=orjson.dumps(document), content_type="application/json", headers=headers)

@@ -9,7 +9,8 @@ import orjson
 from aiohttp import hdrs, web
 
 from limiter.credits.models import Backend
-from limiter.relay.handlers.metered import RELAY
+from limiter.relay.handlers.context import RELAY
+from limiter.relay.http.json_response import json_response
 from limiter.relay.http.problems import Problem, ProblemRaised, fail
 from limiter.relay.requests.identity import Identity
 from limiter.relay.upstream.client import BackendClient
@@ -69,7 +70,8 @@ async def show_models(request: web.Request) -> web.Response:
     """List the models as OpenAI does, to whoever could use them."""
     identity = request.app[RELAY].identify(request)
     models = await request.app[MODELS].known()
-    return _json({"object": "list", "data": [model.as_dict() for model in models]}, identity)
+    document = {"object": "list", "data": [model.as_dict() for model in models]}
+    return json_response(document, headers=_headers(identity))
 
 
 async def show_model(request: web.Request) -> web.Response:
@@ -79,12 +81,11 @@ async def show_model(request: web.Request) -> web.Response:
     model = next((model for model in await request.app[MODELS].known() if model.id == name), None)
     if model is None:
         fail(404, "model_not_found", "Model not found", "No backend here lists a model of this name.", param="model")
-    return _json(model.as_dict(), identity)
+    return json_response(model.as_dict(), headers=_headers(identity))
 
 
-def _json(document: Mapping[str, object], identity: Identity) -> web.Response:
-    headers = {hdrs.CACHE_CONTROL: "no-store", **identity.headers()}
-    return web.Response(body=orjson.dumps(document), content_type="application/json", headers=headers)
+def _headers(identity: Identity) -> dict[str, str]:
+    return {hdrs.CACHE_CONTROL: "no-store", **identity.headers()}
 
 
 async def _models_of(client: BackendClient) -> list[Model] | None:

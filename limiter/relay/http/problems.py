@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-import orjson
 from aiohttp import hdrs, web
 
-from limiter.credits.models import Balance, Decision, Reason
 from limiter.errors import BrokenRow, InvalidInstallId, LimiterUnavailable, Overloaded
+from limiter.relay.http.json_response import json_response
 
 REQUEST_ID = web.RequestKey("request_id", str)
 _QUOTA_EXCEEDED = (
@@ -86,102 +85,12 @@ def fail(status: int, code: str, title: str, detail: str, *, param: str | None =
     raise ProblemRaised(Problem(status, code, title, detail, param=param))
 
 
-def refuse(decision: Decision, headers: Mapping[str, str]) -> NoReturn:
-    """End the request with what a denied decision means in HTTP."""
-    balance = decision.balance
-    problem = _REFUSALS[decision.reason or Reason.OUT_OF_CREDITS](balance)
-    raise ProblemRaised(problem, {**ratelimit_headers(balance), **headers})
-
-
-def _out_of_credits(balance: Balance) -> Problem:
-    until = f"They renew at {balance.renews_at}." if balance.renews_at else "This tier's credits do not renew."
-    return Problem(
-        402,
-        Reason.OUT_OF_CREDITS,
-        "Out of credits",
-        f"This install has used the credits of its tier {balance.tier!r}. {until}",
-        may_retry=False,
-        renews_at=balance.renews_at,
-        violated_policies=("credits",),
-    )
-
-
-def _gemini_cap(balance: Balance) -> Problem:
-    return Problem(
-        402,
-        Reason.GEMINI_CAP,
-        "Gemini credits used up",
-        f"This install has used the Gemini credits of its tier {balance.tier!r}, and there is no other backend here.",
-        may_retry=False,
-        renews_at=balance.renews_at,
-        violated_policies=("gemini",),
-    )
-
-
-def _credits_in_flight(balance: Balance) -> Problem:
-    return Problem(
-        429,
-        Reason.CREDITS_IN_FLIGHT,
-        "Credits in flight",
-        f"{balance.held} credits are held by requests that still run: send this one again when they are done.",
-        retry_after_s=1,
-    )
-
-
-def _too_many_in_flight(balance: Balance) -> Problem:
-    return Problem(
-        429,
-        Reason.TOO_MANY_IN_FLIGHT,
-        "Too many requests in flight",
-        f"This install runs as many requests at once as its tier {balance.tier!r} allows.",
-        retry_after_s=1,
-    )
-
-
-_REFUSALS = {
-    Reason.OUT_OF_CREDITS: _out_of_credits,
-    Reason.GEMINI_CAP: _gemini_cap,
-    Reason.CREDITS_IN_FLIGHT: _credits_in_flight,
-    Reason.TOO_MANY_IN_FLIGHT: _too_many_in_flight,
-}
-
-
-def ratelimit_headers(balance: Balance) -> dict[str, str]:
-    """Give RateLimit-Policy and RateLimit in the syntax of draft-ietf-httpapi-ratelimit-headers-11.
-
-    A lifetime quota has no window and no reset; what has no limit has no item, and without items no header.
-    """
-    window = "" if balance.period_s is None else f";w={balance.period_s}"
-    reset = "" if balance.renews_in_s is None else f";t={balance.renews_in_s}"
-    credits_left, gemini_left = spendable(balance)
-    policy, left = [], []
-    if balance.quota is not None:
-        policy.append(f'"credits";q={balance.quota}{window}')
-        left.append(f'"credits";r={credits_left}{reset}')
-    if balance.gemini_cap is not None:
-        policy.append(f'"gemini";q={balance.gemini_cap}{window}')
-        left.append(f'"gemini";r={gemini_left}{reset}')
-    return {"RateLimit-Policy": ", ".join(policy), "RateLimit": ", ".join(left)} if policy else {}
-
-
-def spendable(balance: Balance) -> tuple[int | None, int | None]:
-    """Give the credits and the Gemini credits that no live hold covers; None for what has no limit.
-
-    A hold counts against both, as it may still be committed on either backend.
-    """
-    credits_left, gemini_left, held = balance.remaining, balance.gemini_remaining, balance.held
-    return (
-        None if credits_left is None else max(0, credits_left - held),
-        None if gemini_left is None else max(0, gemini_left - held),
-    )
-
-
 def problem_response(request: web.Request, problem: Problem, headers: Mapping[str, str] | None = None) -> web.Response:
     """Write an error object; as application/problem+json if `Accept` asks for it."""
     asked = "application/problem+json" in request.headers.get(hdrs.ACCEPT, "")
-    return web.Response(
+    return json_response(
+        problem.as_dict(request[REQUEST_ID]),
         status=problem.status,
-        body=orjson.dumps(problem.as_dict(request[REQUEST_ID])),
         content_type="application/problem+json" if asked else "application/json",
         headers={**(headers or {}), **problem.headers()},
     )

@@ -1,4 +1,4 @@
-"""Whether Redis is there, as this node sees it, and what a request gets while it is not.
+"""Whether Redis is available, as this node sees it, and what a request gets while it is not.
 
 Real calls and a probe that runs for ever decide it; nothing is decided once at start. Only changes are logged. It knows
 nothing of credits, and settles nothing.
@@ -13,7 +13,7 @@ from typing import Literal, Self, TypeVar
 
 from limiter.config.settings import OnRedisDown
 from limiter.credits.limiter import CreditLimiter
-from limiter.credits.models import CORE, Decision
+from limiter.credits.models import CORE, Balance, Decision
 from limiter.errors import BrokenRow, LimiterError, LimiterUnavailable, Overloaded, ScriptContractError
 
 T = TypeVar("T")
@@ -36,7 +36,7 @@ class RedisAvailability:
     """The state of Redis on this node. Use it as `async with RedisAvailability(…):`, which runs the probe.
 
     on_redis_down: "deny" refuses while Redis is away; "hardware" serves unmetered, for relays that have hardware.
-    timed: told the seconds of each reserve that was answered.
+    timed: called with the seconds of each reserve that was answered.
     """
 
     def __init__(
@@ -96,32 +96,19 @@ class RedisAvailability:
             await asyncio.shield(self._looking)
         return self.serves_unmetered
 
-    async def decide(self, reserve: Callable[[], Awaitable[Decision]]) -> Decision:
-        """Run a reserve; its answer is what shows that Redis is there. Raises what it raises, and as `call`.
+    async def watch(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Run a call to Redis, and note its failure. Raises RedisUnavailable at once, without a call, while it is.
 
-        After LimiterUnavailable it may hold something, but not after RedisUnavailable.
+        An answer proves nothing, as a server that takes no writes may give one, too: `answered` says that one does.
         """
         self.check()
-        began_s = time.monotonic()
-        try:
-            decision = await self._watched(reserve)
-        except (BrokenRow, ScriptContractError):
-            self._note_answer()
-            raise
-        if decision.from_memory:  # which says nothing about Redis
-            return decision
+        return await self._watched(call)
+
+    def answered(self, took_s: float | None = None) -> None:
+        """Note that Redis decided a reserve, so that it is available. took_s: how long that took, if it is to count."""
         self._note_answer()
-        if self._timed is not None:
-            self._timed(time.monotonic() - began_s)
-        return decision
-
-    async def call(self, operation: Callable[[], Awaitable[T]]) -> T:
-        """Run another operation on Redis, as a balance. Raises RedisUnavailable at once while it is.
-
-        Its answer proves nothing, as a server that takes no writes gives one, too.
-        """
-        self.check()
-        return await self._watched(operation)
+        if took_s is not None and self._timed is not None:
+            self._timed(took_s)
 
     def check(self) -> None:
         """Raise RedisUnavailable while away: what is to ask Redis anyway need not begin."""
@@ -202,3 +189,54 @@ class RedisAvailability:
         await self._watched(
             lambda: self._limiter.reserve(_PROBED, tier=CORE, has_hardware=True, hold_id=_PROBED, may_create=False)
         )
+
+
+class WatchedLimiter:
+    """A limiter as requests use it: its calls show whether Redis is available, and fail at once while it is not.
+
+    session: for other calls of requests, which are watched, too. The probe and settlements use the limiter itself: they
+    go on while Redis is unavailable.
+    """
+
+    __slots__ = ("_availability", "_limiter", "session")
+
+    def __init__(self, limiter: CreditLimiter, availability: RedisAvailability) -> None:
+        self._limiter, self._availability = limiter, availability
+        self.session = limiter.session.guarded(availability.watch)
+
+    async def reserve(
+        self,
+        install_id: str,
+        *,
+        tier: str,
+        has_hardware: bool,
+        cost: int = 1,
+        hold_id: str | None = None,
+        may_create: bool = True,
+    ) -> Decision:
+        """Reserve, as `CreditLimiter.reserve`. Raises what it raises.
+
+        After LimiterUnavailable something may be held, but not after RedisUnavailable.
+        """
+        began_s = time.monotonic()
+        try:
+            decision = await self._availability.watch(
+                lambda: self._limiter.reserve(
+                    install_id,
+                    tier=tier,
+                    has_hardware=has_hardware,
+                    cost=cost,
+                    hold_id=hold_id,
+                    may_create=may_create,
+                )
+            )
+        except (BrokenRow, ScriptContractError):
+            self._availability.answered()
+            raise
+        if not decision.from_memory:  # which says nothing about Redis
+            self._availability.answered(time.monotonic() - began_s)
+        return decision
+
+    async def balance(self, install_id: str, *, tier: str) -> Balance:
+        """Return a balance, as `CreditLimiter.balance`. Raises what it raises."""
+        return await self._availability.watch(lambda: self._limiter.balance(install_id, tier=tier))

@@ -18,19 +18,19 @@ import hashlib
 import re
 import string
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
+from types import TracebackType
+from typing import NoReturn, Self
 
 from aiohttp import web
 
 from limiter.errors import LimiterUnavailable
 from limiter.relay.http.problems import REQUEST_ID, Problem, ProblemRaised, fail
 from limiter.relay.metering.answer_recorder import Answer, AnswerRecorder
-from limiter.relay.metering.claims import Claimed, ClaimStatus, Stores
+from limiter.relay.metering.background_retries import BackgroundRetries
+from limiter.relay.metering.claims import Claimed, Claims, ClaimStatus
 
-__all__ = ["AnswerRecorder", "Idempotency", "idempotency_key"]
-Start = Callable[[str, str, Callable[[], Awaitable[object]]], "asyncio.Task[None]"]  # Settlements.start
 KEY_HEADER = "Idempotency-Key"
 REPLAYED_HEADER = "Idempotency-Replayed"
 _RETRY_HEADER = "x-stainless-retry-count"  # the OpenAI SDKs count in it: "0" for a first attempt
@@ -56,58 +56,86 @@ class _Slot:
     attempt: int | None
 
 
+class Attempt:
+    """One attempt at a request, until its `with` block ends: then its answer is recorded, or its claim is dropped.
+
+    hold_id: what it reserves with, which is the request's id too. recorder: of its answer. replay: the answer of the
+    attempt before it, which is to be sent in place of serving.
+    """
+
+    __slots__ = ("_on_end", "hold_id", "recorder", "replay")
+
+    def __init__(
+        self,
+        recorder: AnswerRecorder,
+        *,
+        replay: web.Response | None = None,
+        on_end: Callable[[], None] | None = None,
+    ) -> None:
+        self.hold_id, self.recorder, self.replay = recorder.hold_id, recorder, replay
+        self._on_end = on_end
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._on_end is not None:  # without an await: it is the same for a client that left
+            self._on_end()
+
+
 class Idempotency:
     """Keeps requests from being served twice, on any number of nodes.
 
-    start: runs a settlement in the background, repeated while Redis is away (`Settlements.start`). keep_s: for how long
-    a key is remembered. keep_bytes: the largest body that is kept. retry_window_s: for how long after its end a request
-    is known to an SDK's retry that has no key; 0 for never.
+    Args:
+        claims: the keys in Redis.
+        retries: makes calls in the background, repeated while Redis is unavailable.
+        hold_ms: how long a hold lives, in milliseconds; a claim outlives it.
+        keep_s: for how long a key is remembered, in seconds.
+        keep_bytes: the largest body that is kept.
+        retry_window_s: for how many seconds after its end a request is known to an SDK's retry that has no key; 0 for
+            never.
     """
 
     def __init__(
         self,
-        stores: Stores,
-        start: Start,
+        claims: Claims,
+        retries: BackgroundRetries,
         *,
+        hold_ms: int,
         keep_s: int = 86_400,
         keep_bytes: int = 1 << 20,
         retry_window_s: int = 60,
     ) -> None:
-        self._stores, self._start = stores, start
+        self._claims, self._retries = claims, retries
+        self._claim_ms = hold_ms + _CLAIM_OUTLIVES_HOLD_MS
         self._keep_ms, self._window_ms = keep_s * 1000, retry_window_s * 1000
         self._keep_bytes = keep_bytes
         self._undos = 0
         self._missed_s: dict[str, float] = {}  # in the order of their times
 
-    async def once(
-        self,
-        request: web.Request,
-        install_id: str,
-        body: bytes | None,
-        serve: Callable[[AnswerRecorder], Awaitable[web.StreamResponse]],
-    ) -> web.StreamResponse:
-        """Serve a request, or answer as the attempt before it did.
+    async def begin(self, request: web.Request, install_id: str, body: bytes | None) -> Attempt:
+        """Begin an attempt: claim its key, if it has one, or find the answer of the attempt before it.
 
         body: as it came, whole; None for an upload that passes by: its key is then checked against the length only, and
-        no retry without a key is known. serve: reserves with `recorder.hold_id`, which is the request's id too.
-        Raises ProblemRaised: 400 for a key that is none, 409 while another attempt runs, or when its answer was not
-        kept, 422 for a key that was used for another request; LimiterUnavailable; and what `serve` raises.
+        no retry without a key is known.
+
+        Raises ProblemRaised: 400 for a key that is not valid, 409 while another attempt runs, or when its answer was
+        not kept, 422 for a key that was used for another request; LimiterUnavailable.
         """
+        owner = request[REQUEST_ID]
         slot = await self._slot(request, install_id, body)
         if slot is None:
-            return await serve(AnswerRecorder(request[REQUEST_ID]))
-        owner = request[REQUEST_ID]
+            return Attempt(AnswerRecorder(owner))
         claimed = await self._claim(slot, owner)
         if claimed.status is not ClaimStatus.CLAIMED:
-            return _replayed(request, claimed)
+            return Attempt(AnswerRecorder(owner), replay=_replayed(request, claimed))
         recorder = AnswerRecorder(owner, self._keep_bytes, lambda: self._note_begun(slot, owner))
-        try:
-            return await serve(recorder)
-        finally:  # without an await: it is the same for a client that left
-            self._note_end(slot, owner, recorder)
+        return Attempt(recorder, on_end=lambda: self._note_end(slot, owner, recorder))
 
     async def missed(self, request: web.Request, install_id: str, body: bytes | None) -> None:
-        """Note that a request ends without a claim, as Redis is away; arguments as for `once`.
+        """Note that a request ends without a claim, as Redis is unavailable; arguments as for `begin`.
 
         Its SDK will send it again, and what an earlier request left in the same place must not be taken for its own.
         Raises ProblemRaised (400) for a key that is none.
@@ -125,16 +153,16 @@ class Idempotency:
         key, attempt = idempotency_key(request), _attempt(request)
         if key is not None:
             fingerprint = await _fingerprint(request, body)
-            return _Slot(self._stores.keys.claim(install_id, key), fingerprint, self._keep_ms, attempt=None)
+            return _Slot(self._claims.keys.claim(install_id, key), fingerprint, self._keep_ms, attempt=None)
         if attempt is None or body is None or not self._window_ms:
             return None
         fingerprint = await _fingerprint(request, body)
-        return _Slot(self._stores.keys.sdk_retry(install_id, fingerprint), fingerprint, self._window_ms, attempt)
+        return _Slot(self._claims.keys.sdk_retry(install_id, fingerprint), fingerprint, self._window_ms, attempt)
 
     async def _claim(self, slot: _Slot, owner: str) -> Claimed:
         for pause_s in (*_PATIENCE_S, 0):
             claiming = asyncio.ensure_future(
-                self._stores.claim(
+                self._claims.claim(
                     slot.key,
                     owner,
                     slot.fingerprint,
@@ -160,10 +188,6 @@ class Idempotency:
         at_s = self._missed_s.get(slot.key)
         return None if at_s is None else int((time.monotonic() - at_s) * 1000)
 
-    @property
-    def _claim_ms(self) -> int:
-        return self._stores.hold_ms + _CLAIM_OUTLIVES_HOLD_MS
-
     def _undo(self, slot: _Slot, owner: str, claiming: "asyncio.Future[Claimed]") -> None:
         """Drop a claim whose answer nobody has; with too many such, it lapses by itself."""
         if self._undos == _MOST_UNDOS:
@@ -172,18 +196,18 @@ class Idempotency:
 
         async def drop() -> None:
             await asyncio.wait({claiming})
-            await self._stores.drop(slot.key, owner)
+            await self._claims.drop(slot.key, owner)
 
-        def done(_task: "asyncio.Task[None]") -> None:
+        def undone(_outcome: object) -> None:
             self._undos -= 1
 
-        self._start("drop of what may be a claim", owner, drop).add_done_callback(done)
+        self._retries.start("drop of what may be a claim", owner, drop, on_end=undone)
 
     def _note_begun(self, slot: _Slot, owner: str) -> None:
-        self._start(
+        self._retries.start(
             "note of a stream",
             owner,
-            lambda: self._stores.keep(
+            lambda: self._claims.record(
                 slot.key, owner, slot.fingerprint, keep_ms=self._lasting_ms(slot), busy_ms=self._claim_ms
             ),
         )
@@ -194,14 +218,14 @@ class Idempotency:
 
     def _note_end(self, slot: _Slot, owner: str, recorder: AnswerRecorder) -> None:
         if not recorder.debit_stands:
-            self._start("drop of a claim", owner, lambda: self._stores.drop(slot.key, owner))
+            self._retries.start("drop of a claim", owner, lambda: self._claims.drop(slot.key, owner))
             return
         answer = recorder.answer()
         packed = answer.packed() if answer else b""
-        self._start(
+        self._retries.start(
             "record of an answer",
             owner,
-            lambda: self._stores.keep(slot.key, owner, slot.fingerprint, keep_ms=slot.keep_ms, answer=packed),
+            lambda: self._claims.record(slot.key, owner, slot.fingerprint, keep_ms=slot.keep_ms, answer=packed),
         )
 
 

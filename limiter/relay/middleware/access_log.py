@@ -7,17 +7,17 @@ no path but the pattern of a known route.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 from aiohttp import web
 
+from limiter.relay.http.handler import Handler
 from limiter.relay.http.problems import REQUEST_ID
 from limiter.relay.http.request_record import REQUEST_RECORD, RequestRecord, request_record
 from limiter.relay.telemetry.metrics import CLIENT_LEFT, METHODS, METRICS, Answered, Metrics
 
 _LOG = logging.getLogger("limiter.request")
 _UNKNOWN_ROUTE = "unknown"
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def add_access_log(app: web.Application, metrics: Metrics, short_name: Callable[[str], str]) -> None:

@@ -1,13 +1,14 @@
 """The one place where a request that failed becomes an answer, and where those that no route takes are refused."""
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 
 from aiohttp import HttpVersion10, hdrs, web
 
 from limiter._util.ids import random_id
 from limiter.errors import LimiterError
 from limiter.relay.http.connection import REFUSED
+from limiter.relay.http.handler import Handler
 from limiter.relay.http.problems import REQUEST_ID, Problem, ProblemRaised, fail, problem_from, problem_response
 from limiter.relay.metering.availability import RedisUnavailable
 from limiter.relay.middleware.cors import preflight
@@ -15,7 +16,6 @@ from limiter.relay.middleware.cors import preflight
 _LOG = logging.getLogger("limiter.relay")
 _WORTH_READING = 64 << 10  # bytes of what a refused client still sends
 _SERVER_ERROR = 500
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @web.middleware

@@ -10,7 +10,7 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Decision
-from limiter.relay.handlers.metered import RELAY
+from limiter.relay.handlers.context import RELAY
 from tests.support.openai_backend import CHUNK, Backend
 from tests.support.redis_servers import free_port
 from tests.support.relay import ONE_SERVER, RunningRelay, StartRelay, client_of, new_install, tiers
@@ -170,7 +170,7 @@ async def test_client_when_it_leaves_while_redis_decides_then_what_was_held_is_g
     asking = asyncio.ensure_future(relay.ask())
     await limiter.reserving.wait()
     asking.cancel()
-    await eventually(lambda: bool(relay.app[RELAY].settlements._tasks), what="the settlement")
+    await eventually(lambda: bool(relay.app[RELAY].retries._tasks), what="the settlement")
     assert await relay.spent() == (0, 0)
     assert gemini.seen == []
     assert (await relay.ask()).status == 200
@@ -207,7 +207,7 @@ async def test_client_when_it_leaves_while_its_install_is_made_then_what_was_hel
         return await limiter.row(relay.install_id) is not None
 
     await eventually(is_made, what="the new row")
-    await eventually(lambda: not relay.app[RELAY].settlements._tasks, what="the settlement")
+    await eventually(lambda: not relay.app[RELAY].retries._tasks, what="the settlement")
     assert (await limiter.balance(relay.install_id, tier="core")).held == 0
     assert gemini.seen == []
 

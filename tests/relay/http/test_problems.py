@@ -217,7 +217,7 @@ async def test_accept_when_it_asks_for_problem_json_then_errors_are_it(relay: Ru
 async def test_row_when_it_is_broken_then_500_tells_the_client_nothing_of_it(
     relay: RunningRelay, redis: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    key = relay.limiter.keys.install(relay.install_id)
+    key = relay.limiter.session.keys.install(relay.install_id)
     await relay.ask()
     await relay.settled()
     await redis.hset(key, "lifetime_consumed", "many")
@@ -253,7 +253,7 @@ async def test_settlement_when_it_fails_then_its_line_names_the_request_in_a_fie
 ) -> None:
     asking = asyncio.ensure_future(relay.ask("wait"))
     await gemini.arrived.wait()
-    key = relay.limiter.keys.install(relay.install_id)
+    key = relay.limiter.session.keys.install(relay.install_id)
     await redis.hset(key, "lifetime_consumed", "many")
     gemini.go_on.set()
     answer = await asking

@@ -17,11 +17,15 @@ from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Tiers, connect
 from limiter.credits.keys import Keys
-from limiter.credits.models import Decision
 from limiter.errors import SettingsError
+from limiter.licences.seats import Seats
 from limiter.licences.tokens import Licence
 from limiter.relay.metering.admission import Admission, client_address, trusted_networks
 from limiter.relay.metering.claims import Stores
+from limiter.relay.http.client_address import client_address, trusted_networks
+from limiter.relay.metering.admission import Admission, Wanted
+from limiter.relay.metering.install_rate_limit import InstallRateLimit
+from tests.conftest import text_of
 from tests.relay.metering.test_idempotency import Answer, add_request_id, error_middleware
 from tests.support.cli import limiter
 from tests.support.credits import text_of
@@ -51,13 +55,8 @@ class Node:
             seats = int(request.headers["X-Seats"]) or None
             licence = Licence("core", SUBJECT, expires_s, seats, "", expired="X-Expired" in request.headers)
         await self.admission.seat(install_id, licence)
-
-        async def reserve(may_create: bool) -> Decision:
-            return await self.limiter.reserve(
-                install_id, tier="core", has_hardware=False, may_create=may_create, hold_id=uuid.uuid4().hex
-            )
-
-        decision = await self.admission.reserve(request, install_id, licence, reserve)
+        wanted = Wanted(install_id, tier="core", has_hardware=False, cost=1, hold_id=uuid.uuid4().hex)
+        decision = await self.admission.reserve(request, licence, wanted)
         await self.limiter.commit(install_id, decision.hold_id)
         return web.json_response({"status": decision.status})
 
@@ -78,17 +77,21 @@ async def start(redis: Redis, redis_url: str) -> AsyncIterator[StartNode]:
     async with AsyncExitStack() as stack:
 
         async def start(
-            url: str = redis_url, *, trusted: list[str] | None = None, timeout_ms: int = 5000, **limits: int
+            url: str = redis_url,
+            *,
+            trusted: list[str] | None = None,
+            timeout_ms: int = 5000,
+            mint_per_ip: int = 20,
+            mint_overall: int = 50,
         ) -> Node:
             client = await connect(url, timeout_ms=timeout_ms)
             stack.push_async_callback(client.aclose)
-            limits.setdefault("mint_overall", 50)
             limiter = CreditLimiter(client, TIERS, timeout_ms=timeout_ms, deadline_ms=2 * timeout_ms)
             admission = Admission(
-                Stores(limiter, timeout_ms=timeout_ms),
+                limiter,
+                Seats(limiter.session),
+                InstallRateLimit(limiter.session, per_ip=mint_per_ip, overall=mint_overall, limit_loopback=True),
                 trusted_proxies=trusted_networks(PROXIES if trusted is None else trusted),
-                limit_loopback=True,
-                **limits,
             )
             session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
             stack.push_async_callback(session.close)
@@ -281,7 +284,7 @@ async def test_seats_when_refused_then_that_is_not_remembered(start: StartNode) 
     node, first, second = await start(), str(uuid.uuid4()), str(uuid.uuid4())
     await node.ask(first, X_Seats="1")
     assert [(await node.ask(second, X_Seats="1")).status for _ in range(3)] == [403] * 3
-    await Stores(node.limiter).free(SUBJECT, first)
+    await Seats(node.limiter.session).free(SUBJECT, first)
     assert (await node.ask(second, X_Seats="1")).status == 200
 
 

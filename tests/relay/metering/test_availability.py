@@ -13,7 +13,7 @@ from limiter import CreditLimiter, Decision, connect
 from limiter.config.settings import OnRedisDown
 from limiter.errors import BrokenRow, LimiterUnavailable, Overloaded
 from limiter.relay.http.problems import problem_from
-from limiter.relay.metering.availability import RedisAvailability, RedisUnavailable
+from limiter.relay.metering.availability import RedisAvailability, RedisUnavailable, WatchedLimiter
 from tests.support.redis_servers import Server
 from tests.support.relay import ONE_SERVER, new_install, tiers
 from tests.support.wait import eventually
@@ -22,20 +22,19 @@ TIMEOUT_MS, DEADLINE_MS = 200, 400
 
 
 class Node:
-    """One node: its limiter and its mode, on a server that the test may stop."""
+    """One node: its limiter and what it knows of Redis, on a server that the test may stop."""
 
     def __init__(self, server: Server, redis: Redis, on_redis_down: OnRedisDown) -> None:
         self.server, self.redis = server, redis
         self.limiter = CreditLimiter(redis, tiers(lifetime=1000), timeout_ms=TIMEOUT_MS, deadline_ms=DEADLINE_MS)
         self.took_s: list[float] = []
-        self.mode = RedisAvailability(self.limiter, on_redis_down=on_redis_down, timed=self.took_s.append)
+        self.availability = RedisAvailability(self.limiter, on_redis_down=on_redis_down, timed=self.took_s.append)
         self.install_id = new_install()
 
     async def ask(self, hold_id: str | None = None) -> Decision:
         """Ask for one credit, as a request does."""
-        return await self.mode.decide(
-            lambda: self.limiter.reserve(self.install_id, tier="core", has_hardware=True, hold_id=hold_id)
-        )
+        watched = WatchedLimiter(self.limiter, self.availability)
+        return await watched.reserve(self.install_id, tier="core", has_hardware=True, hold_id=hold_id)
 
     async def outcome(self) -> str:
         """Ask, and tell in a word what came of it; an allowed hold is given back."""
@@ -53,7 +52,7 @@ class Node:
         """End the server in some way, and wait until this node has noticed."""
         getattr(self.server, how)()
         assert await self.outcome() == "unavailable"
-        assert self.mode.state == "away"
+        assert self.availability.state == "away"
 
     def bring_back(self, how: str) -> None:
         """Undo it."""
@@ -61,7 +60,7 @@ class Node:
 
     async def is_back(self) -> float:
         """Wait for the recovery, and tell how long it took."""
-        return await eventually(lambda: self.mode.state == "ok", what="the recovery")
+        return await eventually(lambda: self.availability.state == "ok", what="the recovery")
 
 
 StartNode = Callable[..., "asyncio.Future[Node]"]
@@ -75,7 +74,7 @@ async def start_node(own_server: Callable[..., Server], closing: AsyncExitStack)
             redis = await connect(server.url, timeout_ms=TIMEOUT_MS)
             closing.push_async_callback(redis.aclose)
             node = Node(server, redis, on_redis_down)
-            await closing.enter_async_context(node.mode)
+            await closing.enter_async_context(node.availability)
             return node
 
         return asyncio.ensure_future(open_node())
@@ -102,7 +101,7 @@ async def test_redis_when_it_is_away_then_a_balance_is_refused_at_once_too(start
     node = await start_node()
     await node.lose_redis("kill")
     with pytest.raises(RedisUnavailable):
-        await node.mode.call(lambda: node.limiter.balance(node.install_id, tier="core"))
+        await WatchedLimiter(node.limiter, node.availability).balance(node.install_id, tier="core")
 
 
 @pytest.mark.parametrize("how", ["kill", "pause"])
@@ -112,7 +111,7 @@ async def test_redis_when_it_goes_while_nobody_asks_then_the_probe_notices(
     monkeypatch.setattr("limiter.relay.metering.availability._IDLE_S", 0.05)
     node = await start_node()
     getattr(node.server, how)()
-    await eventually(lambda: node.mode.state == "away", what="notice of it")
+    await eventually(lambda: node.availability.state == "away", what="notice of it")
     node.bring_back(how)
     await node.is_back()
 
@@ -138,24 +137,24 @@ async def test_redis_when_it_is_away_then_requests_are_unmetered_until_it_is_bac
     start_node: StartNode, on_redis_down: OnRedisDown
 ) -> None:
     node = await start_node(on_redis_down)
-    assert not node.mode.serves_unmetered
+    assert not node.availability.serves_unmetered
     await node.lose_redis("pause")
-    assert node.mode.serves_unmetered == (on_redis_down == "hardware")
+    assert node.availability.serves_unmetered == (on_redis_down == "hardware")
     node.bring_back("pause")
     await node.is_back()
-    assert not node.mode.serves_unmetered
+    assert not node.availability.serves_unmetered
 
 
 async def test_back_when_redis_is_away_then_it_waits_for_its_return(start_node: StartNode) -> None:
     node = await start_node()
-    await node.mode.back()
+    await node.availability.back()
     await node.lose_redis("kill")
-    waiting = asyncio.ensure_future(node.mode.back())
+    waiting = asyncio.ensure_future(node.availability.back())
     await asyncio.wait({waiting}, timeout=0.05)
     assert not waiting.done()
     node.bring_back("kill")
     await waiting
-    assert node.mode.state == "ok"
+    assert node.availability.state == "ok"
 
 
 async def test_redis_when_it_takes_no_writes_then_it_is_away_though_it_answers_a_balance(
@@ -169,8 +168,8 @@ async def test_redis_when_it_takes_no_writes_then_it_is_away_though_it_answers_a
     balance = await node.limiter.balance(node.install_id, tier="core")
     assert balance.remaining == 1000
     with pytest.raises(LimiterUnavailable):
-        await node.mode._probe()
-    assert node.mode.state == "away"
+        await node.availability._probe()
+    assert node.availability.state == "away"
     await node.redis.replicaof("NO", "ONE")
     await node.is_back()
 
@@ -215,14 +214,15 @@ async def test_call_when_it_fails_alone_then_redis_is_not_away_and_it_is_not_ser
     """As when one of several servers is gone: the installs of the others are served."""
     node, gone = await start_node("hardware"), await start_node()
     gone.server.kill()
-    failing = asyncio.ensure_future(node.mode.decide(lambda: gone.limiter.reserve("x", tier="core", has_hardware=True)))
+    watched = WatchedLimiter(gone.limiter, node.availability)
+    failing = asyncio.ensure_future(watched.reserve("x", tier="core", has_hardware=True))
     await asyncio.sleep(0)
     assert await node.outcome() == "ALLOWED"
     with pytest.raises(LimiterUnavailable):
         await failing
-    assert not await node.mode.serves_this_unmetered()
+    assert not await node.availability.serves_this_unmetered()
     assert await node.outcome() == "ALLOWED"
-    assert node.mode.state == "ok"
+    assert node.availability.state == "ok"
 
 
 @pytest.mark.parametrize("on_redis_down", ["deny", "hardware"])
@@ -232,30 +232,31 @@ async def test_call_when_it_fails_just_after_another_was_answered_then_a_look_te
     """As when Redis goes while requests overlap: the failure of the older one alone would not be believed."""
     node, gone = await start_node(on_redis_down), await start_node()
     gone.server.kill()
-    failing = asyncio.ensure_future(node.mode.decide(lambda: gone.limiter.reserve("x", tier="core", has_hardware=True)))
+    watched = WatchedLimiter(gone.limiter, node.availability)
+    failing = asyncio.ensure_future(watched.reserve("x", tier="core", has_hardware=True))
     await asyncio.sleep(0)
     assert await node.outcome() == "ALLOWED"
     node.server.kill()
     with pytest.raises(LimiterUnavailable):
         await failing
-    looks = await asyncio.gather(*(node.mode.serves_this_unmetered() for _ in range(5)))
+    looks = await asyncio.gather(*(node.availability.serves_this_unmetered() for _ in range(5)))
     assert looks == [on_redis_down == "hardware"] * 5
 
 
 @ONE_SERVER
 async def test_row_when_it_is_broken_then_redis_is_not_away(redis: Redis) -> None:
     limiter = CreditLimiter(redis, tiers(lifetime=10))
-    await redis.hset(limiter.keys.install("x"), "lifetime_consumed", "many")
-    async with RedisAvailability(limiter) as mode:
+    await redis.hset(limiter.session.keys.install("x"), "lifetime_consumed", "many")
+    async with RedisAvailability(limiter) as availability:
         with pytest.raises(BrokenRow):
-            await mode.decide(lambda: limiter.reserve("x", tier="core", has_hardware=True))
-        assert mode.state == "ok"
+            await WatchedLimiter(limiter, availability).reserve("x", tier="core", has_hardware=True)
+        assert availability.state == "ok"
 
 
 @ONE_SERVER
 async def test_probe_when_it_looks_then_it_leaves_no_row_behind(redis: Redis) -> None:
-    mode = RedisAvailability(CreditLimiter(redis, tiers(lifetime=10)))
-    await mode._probe()
+    availability = RedisAvailability(CreditLimiter(redis, tiers(lifetime=10)))
+    await availability._probe()
     assert await redis.keys("*") == []
 
 
@@ -276,9 +277,9 @@ async def test_probe_when_it_is_stopped_at_any_moment_then_it_ends(
 @ONE_SERVER
 async def test_decide_when_redis_answers_then_its_time_is_told_and_the_report_says_ok(redis: Redis) -> None:
     limiter, took_s = CreditLimiter(redis, tiers(lifetime=10)), list[float]()
-    async with RedisAvailability(limiter, timed=took_s.append) as mode:
-        await mode.decide(lambda: limiter.reserve("x", tier="core", has_hardware=True, hold_id="h"))
-        assert mode.report()["state"] == "ok"
+    async with RedisAvailability(limiter, timed=took_s.append) as availability:
+        await WatchedLimiter(limiter, availability).reserve("x", tier="core", has_hardware=True, hold_id="h")
+        assert availability.report()["state"] == "ok"
     assert len(took_s) == 1
     assert 0 < took_s[0] < 1
     await limiter.release("x", "h")
@@ -299,7 +300,7 @@ async def test_node_when_more_decisions_wait_than_may_then_the_next_is_refused_a
         await asyncio.sleep(0)
     with pytest.raises(Overloaded) as refused:
         await node.ask()
-    assert (node.mode.state, problem_from(refused.value).code) == ("ok", "limiter_overloaded")
+    assert (node.availability.state, problem_from(refused.value).code) == ("ok", "limiter_overloaded")
     server.resume()
     assert (await waiting).allowed
 
@@ -325,12 +326,12 @@ async def test_refusal_when_given_from_memory_then_it_does_not_show_that_redis_i
     closing.push_async_callback(redis.aclose)
     node = Node(server, redis, "deny")
     node.limiter = CreditLimiter(redis, tiers(lifetime=0), deadline_ms=DEADLINE_MS, deny_cache_ms=60_000)
-    node.mode = RedisAvailability(node.limiter, timed=node.took_s.append)
+    node.availability = RedisAvailability(node.limiter, timed=node.took_s.append)
     assert not (await node.ask()).from_memory
     server.kill()
-    lost = asyncio.ensure_future(node.mode.call(lambda: node.limiter.balance(node.install_id, tier="core")))
+    lost = asyncio.ensure_future(WatchedLimiter(node.limiter, node.availability).balance(node.install_id, tier="core"))
     while not lost.done():
         assert (await node.ask()).from_memory
         await asyncio.sleep(0.01)
     assert isinstance(lost.exception(), LimiterUnavailable)
-    assert (node.mode.state, len(node.took_s)) == ("away", 1)
+    assert (node.availability.state, len(node.took_s)) == ("away", 1)

@@ -18,10 +18,13 @@ from redis.asyncio import Redis
 from limiter import CreditLimiter, Tiers, connect
 from limiter.credits.keys import Keys
 from limiter.errors import LimiterError, LimiterUnavailable
-from limiter.relay.http.problems import REQUEST_ID, Problem, ProblemRaised, problem_from, problem_response, refuse
+from limiter.relay.http.problems import REQUEST_ID, Problem, ProblemRaised, problem_from, problem_response
+from limiter.relay.metering.answer_recorder import AnswerRecorder
 from limiter.relay.metering.availability import RedisAvailability, RedisUnavailable
-from limiter.relay.metering.claims import Claimed, ClaimStatus, Stores
-from limiter.relay.metering.idempotency import AnswerRecorder, Idempotency
+from limiter.relay.metering.background_retries import BackgroundRetries
+from limiter.relay.metering.claims import Claimed, Claims, ClaimStatus
+from limiter.relay.metering.idempotency import Idempotency
+from limiter.relay.metering.refusals import refuse
 from limiter.relay.metering.settlement import Settlements
 from limiter.relay.telemetry.metrics import Metrics
 from tests.support.credits import text_of
@@ -57,6 +60,9 @@ class Answer:
         return self.headers.get("Idempotency-Replayed") == "true"
 
 
+HOLD_MS = 600_000
+
+
 @dataclass
 class Backend:
     """What all nodes forward to: it counts, and waits when it is told to."""
@@ -73,6 +79,7 @@ class Node:
     backend: Backend
     limiter: CreditLimiter
     idempotency: Idempotency
+    retries: BackgroundRetries
     settlements: Settlements
     session: aiohttp.ClientSession
     url: str = ""
@@ -84,8 +91,11 @@ class Node:
         install_id = request.headers["X-Install-Id"]
         known = None if "X-Upload" in request.headers else body
 
-        async def serve(recording: AnswerRecorder) -> web.StreamResponse:
-            self.last = recording
+        attempt = await self.idempotency.begin(request, install_id, known)
+        if attempt.replay is not None:
+            return attempt.replay
+        with attempt:
+            recording = self.last = attempt.recorder
             try:
                 decision = await self.limiter.reserve(
                     install_id, tier="core", has_hardware=False, hold_id=recording.hold_id
@@ -101,12 +111,8 @@ class Node:
                 hold.commit("gemini")
                 recording.debited()
 
-            try:
+            with hold:
                 return await self.forward(request, json.loads(body)["model"], recording, commit)
-            finally:
-                hold.release()
-
-        return await self.idempotency.once(request, install_id, known, serve)
 
     async def forward(
         self, request: web.Request, model: str, recording: AnswerRecorder, commit: Callable[[], None]
@@ -189,7 +195,7 @@ async def node_on(
     *,
     install_id: str,
     tiers: Tiers = TIERS,
-    hold_ms: int = 600_000,
+    hold_ms: int = HOLD_MS,
     timeout_ms: int = 5000,
     keep_s: int = 86_400,
     retry_window_s: int = 60,
@@ -198,17 +204,19 @@ async def node_on(
         redis = await connect(redis_url, timeout_ms=timeout_ms)
         stack.push_async_callback(redis.aclose)
         limiter = CreditLimiter(redis, tiers, hold_ms=hold_ms, timeout_ms=timeout_ms, deadline_ms=2 * timeout_ms)
-        settlements = Settlements(limiter, RedisAvailability(limiter), Metrics(tiers=TIERS, routes=[]))
-        stack.push_async_callback(settlements.drain, 5)
+        retries = BackgroundRetries(RedisAvailability(limiter), give_up_s=hold_ms / 1000)
+        settlements = Settlements(limiter, retries, Metrics(tiers=TIERS, routes=[]))
+        stack.push_async_callback(retries.drain, 5)
         idempotency = Idempotency(
-            Stores(limiter, timeout_ms=timeout_ms),
-            settlements.start,
+            Claims(limiter.session),
+            retries,
+            hold_ms=hold_ms,
             keep_s=keep_s,
             keep_bytes=KEEP_BYTES,
             retry_window_s=retry_window_s,
         )
         session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True))
-        node = Node(backend, limiter, idempotency, settlements, session, install_id=install_id)
+        node = Node(backend, limiter, idempotency, retries, settlements, session, install_id=install_id)
         app = web.Application(client_max_size=8 << 20, middlewares=[error_middleware])
         app.router.add_post("/{path:.*}", node.handle)
         app.on_response_prepare.append(add_request_id)
@@ -310,20 +318,20 @@ async def test_key_when_its_attempt_failed_and_the_claim_is_about_to_be_dropped_
     """The drop runs behind the answer: a client may be faster than it, also on another node."""
     found = asyncio.Event()
 
-    class Held(Stores):
+    class Held(Claims):
         async def drop(self, claim_key: str, owner: str) -> ClaimStatus:
             await found.wait()
             return await super().drop(claim_key, owner)
 
-    class Noted(Stores):
+    class Noted(Claims):
         async def claim(self, *args: Any, **more: Any) -> Claimed:
             claimed = await super().claim(*args, **more)
             found.set()
             return claimed
 
     one, other = nodes
-    one.idempotency = Idempotency(Held(one.limiter), one.settlements.start)
-    other.idempotency = Idempotency(Noted(other.limiter), other.settlements.start)
+    one.idempotency = Idempotency(Held(one.limiter.session), one.retries, hold_ms=HOLD_MS)
+    other.idempotency = Idempotency(Noted(other.limiter.session), other.retries, hold_ms=HOLD_MS)
     assert (await one.ask("fail")).status == 502
     assert (await other.ask("plain")).status == 201
     assert backend.calls == 2
@@ -474,10 +482,10 @@ async def test_record_when_kept_then_it_lives_as_long_as_the_settings_say_and_a_
 
 async def test_node_when_it_dies_then_its_claim_lapses_and_the_key_is_served(nodes: Nodes, backend: Backend) -> None:
     await nodes[0].ask()  # tells the fingerprint
-    redis, key = nodes[0].limiter.redis, Keys().claim(nodes[0].install_id, "k")
+    redis, key = nodes[0].limiter.session.redis, Keys().claim(nodes[0].install_id, "k")
     fingerprint = text_of(await redis.hget(key, "fingerprint") or "")
     await redis.delete(key)
-    await Stores(nodes[1].limiter).claim(key, "of a node that died", fingerprint, claim_ms=600)
+    await Claims(nodes[1].limiter.session).claim(key, "of a node that died", fingerprint, claim_ms=600)
     assert (await nodes[0].ask()).code == "idempotency_in_progress"
 
     async def served() -> bool:
@@ -542,12 +550,12 @@ async def test_redis_when_away_then_503_and_the_key_is_served_when_it_is_back(
 async def test_redis_when_known_to_be_away_then_503_at_once_and_nothing_is_sent(
     nodes: Nodes, redis: Redis, backend: Backend
 ) -> None:
-    async def refuse_call(_operation: Callable[[], Awaitable[object]]) -> NoReturn:
+    async def refuse_call(_operation: Callable[[], Awaitable[object]], /) -> NoReturn:
         raise RedisUnavailable
 
     node = nodes[0]
-    away = Stores(node.limiter, call=refuse_call)
-    idempotency = node.idempotency = Idempotency(away, node.settlements.start)
+    unavailable = Claims(node.limiter.session.guarded(refuse_call))
+    idempotency = node.idempotency = Idempotency(unavailable, node.retries, hold_ms=HOLD_MS)
     answer = await node.ask()
     assert (answer.status, answer.code) == (503, "limiter_unavailable")
     assert await redis.keys("*") == []

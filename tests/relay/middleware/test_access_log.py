@@ -14,9 +14,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from limiter._util.timestamps import iso_from_ms
 from limiter.log_config import set_up_logging, short_names
+from limiter.relay.http.handler import Handler
 from limiter.relay.http.problems import REQUEST_ID
 from limiter.relay.http.request_record import request_record
-from limiter.relay.middleware.access_log import Handler, add_access_log
+from limiter.relay.middleware.access_log import add_access_log
 from limiter.relay.telemetry.metrics import UNMETERED, Metrics, show_metrics
 from tests.support.relay import new_install
 from tests.support.wait import eventually

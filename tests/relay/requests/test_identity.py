@@ -31,7 +31,7 @@ async def test_install_when_its_case_differs_then_it_is_one_install(relay: Runni
     for spelling in (install_id, install_id.upper(), install_id.title(), f" {install_id} "):
         assert (await relay.ask(headers={"X-Install-Id": spelling})).status == 200
     assert await relay.spent(install_id) == (4, 4)
-    assert len(await relay.limiter.redis.keys("*")) == 1
+    assert len(await relay.limiter.session.redis.keys("*")) == 1
 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER", "Bearer "])

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from limiter.relay.handlers.metered import RELAY
+from limiter.relay.handlers.context import RELAY
 from limiter.relay.requests.memory_budget import MemoryBudget
 from tests.support.openai_backend import Backend
 from tests.support.relay import CHAT, ONE_SERVER, RunningRelay, StartRelay, client_of
@@ -27,7 +27,7 @@ async def small(start_relay: StartRelay, gemini: Backend, hardware: Backend) -> 
 
 
 def bodies(relay: RunningRelay) -> MemoryBudget:
-    return relay.app[RELAY].bodies
+    return relay.app[RELAY].memory
 
 
 async def test_body_when_those_before_it_fill_the_memory_then_503_and_it_is_served_when_they_are_done(

@@ -105,7 +105,7 @@ async def test_commit_when_the_row_was_broken_meanwhile_then_it_is_counted_as_fa
 ) -> None:
     asking = asyncio.ensure_future(relay.ask("wait"))
     await gemini.arrived.wait()
-    key = relay.limiter.keys.install(relay.install_id)
+    key = relay.limiter.session.keys.install(relay.install_id)
     await redis.hset(key, "lifetime_consumed", "many")
     gemini.go_on.set()
     assert (await asking).status == 200

@@ -1,0 +1,54 @@
+"""The one place that repeats a call to Redis: within a deadline, and one of unknown outcome only where that is safe."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from limiter._util.backoff import Backoff
+from limiter.errors import LimiterUnavailable, Overloaded
+
+T = TypeVar("T")
+
+
+async def retry(
+    attempt: Callable[[], Awaitable[T]],
+    *,
+    deadline_s: float,
+    when_unknown: bool = True,
+    when_overloaded: bool = False,
+) -> T:
+    """Run an attempt, and again after LimiterUnavailable, until one is answered or the deadline is over.
+
+    Args:
+        attempt: ends by itself within the timeout of one attempt.
+        deadline_s: seconds for all attempts and the pauses between them.
+        when_unknown: whether an attempt may be repeated that may have been executed.
+        when_overloaded: whether it is repeated where more calls wait already than should: for what ends work that was
+            begun.
+
+    Raises what the last attempt raised; its `executed` is None when an earlier one may have been executed.
+    """
+    ends_s = time.monotonic() + deadline_s
+    try:
+        return await attempt()
+    except LimiterUnavailable as error:
+        failure = error
+    unknown = failure.executed is not False
+    backoff = Backoff(first_s=0.01, max_s=0.25)
+    while True:
+        pause_s = backoff.next_s()
+        overloaded = isinstance(failure, Overloaded) and not when_overloaded
+        if (unknown and not when_unknown) or overloaded or time.monotonic() + pause_s >= ends_s:
+            failure.executed = None if unknown else False
+            raise failure
+        await asyncio.sleep(pause_s)
+        try:
+            async with asyncio.timeout(ends_s - time.monotonic()):
+                return await attempt()
+        except TimeoutError:
+            message = f"Redis did not answer in time: the outcome is unknown; before that: {failure}"
+            raise LimiterUnavailable(message) from None
+        except LimiterUnavailable as error:
+            failure = error
+            unknown = unknown or error.executed is not False

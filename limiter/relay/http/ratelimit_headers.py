@@ -1,0 +1,33 @@
+"""The RateLimit headers of a balance, and what of it can be spent."""
+
+from limiter.credits.models import Balance
+
+
+def ratelimit_headers(balance: Balance) -> dict[str, str]:
+    """Give RateLimit-Policy and RateLimit in the syntax of draft-ietf-httpapi-ratelimit-headers-11.
+
+    A lifetime quota has no window and no reset; what has no limit has no item, and without items no header.
+    """
+    window = "" if balance.period_s is None else f";w={balance.period_s}"
+    reset = "" if balance.renews_in_s is None else f";t={balance.renews_in_s}"
+    credits_left, gemini_left = spendable(balance)
+    policy, left = [], []
+    if balance.quota is not None:
+        policy.append(f'"credits";q={balance.quota}{window}')
+        left.append(f'"credits";r={credits_left}{reset}')
+    if balance.gemini_cap is not None:
+        policy.append(f'"gemini";q={balance.gemini_cap}{window}')
+        left.append(f'"gemini";r={gemini_left}{reset}')
+    return {"RateLimit-Policy": ", ".join(policy), "RateLimit": ", ".join(left)} if policy else {}
+
+
+def spendable(balance: Balance) -> tuple[int | None, int | None]:
+    """Give the credits and the Gemini credits that no live hold covers; None for what has no limit.
+
+    A hold counts against both, as it may still be committed on either backend.
+    """
+    credits_left, gemini_left, held = balance.remaining, balance.gemini_remaining, balance.held
+    return (
+        None if credits_left is None else max(0, credits_left - held),
+        None if gemini_left is None else max(0, gemini_left - held),
+    )

@@ -1,0 +1,97 @@
+"""Calls to Redis that must be made, in tasks that the app owns: no client that leaves and no outage stops them."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+from limiter._util.backoff import Backoff
+from limiter.errors import LimiterError, LimiterUnavailable
+from limiter.relay.metering.availability import RedisAvailability
+from limiter.relay.telemetry.metrics import FAILED, GAVE_UP
+
+_LOG = logging.getLogger("limiter.relay")
+_MIN_DRAIN_S = 2.0  # "do not wait for requests" must not lose the commits of those that were served
+
+
+class BackgroundRetries:
+    """Calls that are repeated while Redis is unavailable. End it with `drain` before the connection closes.
+
+    give_up_s: after so many seconds a call is given up: what it was about has expired by then.
+    """
+
+    def __init__(self, availability: RedisAvailability, *, give_up_s: float) -> None:
+        self._availability, self._give_up_s = availability, give_up_s
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(
+        self,
+        what: str,
+        request_id: str,
+        call: Callable[[], Awaitable[object]],
+        *,
+        on_end: Callable[[object], None] | None = None,
+    ) -> None:
+        """Make a call in the background.
+
+        Args:
+            what: names it in the log.
+            request_id: of the request that it belongs to.
+            call: one attempt, which may be repeated after LimiterUnavailable.
+            on_end: called with what the call returned, or with FAILED or GAVE_UP.
+        """
+        running = self._run(what, request_id, call, on_end)
+        task = asyncio.get_running_loop().create_task(running, name=f"{what} {request_id}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def under_way(self) -> int:
+        """Return how many calls are under way."""
+        return len(self._tasks)
+
+    async def drain(self, within_s: float) -> None:
+        """Wait for the calls under way. Those that remain are given up and logged: their holds expire by themselves."""
+        if self._tasks:
+            _, left = await asyncio.wait(self._tasks, timeout=max(within_s, _MIN_DRAIN_S))
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
+
+    async def _run(
+        self,
+        what: str,
+        request_id: str,
+        call: Callable[[], Awaitable[object]],
+        on_end: Callable[[object], None] | None,
+    ) -> None:
+        outcome: object = FAILED
+        named = {"request_id": request_id}
+        try:
+            outcome = await self._repeat(call)
+        except LimiterUnavailable as error:
+            _LOG.error("%s was not settled before its hold lapsed: %s", what, error, extra=named)
+            outcome = GAVE_UP
+        except LimiterError:
+            _LOG.exception("%s cannot be settled", what, extra=named)
+        except asyncio.CancelledError:
+            _LOG.error("gave up at shutdown: %s", what, extra=named)
+            outcome = GAVE_UP
+        finally:
+            if on_end is not None:
+                on_end(outcome)
+
+    async def _repeat(self, call: Callable[[], Awaitable[object]]) -> object:
+        ends_s = time.monotonic() + self._give_up_s
+        backoff = Backoff(first_s=0.05, max_s=2.0)
+        while True:
+            try:
+                return await call()
+            except LimiterUnavailable:
+                if time.monotonic() > ends_s:
+                    raise
+            if self._availability.state == "ok":
+                await asyncio.sleep(backoff.next_s())
+            with suppress(TimeoutError):
+                async with asyncio.timeout(max(0, ends_s - time.monotonic())):
+                    await self._availability.back()

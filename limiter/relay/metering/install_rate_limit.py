@@ -1,0 +1,100 @@
+"""New installs at a bounded rate, counted in Redis over all nodes: for each network, and for all clients together."""
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+from ipaddress import IPv4Address, IPv6Network
+
+from limiter.credits.session import Session
+from limiter.relay.http.client_address import Address, Network
+from limiter.relay.http.problems import Problem, ProblemRaised
+
+PERIOD_MS = 3_600_000
+_SITE_BITS = 56  # what one customer of an IPv6 provider usually has
+
+
+class MintStatus(StrEnum):
+    """What mint.lua did."""
+
+    MINTED = "MINTED"
+    LIMITED = "LIMITED"
+    RETURNED = "RETURNED"
+
+
+@dataclass(frozen=True, slots=True)
+class Mint:
+    """What mint.lua answered. wait_ms: until the next new install is let through, 0 unless LIMITED."""
+
+    status: MintStatus
+    wait_ms: int
+
+
+class InstallRateLimit:
+    """Counts new installs.
+
+    Args:
+        session: where they are counted.
+        per_ip: new installs an hour for one IPv4 address or IPv6 /56; 0 for no limit.
+        overall: and for all clients together; 0 for no limit.
+        limit_loopback: whether this machine's own addresses have the first limit, too. By default they do not: who
+            comes from there tries the relay out, or is a proxy that trusted_proxies forgot, behind which all clients
+            look alike.
+    """
+
+    def __init__(
+        self, session: Session, *, per_ip: int = 20, overall: int = 10_000, limit_loopback: bool = False
+    ) -> None:
+        self._session = session
+        self._scripts = session.scripts()
+        self._per_ip, self._overall = per_ip, overall
+        self._limit_loopback = limit_loopback
+
+    async def count(self, address: Address) -> None:
+        """Count a new install from an address. Raises ProblemRaised (429), LimiterUnavailable."""
+        network = str(_network_of(address))
+        per_ip = self._per_ip if self._limit_loopback or not address.is_loopback else 0
+        if per_ip:
+            mint = await self.mint(network, limit=per_ip)
+            if mint.status is MintStatus.LIMITED:
+                raise _limited("your network", mint.wait_ms)
+        if self._overall:
+            mint = await self.mint(None, limit=self._overall)
+            if mint.status is MintStatus.LIMITED:
+                if per_ip:
+                    await self.return_mint(network, limit=per_ip)
+                raise _limited("all clients together", mint.wait_ms)
+
+    async def mint(self, network: str | None, *, limit: int, period_ms: int = PERIOD_MS) -> Mint:
+        """Run mint.lua for one new install of a network, or of all. Never repeated once it may have counted."""
+        return await self._mint(network, limit, period_ms, 0)
+
+    async def return_mint(self, network: str | None, *, limit: int, period_ms: int = PERIOD_MS) -> Mint:
+        """Run mint.lua to give back what `mint` counted."""
+        return await self._mint(network, limit, period_ms, 1)
+
+    async def _mint(self, network: str | None, limit: int, period_ms: int, returns: int) -> Mint:
+        key = self._session.keys.mint(network)
+        status, wait_ms = await self._session.retry(
+            lambda: self._scripts.call("mint", key, limit, period_ms, returns, self._session.now_ms()),
+            when_unknown=False,
+        )
+        return Mint(MintStatus(status.decode()), wait_ms)
+
+
+def _limited(whose: str, wait_ms: int) -> ProblemRaised:
+    return ProblemRaised(
+        Problem(
+            429,
+            "install_mint_limited",
+            "Too many new installs",
+            f"Too many new installs came from {whose}. Those that are known already are served.",
+            retry_after_s=max(1, math.ceil(wait_ms / 1000)),
+        )
+    )
+
+
+def _network_of(address: Address) -> Address | Network:
+    """Return what one client can be held to: an IPv4 address, an IPv6 /56."""
+    if isinstance(address, IPv4Address):
+        return address
+    return IPv6Network((int(address), _SITE_BITS), strict=False)  # by number: without a scope

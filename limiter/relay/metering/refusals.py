@@ -1,0 +1,68 @@
+"""What a denied decision means in HTTP: one error object for each reason."""
+
+from collections.abc import Mapping
+from typing import NoReturn
+
+from limiter.credits.models import Balance, Decision, Reason
+from limiter.relay.http.problems import Problem, ProblemRaised
+from limiter.relay.http.ratelimit_headers import ratelimit_headers
+
+
+def refuse(decision: Decision, headers: Mapping[str, str]) -> NoReturn:
+    """End the request with what a denied decision means in HTTP."""
+    balance = decision.balance
+    problem = _REFUSALS[decision.reason or Reason.OUT_OF_CREDITS](balance)
+    raise ProblemRaised(problem, {**ratelimit_headers(balance), **headers})
+
+
+def _out_of_credits(balance: Balance) -> Problem:
+    until = f"They renew at {balance.renews_at}." if balance.renews_at else "This tier's credits do not renew."
+    return Problem(
+        402,
+        Reason.OUT_OF_CREDITS,
+        "Out of credits",
+        f"This install has used the credits of its tier {balance.tier!r}. {until}",
+        may_retry=False,
+        renews_at=balance.renews_at,
+        violated_policies=("credits",),
+    )
+
+
+def _gemini_cap(balance: Balance) -> Problem:
+    return Problem(
+        402,
+        Reason.GEMINI_CAP,
+        "Gemini credits used up",
+        f"This install has used the Gemini credits of its tier {balance.tier!r}, and there is no other backend here.",
+        may_retry=False,
+        renews_at=balance.renews_at,
+        violated_policies=("gemini",),
+    )
+
+
+def _credits_in_flight(balance: Balance) -> Problem:
+    return Problem(
+        429,
+        Reason.CREDITS_IN_FLIGHT,
+        "Credits in flight",
+        f"{balance.held} credits are held by requests that still run: send this one again when they are done.",
+        retry_after_s=1,
+    )
+
+
+def _too_many_in_flight(balance: Balance) -> Problem:
+    return Problem(
+        429,
+        Reason.TOO_MANY_IN_FLIGHT,
+        "Too many requests in flight",
+        f"This install runs as many requests at once as its tier {balance.tier!r} allows.",
+        retry_after_s=1,
+    )
+
+
+_REFUSALS = {
+    Reason.OUT_OF_CREDITS: _out_of_credits,
+    Reason.GEMINI_CAP: _gemini_cap,
+    Reason.CREDITS_IN_FLIGHT: _credits_in_flight,
+    Reason.TOO_MANY_IN_FLIGHT: _too_many_in_flight,
+}
