@@ -34,9 +34,10 @@ _JOB = """
 import asyncio, sys, time
 from pathlib import Path
 import uvloop
-from limiter import CreditLimiter, Tiers, connect
+from limiter import connect
 from limiter.backup.dump import dump
 from limiter.backup.importer import import_file
+from limiter.credits.session import Session
 
 def most_kib():
     # Not by getrusage, which counts on from the process that started this one.
@@ -45,13 +46,13 @@ def most_kib():
 
 async def main(job, url, path):
     redis = await connect(url, allow_eviction=True)
-    limiter = CreditLimiter(redis, Tiers.from_mapping({"core": {"lifetime": 1}}))
+    session = Session(redis)
     idle_kib = most_kib()
     began = time.perf_counter()
     if job == "import":
-        await import_file(limiter, Path(path), mode="create")
+        await import_file(session, Path(path), mode="create")
     elif job == "dump":
-        await dump(limiter, Path(path))
+        await dump(session, Path(path))
     else:
         await read_all(redis)
     took_s = time.perf_counter() - began

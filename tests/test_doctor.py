@@ -29,9 +29,7 @@ from limiter.licences.tokens import issue, public_key_text
 from limiter.redis.acl import acl_line, needed_commands, probes
 from limiter.redis.replication import wait_for_replicas
 from limiter.redis.url import Kind
-from limiter.relay.metering.claims import MintStatus, Stores
 from limiter.relay.metering.install_rate_limit import InstallRateLimit, MintStatus
-from tests.conftest import TIERS, Closing
 from tests.support.cli import limiter
 from tests.support.credits import TIERS
 from tests.support.openai_backend import running_backend

@@ -243,7 +243,7 @@ async def test_batch_when_one_of_its_calls_fails_then_the_others_are_over_when_i
         return await attempt()
 
     monkeypatch.setattr(Scripts, "create_rows", some_fail)
-    monkeypatch.setattr(limiter, "repeated", unrepeated)
+    monkeypatch.setattr(limiter.session, "retry", unrepeated)
     writer = RowWriter(limiter.session, reject=lambda *_: asyncio.sleep(0))
     with LedgerFile(path) as file, pytest.raises(LimiterUnavailable):
         await writer.store([Item(entry, entry.row(now_ms=0)) for entry in file.entries()], "create")

@@ -34,14 +34,14 @@ KILLS = int(os.environ.get("LIMITER_TEST_KILLS", "15"))
 NURSERY = """
 import asyncio, os, signal, sys
 from pathlib import Path
-from limiter import CreditLimiter, Tiers, connect
+from limiter import connect
 from limiter.backup.persister import Persister
+from limiter.credits.session import Session
 
 async def persist(url, file, interval_s, lease_s):
     redis = await connect(url)
     persister = Persister(
-        CreditLimiter(redis, Tiers.from_mapping({"core": {"lifetime": 50}})),
-        Path(file), interval_s=float(interval_s), lease_s=float(lease_s), keep=3,
+        Session(redis), Path(file), interval_s=float(interval_s), lease_s=float(lease_s), keep=3
     )
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, persister.stop)
     await persister.run()

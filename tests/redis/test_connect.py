@@ -14,11 +14,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from limiter import CreditLimiter, LimiterUnavailable, SettingsError, connect
 from limiter.redis.cluster import primaries_of
-from limiter.redis.connect import redacted
-from limiter.redis.url import Address, parse_url, passwords_of
-from tests.support.credits import TIERS
 from limiter.redis.url import Address, parse_url, passwords_of, redacted
-from tests.conftest import TIERS, Closing
+from tests.support.credits import TIERS
 from tests.support.redis_servers import Server, binaries, free_port
 from tests.support.redis_topologies import ClusterSetUp, SentinelServer, told
 

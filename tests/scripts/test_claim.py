@@ -4,10 +4,8 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter
-from limiter.relay.metering.claims import Claimed, ClaimStatus, Stores
-from tests.support.credits import Clock, fields_of, text_of
 from limiter.relay.metering.claims import Claimed, Claims, ClaimStatus
-from tests.conftest import Clock, fields_of, text_of
+from tests.support.credits import Clock, fields_of, text_of
 
 KEY = "credits:claim:a:k"
 NOTHING = b""

@@ -16,11 +16,9 @@ from limiter.backup.lease import Lease, LeaseStatus
 from limiter.credits.keys import Keys
 from limiter.licences.seats import Seats, SeatStatus
 from limiter.redis.lua_source import compose, script_names
-from limiter.relay.metering.claims import ClaimStatus, MintStatus, SeatStatus, Stores
-from tests.support.credits import Clock
 from limiter.relay.metering.claims import Claims, ClaimStatus
 from limiter.relay.metering.install_rate_limit import InstallRateLimit, MintStatus
-from tests.conftest import Clock
+from tests.support.credits import Clock
 from tests.support.paths import LUA
 from tests.support.redis_proxy import Proxy, proxy_of
 

@@ -24,7 +24,9 @@ async def mint(new_installs: InstallRateLimit, limit: int, network: str | None =
 
 
 @pytest.mark.parametrize("limit", [1, 3, 7, 20, 5400, 10_000])
-async def test_mint_when_a_whole_period_comes_at_once_then_exactly_the_limit(new_installs: InstallRateLimit, limit: int) -> None:
+async def test_mint_when_a_whole_period_comes_at_once_then_exactly_the_limit(
+    new_installs: InstallRateLimit, limit: int
+) -> None:
     taken = min(limit, 40)
     for _ in range(taken):
         assert (await mint(new_installs, limit)).status is MintStatus.MINTED
@@ -34,7 +36,9 @@ async def test_mint_when_a_whole_period_comes_at_once_then_exactly_the_limit(new
     assert (await mint(new_installs, limit)).status is MintStatus.LIMITED
 
 
-async def test_mint_when_limited_then_the_next_comes_exactly_after_the_wait(new_installs: InstallRateLimit, clock: Clock) -> None:
+async def test_mint_when_limited_then_the_next_comes_exactly_after_the_wait(
+    new_installs: InstallRateLimit, clock: Clock
+) -> None:
     for _ in range(3):
         await mint(new_installs, 3)
     limited = await mint(new_installs, 3)
@@ -53,7 +57,9 @@ async def test_mint_when_limited_then_nothing_is_counted(new_installs: InstallRa
     assert await redis.get(Keys().mint(None)) == before
 
 
-async def test_mint_when_given_back_then_another_comes_and_the_last_leaves_no_key(new_installs: InstallRateLimit, redis: Redis) -> None:
+async def test_mint_when_given_back_then_another_comes_and_the_last_leaves_no_key(
+    new_installs: InstallRateLimit, redis: Redis
+) -> None:
     for _ in range(2):
         await mint(new_installs, 2)
     assert (await new_installs.return_mint(None, limit=2, period_ms=HOUR_MS)).status is MintStatus.RETURNED
@@ -72,7 +78,9 @@ async def test_mints_when_of_two_networks_then_they_do_not_touch_and_live_a_peri
         assert 0 < await redis.pttl(Keys().mint(network)) <= HOUR_MS
 
 
-async def test_mints_when_they_come_at_random_for_days_then_never_over_the_rate(new_installs: InstallRateLimit, clock: Clock) -> None:
+async def test_mints_when_they_come_at_random_for_days_then_never_over_the_rate(
+    new_installs: InstallRateLimit, clock: Clock
+) -> None:
     """Within any hour at most the limit at once and the limit again as it comes back; over days, the rate."""
     chance, limit, minted = random.Random(3), 5, []
     began_ms = clock.now_ms

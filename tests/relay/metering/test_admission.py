@@ -20,12 +20,9 @@ from limiter.credits.keys import Keys
 from limiter.errors import SettingsError
 from limiter.licences.seats import Seats
 from limiter.licences.tokens import Licence
-from limiter.relay.metering.admission import Admission, client_address, trusted_networks
-from limiter.relay.metering.claims import Stores
 from limiter.relay.http.client_address import client_address, trusted_networks
 from limiter.relay.metering.admission import Admission, Wanted
 from limiter.relay.metering.install_rate_limit import InstallRateLimit
-from tests.conftest import text_of
 from tests.relay.metering.test_idempotency import Answer, add_request_id, error_middleware
 from tests.support.cli import limiter
 from tests.support.credits import text_of

@@ -118,7 +118,7 @@ async def test_commit_when_the_row_was_broken_meanwhile_then_it_is_counted_as_fa
 async def test_commit_when_shutdown_cannot_wait_for_redis_then_it_is_counted_as_given_up(
     own_server: Callable[..., Server], gemini: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("limiter.relay.metering.settlement._LEAST_DRAIN_S", 0.1)
+    monkeypatch.setattr("limiter.relay.metering.background_retries._MIN_DRAIN_S", 0.1)
     server = own_server()
     redis = await connect(server.url, timeout_ms=300)
     async with relays_on(redis) as start:
@@ -140,7 +140,7 @@ async def test_commit_when_shutdown_cannot_wait_for_redis_then_it_is_counted_as_
 async def test_undo_when_too_many_are_under_way_then_it_is_counted_as_given_up(
     own_server: Callable[..., Server], gemini: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("limiter.relay.metering.settlement._MOST_UNDOS", 0)
+    monkeypatch.setattr("limiter.relay.metering.settlement._MAX_UNDOS", 0)
     server = own_server()
     redis = await connect(server.url, timeout_ms=300)
     async with relays_on(redis) as start:
