@@ -1,4 +1,6 @@
 """Signed tiers: licence tokens, their keys, and the seats of installs on them.
 
+Begin with `tokens.Licences`, `seats.Seats`.
+
 May import: credits, errors.
 """

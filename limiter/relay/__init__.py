@@ -1,8 +1,4 @@
 """The relay: an OpenAI-compatible aiohttp application that spends an install's credits.
 
-`create_app` is its door, and `make_runner` runs it. Nothing here talks to Redis: `CreditLimiter` and `stores` do.
+Begin with `app.create_app`. Its packages name what they may import; only `process` knows how the application is run.
 """
-
-from limiter.relay.app import create_app, make_runner
-
-__all__ = ["create_app", "make_runner"]

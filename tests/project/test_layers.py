@@ -1,8 +1,9 @@
-"""Imports go one way: whoever serves uses the facade, the facade uses scripts and store, and these the values."""
+"""What import-linter cannot say: each package imports what its docstring names, and one module spells keys."""
 
 import ast
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -14,83 +15,65 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
     if path != PACKAGE / "__init__.py"
 }
-# Whoever is not listed serves: relay, admin, cli, persister and what belongs to them. They import what they like of
-# these, and none of these imports one of them.
-LAYERS = (
-    (
-        "_util.cancellation",
-        "errors",
-        "_util.timestamps",
-        "redis.lua_source",
-        "_util.fingerprint_set",
-        "redis.multiplexed",
-    ),
-    ("redis.client", "redis.url"),
-    ("redis.fan_out",),
-    ("redis.slot_map",),
-    ("redis.cluster",),
-    ("redis.scan",),
-    ("credits.keys", "credits.models"),
-    ("credits.scripts",),
-    ("credits.rows",),
-    ("credits.denial_cache", "credits.hold"),
-    ("credits.limiter",),
-)
-# Beside the layers: the way to a server, which knows errors only.
-DOOR = (
-    "redis.embedded",
-    "redis.multiplexed",
-    "redis.client",
-    "redis.url",
-    "redis.fan_out",
-    "redis.slot_map",
-    "redis.cluster",
-    "redis.sentinel",
-    "redis.connect",
-)
+PACKAGES = sorted(
+    name for name, path in MODULES.items() if path.name == "__init__.py" and name not in {"relay", "cli"}
+)  # the first of these two has packages of its own, the second may import everything
+# Modules that hold more than their names say would be two things.
+MAX_TOP_MODULES = 8
+
+
+def docstring_of(package: str) -> str:
+    return ast.get_docstring(ast.parse(MODULES[package].read_text())) or ""
 
 
 def imports_of(module: str) -> Iterator[str]:
-    """Give the modules of our own package that a module imports, wherever in it."""
+    """The modules of our own package that a module imports, wherever in it."""
     for node in ast.walk(ast.parse(MODULES[module].read_text())):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module} has a relative import"
-            names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+            inner = (node.module or "").removeprefix("limiter.")
+            below = [f"{node.module}.{alias.name}" for alias in node.names]
+            # A name of a package stands for the module that it is, or else for the package.
+            names = [each if each.removeprefix("limiter.") in MODULES else f"limiter.{inner}" for each in below]
         for name in names:
             if (inner := name.removeprefix("limiter.")) in MODULES and name != inner:
                 yield inner
 
 
-@pytest.mark.parametrize(("depth", "layer"), list(enumerate(LAYERS)))
-def test_layer_when_it_imports_then_only_from_the_layers_below_it_or_its_own(
-    depth: int, layer: tuple[str, ...]
-) -> None:
-    allowed = {name for below in LAYERS[: depth + 1] for name in below}
-    for module in layer:
-        assert set(imports_of(module)) <= allowed - {module}, f"{module} imports upwards"
-
-
-@pytest.mark.parametrize("module", DOOR)
-def test_door_when_it_imports_then_it_knows_no_rows(module: str) -> None:
-    assert set(imports_of(module)) <= {"errors", *DOOR} - {module}
-
-
-@pytest.mark.parametrize("module", ["config.settings", "config.loader"])
-def test_settings_when_they_import_then_they_start_nothing(module: str) -> None:
-    assert not {name for name in imports_of(module) if name.partition(".")[0] in {"relay", "cli"}}
-
-
-def test_settings_when_they_import_then_they_do_not_know_where_values_come_from() -> None:
-    assert set(imports_of("config.settings")) == {"credits.models"}
-
-
-def test_relay_when_it_imports_then_it_does_not_know_the_commands() -> None:
+@pytest.mark.parametrize("package", PACKAGES)
+def test_package_when_it_imports_then_exactly_what_its_docstring_names(package: str) -> None:
+    listed = re.search(r"May import: ([^.]*(?:\.[a-z_]+[^.]*)*)\.$", docstring_of(package), re.MULTILINE)
+    assert listed, f"{package} does not say what it may import"
+    allowed = set() if listed[1] == "nothing of limiter" else set(listed[1].replace("\n", " ").split(", "))
+    used = set()
     for module in MODULES:
-        if module.partition(".")[0] != "cli":
-            assert not [name for name in imports_of(module) if name.partition(".")[0] == "cli"], module
+        if module.startswith(f"{package}."):
+            for imported in imports_of(module):
+                if not imported.startswith(f"{package}."):
+                    named = {each for each in allowed if imported == each or imported.startswith(f"{each}.")}
+                    assert named, f"{module} imports {imported}, which {package} does not name"
+                    used |= named
+    assert used == allowed, f"{package} names what it does not import"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_package_when_it_is_imported_then_it_names_nothing_a_second_time(package: str) -> None:
+    """Each name has one door, the module that defines it. The docstring says where to begin reading."""
+    tree = ast.parse(MODULES[package].read_text())
+    assert len(tree.body) == 1, f"{package} has code beside its docstring"
+    named = re.findall(r"`([a-z_]+)\.(\w+)`", docstring_of(package))
+    assert named, f"{package} names nothing public"
+    for module, name in named:
+        source = MODULES[f"{package}.{module}"].read_text()
+        assert re.search(rf"^(?:async def|def|class) {name}\b|^{name}\b", source, re.MULTILINE), f"{module}.{name}"
+
+
+def test_modules_when_they_are_counted_then_few_lie_at_the_top() -> None:
+    assert len([path for path in PACKAGE.glob("*.py")]) <= MAX_TOP_MODULES
+    assert len([path for path in (PACKAGE / "relay").glob("*.py")]) <= MAX_TOP_MODULES
 
 
 def test_keys_when_spelled_then_in_one_module() -> None:
@@ -98,7 +81,7 @@ def test_keys_when_spelled_then_in_one_module() -> None:
         if module != "credits.keys":
             spelled = [
                 node.value
-                for node in ast.walk(ast.parse(path.read_text()))
+                for node in ast.walk(ast.parse(Path(path).read_text()))
                 if isinstance(node, ast.Constant)
                 and isinstance(node.value, str)
                 and re.search(":(install|claim|retry|seats|mint):", node.value)

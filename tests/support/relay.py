@@ -20,7 +20,7 @@ from redis.asyncio import Redis
 from limiter import CreditLimiter, Tiers
 from limiter.config.settings import IdempotencySettings, LicenceSettings, RedisSettings, RelaySettings, Settings
 from limiter.credits.models import Backend as BackendName
-from limiter.relay import create_app, make_runner
+from limiter.relay.app import create_app, make_runner
 from limiter.relay.handlers.context import RELAY
 from limiter.relay.handlers.health import Report
 from limiter.relay.upstream.client import BackendClient

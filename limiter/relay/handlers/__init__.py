@@ -1,4 +1,6 @@
 """One module per group of routes.
 
+Begin with `metered.serve_json`, `context.Relay`.
+
 May import: relay.http, relay.upstream, relay.telemetry, relay.requests, relay.metering, licences, credits, errors.
 """

@@ -1,4 +1,6 @@
 """The error object, headers and the handling of connections. It knows no credits logic.
 
-May import: credits.models, errors.
+Begin with `problems.Problem`, `request_record.RequestRecord`, `connection.RelayRunner`.
+
+May import: credits.models, _util, errors.
 """

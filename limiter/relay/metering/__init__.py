@@ -1,4 +1,7 @@
 """Who pays: admission, idempotency, settlement and the availability of Redis.
 
-May import: relay.http, relay.telemetry, licences, config, credits, redis, _util, errors.
+Begin with `admission.Admission`, `idempotency.Idempotency`, `settlement.Settlements`,
+`availability.RedisAvailability`.
+
+May import: relay.http, relay.telemetry, licences, config, credits, _util, errors.
 """

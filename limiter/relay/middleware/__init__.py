@@ -1,4 +1,6 @@
 """Around every handler: errors, the access log, CORS.
 
-May import: relay.http, relay.metering, relay.telemetry, credits, errors.
+Begin with `errors.error_middleware`, `access_log.add_access_log`, `cors.add_cors`.
+
+May import: relay.http, relay.metering, relay.telemetry, _util, errors.
 """

@@ -1,4 +1,6 @@
 """A relay process, its supervisor and its workers.
 
-May import: relay.app, relay.upstream, relay.telemetry, backup, bootstrap, config, redis, credits, errors.
+Begin with `relay_process.serve`, `supervisor.supervise`.
+
+May import: relay.app, relay.upstream, relay.telemetry, backup, bootstrap, config, credits, errors.
 """

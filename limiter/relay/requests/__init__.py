@@ -1,4 +1,6 @@
 """What a client sent: identity, JSON body, upload.
 
-May import: relay.http, relay.upstream, licences, credits, errors.
+Begin with `identity.identify`, `json_body.read_json`, `upload.Upload`.
+
+May import: relay.http, relay.upstream, licences, credits.
 """

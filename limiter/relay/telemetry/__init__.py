@@ -1,4 +1,6 @@
 """What is counted and timed, for Prometheus.
 
+Begin with `metrics.Metrics`.
+
 May import: relay.upstream, credits.models, _util.
 """

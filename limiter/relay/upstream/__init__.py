@@ -1,4 +1,6 @@
 """The backends: client, circuit breaker and transport.
 
+Begin with `client.BackendClient`, `response.BackendResponse`, `circuit_breaker.CircuitBreaker`.
+
 May import: relay.http, credits.models, errors.
 """
