@@ -22,6 +22,7 @@ from limiter.backup.import_lock import exclusive_import
 from limiter.backup.importer import _BATCHES_SENT, BATCH_ROWS, Progress, import_file
 from limiter.backup.row_writer import Item, RowWriter
 from limiter.credits.scripts import Scripts
+from limiter.credits.session import Session
 from limiter.ledger.file import LedgerFile
 from tests.backup.test_import import counts, do, dumps, many, member
 from tests.support.cli import LIMITER, environment, limiter
@@ -262,9 +263,9 @@ async def test_import_when_the_server_goes_away_then_the_error_says_what_is_in_a
         if progress.phase == "write" and progress.rows >= 3 * BATCH_ROWS:
             server.kill()
 
+    impatient = Session(redis, deadline_ms=5000)
     with pytest.raises(LimiterUnavailable, match=r"Of 6,400 rows [\d,]+ or more are in, each whole: ") as gone:
-        limiter = CreditLimiter(redis, TIERS, deadline_ms=5000)
-        await import_file(limiter.session, ledger, mode="create", on_progress=kill)
+        await import_file(impatient, ledger, mode="create", on_progress=kill)
     server.start()
     patient = CreditLimiter(redis, TIERS, timeout_ms=PATIENCE_MS, deadline_ms=PATIENCE_MS)
     report = await do(patient, ledger)

@@ -18,8 +18,6 @@ from limiter.errors import LimiterUnavailable, NotReplicated
 from limiter.licences.seats import Seats
 from limiter.redis import replication
 from limiter.redis.replication import wait_for_replicas
-from limiter.relay.metering.claims import Stores
-from tests.conftest import TIERS, Closing
 from tests.support.cli import environment
 from tests.support.credits import TIERS
 from tests.support.redis_servers import Server, binaries
