@@ -14,6 +14,7 @@ from types import CodeType
 import pytest
 import yaml
 
+import limiter
 from limiter import CreditLimiter
 from tests.support.paths import ROOT
 
@@ -226,3 +227,11 @@ def test_hooks_when_they_are_read_then_each_runs_a_tool_of_the_environment() -> 
     assert {repo["repo"] for repo in document["repos"]} == {"local"}
     assert {"ruff", "mypy", "luacheck", "codespell", "import-linter"} <= {hook["id"] for hook in hooks}
     assert all(hook["entry"].startswith((".venv/bin/", "make ")) for hook in hooks)
+
+
+def test_python_page_when_read_then_it_names_every_public_name() -> None:
+    page = text_of("docs/reference/python-api.md")
+    documented = set(re.findall(r"^\.\. auto\w+:: limiter\.(\w+)$", page, re.MULTILINE))
+    explained_elsewhere = {"Status", "Reason"}  # the tables of statuses and of error codes
+    assert documented == set(limiter.__all__) - explained_elsewhere
+    assert all(f"`{name}`" in page for name in explained_elsewhere)
