@@ -115,7 +115,7 @@ def _script(name: str, lines: list[str]) -> Iterator[str]:
     head, bindings, includes = [], [], []
     for line in lines[1:]:
         if line.startswith("--@include "):
-            includes.append(line.removeprefix("--@include "))
+            includes.append(line.split()[1])
         elif found := _BINDING.match(line):
             bindings.append((found[1], f"{found[2]}[{found[3]}]" if found[3] else f"all of {found[2]}", found[4]))
         elif line.startswith("--") and not bindings:
