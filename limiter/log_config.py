@@ -63,7 +63,7 @@ def short_names(key: str = "") -> Callable[[str], str]:
 
 
 class _JsonLines(logging.Formatter):
-    """Writes a record as JSON: time, level, event and logger, what the record has beside every record's, the error."""
+    """Writes a record as JSON: time, level, event, logger, message, what else the record has, the error."""
 
     def __init__(self, clean: Clean, hidden: Sequence[str]) -> None:
         super().__init__()
@@ -74,9 +74,11 @@ class _JsonLines(logging.Formatter):
         line: Line = {
             "time": datetime.fromtimestamp(record.created, UTC),
             "level": record.levelname.lower(),
-            "event": record.getMessage(),
+            "event": getattr(record, "event", None) or record.getMessage(),
             "logger": record.name,
         }
+        if hasattr(record, "event"):
+            line["message"] = record.getMessage()
         line.update({name: value for name, value in record.__dict__.items() if name not in _OF_EVERY_RECORD})
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
@@ -103,6 +105,7 @@ def _columns(clean: Clean, *, colors: bool) -> logging.Formatter:
             structlog.stdlib.add_log_level,
             structlog.stdlib.add_logger_name,
             structlog.stdlib.ExtraAdder(),
+            _named,
             structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
         ],
         processors=[
@@ -117,6 +120,15 @@ def _columns(clean: Clean, *, colors: bool) -> logging.Formatter:
             ),
         ],
     )
+
+
+def _named(_logger: WrappedLogger, _method: str, line: EventDict) -> EventDict:
+    """Put the name of a log event before its sentence."""
+    record: logging.LogRecord = line["_record"]
+    name = getattr(record, "event", None)
+    if name is not None:
+        line["event"] = f"{name}: {record.getMessage()}"
+    return line
 
 
 def _cleaner(hidden: Sequence[str]) -> Clean:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from limiter.log_config import set_up_logging, short_names
+from limiter.log_events import event
 from tests.support.relay import new_install
 
 JWT = "eyJhbGciOiJFZERTQSJ9.eyJ0aWVyIjoicHJvIn0.c2lnbmF0dXJl"
@@ -43,6 +44,22 @@ def stream() -> io.StringIO:
 def lines(stream: io.StringIO) -> Lines:
     set_up_logging(stream=stream, hide=["operators-key", "x"])
     return lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def test_event_when_it_has_a_name_then_json_has_name_and_sentence_apart(lines: Lines) -> None:
+    logging.getLogger("limiter").error(
+        "No calls to %r", "gemini", extra=event("circuit_breaker_opened", backend="gemini")
+    )
+    (line,) = lines()
+    assert (line["event"], line["message"]) == ("circuit_breaker_opened", "No calls to 'gemini'")
+    assert line["backend"] == "gemini"
+
+
+def test_event_when_it_is_shown_to_people_then_its_name_stands_before_its_sentence() -> None:
+    stream = io.StringIO()
+    set_up_logging(style="text", stream=stream)
+    logging.getLogger("limiter").error("No calls to %r", "gemini", extra=event("circuit_breaker_opened"))
+    assert "circuit_breaker_opened: No calls to 'gemini'" in stream.getvalue()
 
 
 def test_line_when_nobody_reads_it_then_it_is_json_with_its_time_level_and_facts(lines: Lines) -> None:

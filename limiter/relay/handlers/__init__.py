@@ -2,5 +2,6 @@
 
 Begin with `metered.serve_json`, `context.Relay`.
 
-May import: relay.http, relay.upstream, relay.telemetry, relay.requests, relay.metering, licences, credits, errors.
+May import: relay.http, relay.upstream, relay.telemetry, relay.requests, relay.metering, licences, credits, errors,
+log_events.
 """

@@ -16,6 +16,7 @@ from multidict import CIMultiDict
 
 from limiter.credits.models import Backend, Decision
 from limiter.errors import LimiterUnavailable
+from limiter.log_events import event
 from limiter.relay.handlers.context import RELAY, Relay
 from limiter.relay.handlers.forwarding import Metered, Unmetered, pass_answer
 from limiter.relay.http.problems import REQUEST_ID, ProblemRaised
@@ -167,7 +168,7 @@ def _failures_as_problems(call: _Call) -> Iterator[None]:
 
 def _warn(request_id: str, failure: BackendFailed, then: str = "") -> None:
     if failure.outcome != "breaker_open":  # which was logged when it opened
-        _LOG.warning("%s%s", failure, then, extra={"request_id": request_id})
+        _LOG.warning("%s%s", failure, then, extra=event("backend_failed", request_id=request_id))
 
 
 def _answer_headers(answer: BackendResponse, identity: Identity, metering: Mapping[str, str]) -> CIMultiDict[str]:

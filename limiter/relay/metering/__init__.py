@@ -3,5 +3,5 @@
 Begin with `admission.Admission`, `idempotency.Idempotency`, `settlement.Settlements`,
 `availability.RedisAvailability`.
 
-May import: relay.http, relay.telemetry, licences, config, credits, _util, errors.
+May import: relay.http, relay.telemetry, licences, config, credits, _util, errors, log_events.
 """

@@ -15,6 +15,7 @@ from limiter.config.settings import OnRedisDown
 from limiter.credits.limiter import CreditLimiter
 from limiter.credits.models import CORE, Balance, Decision
 from limiter.errors import BrokenRow, LimiterError, LimiterUnavailable, Overloaded, ScriptContractError
+from limiter.log_events import event
 
 T = TypeVar("T")
 RedisState = Literal["ok", "away"]
@@ -134,7 +135,7 @@ class RedisAvailability:
         if self._state == "away":
             self._change("ok")
             self._back.set()
-            _LOG.warning("Redis is back")
+            _LOG.warning("Redis is available again", extra=event("redis_available"))
 
     def _note_failure(self, began_s: float, error: LimiterUnavailable) -> None:
         """Believe a failure only if nobody got an answer since the failed call began: else it is late, or alone."""
@@ -142,7 +143,12 @@ class RedisAvailability:
             self._change("away")
             self._back.clear()
             served = "serving unmetered from hardware" if self.on_redis_down == "hardware" else "refusing requests"
-            _LOG.error("Redis is away: %s until it is back (%s)", served, error)
+            _LOG.error(
+                "Redis is unavailable: %s until it is available again (%s)",
+                served,
+                error,
+                extra=event("redis_unavailable"),
+            )
             self._went.set()
 
     def _change(self, state: RedisState) -> None:
@@ -167,7 +173,7 @@ class RedisAvailability:
         except LimiterError:
             self._note_answer()  # a fault, but not one of Redis being away: requests tell of it
         except Exception:  # noqa: BLE001  a fault of ours must not end the probe, and the way back with it
-            _LOG.exception("the probe of Redis failed, by a fault of this program")
+            _LOG.exception("An error of this program ended a probe of Redis", extra=event("redis_probe_failed"))
         else:
             self._note_answer()
 

@@ -8,6 +8,7 @@ from contextlib import suppress
 
 from limiter._util.backoff import Backoff
 from limiter.errors import LimiterError, LimiterUnavailable
+from limiter.log_events import event
 from limiter.relay.metering.availability import RedisAvailability
 from limiter.relay.telemetry.metrics import FAILED, GAVE_UP
 
@@ -66,16 +67,22 @@ class BackgroundRetries:
         on_end: Callable[[object], None] | None,
     ) -> None:
         outcome: object = FAILED
-        named = {"request_id": request_id}
         try:
             outcome = await self._repeat(call)
         except LimiterUnavailable as error:
-            _LOG.error("%s was not settled before its hold lapsed: %s", what, error, extra=named)
+            _LOG.error(
+                "The %s did not succeed before the hold expired: %s",
+                what,
+                error,
+                extra=event("settlement_expired", request_id=request_id),
+            )
             outcome = GAVE_UP
         except LimiterError:
-            _LOG.exception("%s cannot be settled", what, extra=named)
+            _LOG.exception("The %s failed", what, extra=event("settlement_failed", request_id=request_id))
         except asyncio.CancelledError:
-            _LOG.error("gave up at shutdown: %s", what, extra=named)
+            _LOG.error(
+                "The %s was given up at shutdown", what, extra=event("settlement_interrupted", request_id=request_id)
+            )
             outcome = GAVE_UP
         finally:
             if on_end is not None:

@@ -8,6 +8,7 @@ from typing import Self
 
 from limiter.credits.limiter import CreditLimiter
 from limiter.credits.models import Backend, Settlement, Status
+from limiter.log_events import event
 from limiter.relay.metering.background_retries import BackgroundRetries
 from limiter.relay.telemetry.metrics import GAVE_UP, Metrics, SettlementKind
 
@@ -38,8 +39,8 @@ class Settlements:
         """
         if self._undos == _MAX_UNDOS:
             _LOG.warning(
-                "the hold, if there is one, is left to lapse: too many like it are being released",
-                extra={"request_id": hold_id},
+                "A hold, if there is one, is left to expire: too many like it are being released",
+                extra=event("settlement_skipped", request_id=hold_id),
             )
             self._metrics.settled("undo", GAVE_UP)
             return

@@ -7,6 +7,7 @@ from aiohttp import HttpVersion10, hdrs, web
 
 from limiter._util.ids import random_id
 from limiter.errors import LimiterError
+from limiter.log_events import event
 from limiter.relay.http.connection import REFUSED
 from limiter.relay.http.handler import Handler
 from limiter.relay.http.problems import REQUEST_ID, Problem, ProblemRaised, fail, problem_from, problem_response
@@ -37,13 +38,15 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
     except (LimiterError, web.HTTPException) as error:
         problem = problem_from(error)
         if problem.status >= _SERVER_ERROR and not isinstance(error, RedisUnavailable):  # which was logged when it went
-            _LOG.error("%s", error, extra={"request_id": request[REQUEST_ID]})
+            _LOG.error("%s", error, extra=event("request_failed", request_id=request[REQUEST_ID]))
         headers = {"Allow": error.headers["Allow"]} if isinstance(error, web.HTTPMethodNotAllowed) else None
         return _answer(request, problem, headers)
     except Exception as error:  # the last resort: the client gets an answer, the log the traceback
         if request.writer.output_size:  # a second answer within the first could be taken for a part of it
             raise
-        _LOG.exception("unexpected", extra={"request_id": request[REQUEST_ID]})
+        _LOG.exception(
+            "An error of this program ended a request", extra=event("unexpected_error", request_id=request[REQUEST_ID])
+        )
         return _answer(request, problem_from(error))
 
 

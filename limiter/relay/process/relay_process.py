@@ -18,6 +18,7 @@ from limiter.bootstrap import open_limiter
 from limiter.config.settings import BackendSettings, Settings
 from limiter.credits.models import Backend
 from limiter.errors import SettingsError
+from limiter.log_events import event
 from limiter.relay.app import create_app, make_runner
 from limiter.relay.process.worker_metrics import WorkerSlot, render_all, worker_metrics_served
 from limiter.relay.telemetry.metrics import METRICS, METRICS_PAGE, Page
@@ -70,9 +71,9 @@ async def serve(settings: Settings, started: Callable[[Serving], None], slot: Wo
             app[METRICS].watch_dumps(lambda: persister.last_good_at)
         labels = {str(name): client.label for name, client in backends.items()}
         started(Serving(url, is_echo(settings), labels))
-        _LOG.info("started", extra={"url": url, "backends": labels})
+        _LOG.info("Started", extra=event("relay_started", url=url, backends=labels))
         await stop.wait()
-        _LOG.info("stopping")
+        _LOG.info("Stopping", extra=event("relay_stopping"))
 
 
 def is_echo(settings: Settings) -> bool:

@@ -23,6 +23,7 @@ import orjson
 from limiter._util.stop_signals import on_stop_signal
 from limiter.config.settings import Settings
 from limiter.errors import LimiterError, SettingsError
+from limiter.log_events import event
 from limiter.relay.process.relay_process import Serving
 from limiter.relay.process.worker_metrics import WorkerSlot
 
@@ -118,7 +119,13 @@ class _Worker:
                 return
             if time.monotonic() - self._began_s > _LONG_LIFE_S:
                 self._pause_s = _FIRST_PAUSE_S
-            _LOG.error("worker %d ended with code %d: another starts in %.1f s", self._slot.number, code, self._pause_s)
+            _LOG.error(
+                "Worker %d exited with code %d: another starts in %.1f s",
+                self._slot.number,
+                code,
+                self._pause_s,
+                extra=event("worker_exited", worker=self._slot.number, code=code),
+            )
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._pause_s):
                     await stop.wait()

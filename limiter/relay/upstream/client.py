@@ -17,6 +17,7 @@ from yarl import URL
 
 from limiter.credits.models import Backend as BackendName
 from limiter.errors import SettingsError
+from limiter.log_events import event
 from limiter.relay.http.problems import Problem, ProblemRaised, retry_seconds
 from limiter.relay.upstream.circuit_breaker import Attempt, CircuitBreaker, CircuitOpen
 from limiter.relay.upstream.response import (
@@ -185,7 +186,12 @@ class BackendClient:
             if failure.alive:
                 self._works(attempt)
             elif attempt.fail():
-                _LOG.error("The backend %r rests, its breaker is open: %s", self.name, failure)
+                _LOG.error(
+                    "No calls to the backend %r for now, it keeps failing: %s",
+                    self.name,
+                    failure,
+                    extra=event("circuit_breaker_opened", backend=self.name),
+                )
             raise
         else:
             self._works(attempt)
@@ -195,7 +201,9 @@ class BackendClient:
 
     def _works(self, attempt: Attempt) -> None:
         if attempt.succeed():
-            _LOG.warning("The backend %r is back, its breaker is closed", self.name)
+            _LOG.warning(
+                "The backend %r answers again", self.name, extra=event("circuit_breaker_closed", backend=self.name)
+            )
 
     async def _asked(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes | Streamed

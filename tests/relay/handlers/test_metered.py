@@ -331,6 +331,7 @@ async def test_backend_when_it_refuses_the_operator_and_is_the_only_one_then_the
     relay = await start_relay(client_of("gemini", gemini.url))
     answer = await relay.ask("status:401")
     (record,) = caplog.records
+    assert record.__dict__["event"] == "backend_failed"
     assert record.getMessage() == "The backend 'gemini' refuses this relay (401)."
     assert record.__dict__["request_id"] == answer.headers["X-Request-Id"]
 

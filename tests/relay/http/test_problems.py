@@ -244,7 +244,7 @@ async def test_fault_when_it_is_ours_then_500_and_only_the_log_says_why(
     assert "fault" not in answer.body.decode()
     assert f"fault {relay.install_id}" in caplog.text
     (record,) = caplog.records
-    assert record.getMessage() == "unexpected"
+    assert record.__dict__["event"] == "unexpected_error"
     assert record.__dict__["request_id"] == answer.headers["X-Request-Id"]
 
 
@@ -259,7 +259,7 @@ async def test_settlement_when_it_fails_then_its_line_names_the_request_in_a_fie
     answer = await asking
     await relay.settled()
     (record,) = caplog.records
-    assert record.getMessage() == "commit of a hold cannot be settled"
+    assert (record.__dict__["event"], record.getMessage()) == ("settlement_failed", "The commit of a hold failed")
     assert record.__dict__["request_id"] == answer.headers["X-Request-Id"]
     await redis.delete(key)
 

@@ -128,8 +128,8 @@ async def test_redis_when_it_goes_and_comes_then_each_change_is_logged_once(
         await node.outcome()
         node.bring_back(how)
         await node.is_back()
-        said = [record.getMessage().split(":")[0] for record in caplog.records]
-        assert said == ["Redis is away", "Redis is back"]
+        logged = [record.__dict__["event"] for record in caplog.records]
+        assert logged == ["redis_unavailable", "redis_available"]
 
 
 @pytest.mark.parametrize("on_redis_down", ["deny", "hardware"])

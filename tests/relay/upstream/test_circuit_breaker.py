@@ -181,22 +181,22 @@ async def test_breaker_when_it_opens_and_closes_then_each_is_logged_once_with_it
         client_of("hardware", hardware.url),
     )
 
-    async def logged(asked: int) -> list[str]:
+    async def logged(asked: int) -> list[tuple[str, str]]:
         caplog.clear()
         for _ in range(asked):
             assert (await relay.ask()).status == 200
-        return caplog.messages
+        return [(record.__dict__["event"], record.getMessage()) for record in caplog.records]
 
     gemini.always = "status:403"
     failed = "The backend 'gemini' refuses this relay (403)."
-    fell_back = f"{failed} Falling back to hardware."
-    opened = f"The backend 'gemini' rests, its breaker is open: {failed}"
+    fell_back = ("backend_failed", f"{failed} Falling back to hardware.")
+    opened = ("circuit_breaker_opened", f"No calls to the backend 'gemini' for now, it keeps failing: {failed}")
     assert await logged(5) == [fell_back, opened, fell_back]  # and nothing for those that were not sent
     seconds.now_s += 10
     assert await logged(3) == [fell_back]  # a probe
     gemini.always = ""
     seconds.now_s += 10
-    assert await logged(3) == ["The backend 'gemini' is back, its breaker is closed"]
+    assert await logged(3) == [("circuit_breaker_closed", "The backend 'gemini' answers again")]
 
 
 @ONE_SERVER

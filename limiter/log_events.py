@@ -1,0 +1,30 @@
+"""The names of log events: stable words to search for and to alert on. docs/reference/log-events.md tells what to do.
+
+A line about a single request has its id in `request_id`. Whoever uses this package as a library sees the sentence of an
+event as the message of a standard log record, and its name as the record's attribute `event`.
+"""
+
+from typing import Literal
+
+LogEvent = Literal[
+    "relay_started",
+    "relay_stopping",
+    "worker_exited",
+    "request_failed",
+    "unexpected_error",
+    "backend_failed",
+    "circuit_breaker_opened",
+    "circuit_breaker_closed",
+    "redis_unavailable",
+    "redis_available",
+    "redis_probe_failed",
+    "settlement_failed",
+    "settlement_expired",
+    "settlement_interrupted",
+    "settlement_skipped",
+]
+
+
+def event(name: LogEvent, **fields: object) -> dict[str, object]:
+    """Return what a log call takes as `extra`: the event's name and its fields."""
+    return {"event": name, **fields}
