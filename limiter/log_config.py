@@ -25,6 +25,7 @@ _SECRETS = re.compile(r"(?i:(?<=\bbearer\s))\S+|\beyJ[\w-]{8,}\.[\w-]+\.[\w-]*")
 _LEAST_SECRET = 6  # characters: shorter ones would blot out words
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), 127)} | {ord("\n"): "\\n", ord("\t"): "\\t"}
 _NAME_BYTES = 6
+_EXTRAS = structlog.stdlib.ExtraAdder()
 _OF_EVERY_RECORD = frozenset((*logging.makeLogRecord({}).__dict__, "message", "asctime"))
 
 
@@ -104,8 +105,7 @@ def _columns(clean: Clean, *, colors: bool) -> logging.Formatter:
         foreign_pre_chain=[
             structlog.stdlib.add_log_level,
             structlog.stdlib.add_logger_name,
-            structlog.stdlib.ExtraAdder(),
-            _named,
+            _add_extras,
             structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
         ],
         processors=[
@@ -122,12 +122,12 @@ def _columns(clean: Clean, *, colors: bool) -> logging.Formatter:
     )
 
 
-def _named(_logger: WrappedLogger, _method: str, line: EventDict) -> EventDict:
-    """Put the name of a log event before its sentence."""
-    record: logging.LogRecord = line["_record"]
-    name = getattr(record, "event", None)
-    if name is not None:
-        line["event"] = f"{name}: {record.getMessage()}"
+def _add_extras(logger: WrappedLogger, method: str, line: EventDict) -> EventDict:
+    """Add the fields of a record, and put the name of a log event before its sentence."""
+    sentence = line["event"]
+    line = _EXTRAS(logger, method, line)
+    name = getattr(line["_record"], "event", None)
+    line["event"] = sentence if name is None else f"{name}: {sentence}"
     return line
 
 
