@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from limiter.config.loader import load_settings
 from limiter.config.settings import DEFAULT_TIERS
 from limiter.credits.models import Reason, Status
+from limiter.log_events import LogEvent
 from limiter.relay.handlers.openapi_schema import CODES
 from limiter.relay.telemetry.metrics import FAILED, GAVE_UP, Answered, Metrics, SettlementKind
 from limiter.relay.upstream.circuit_breaker import State as BreakerState
@@ -120,6 +121,11 @@ def test_metrics_table_names_every_outcome_of_a_call_and_every_kind_of_settlemen
     assert documented["limiter_backend_calls_total"] == set(get_args(Outcome))
     assert documented["limiter_settlements_total"] == {*get_args(SettlementKind), FAILED, GAVE_UP}
     assert documented["limiter_breaker_state"] == set(get_args(BreakerState))
+
+
+def test_log_events_table_names_every_event() -> None:
+    documented = [words(row[0])[0] for row in table("log-events.md", "event")]
+    assert sorted(documented) == sorted(["request", *get_args(LogEvent)])
 
 
 def test_alerts_when_they_name_a_metric_then_it_is_there() -> None:
