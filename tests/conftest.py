@@ -18,10 +18,15 @@ from tests.support.redis_servers import Server, binaries
 from tests.support.redis_topologies import ClusterSetUp, SentinelSetUp
 from tests.support.vectors import Vectors
 
+SYSTEM = Path(__file__).parent / "system"  # whole deployments, other programs, minutes of load
 ON_EVERY_TOPOLOGY = ("test_seat", "test_mint", "test_dump")
 
 
+QUICK = "--quick"
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(QUICK, action="store_true", help="skip what takes long (`make check`); `make test` runs all of it")
     parser.addoption("--vectors", type=Path, default=Path(__file__).parent / "vectors", help="folder of vector files")
 
 
@@ -53,9 +58,19 @@ def vectors(request: pytest.FixtureRequest) -> Vectors:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(SYSTEM):
+            item.add_marker(pytest.mark.system)
+        if config.getoption(QUICK):
+            for name in ("slow", "system"):
+                if item.get_closest_marker(name):
+                    item.add_marker(pytest.mark.skip(reason=f"{name}: `make test` runs it"))
+    if TOPOLOGY not in os.environ:
+        _leave_out_topologies(config, items)
+
+
+def _leave_out_topologies(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what runs on Sentinel and Cluster only when they are asked for, to keep the suite short."""
-    if TOPOLOGY in os.environ:
-        return
     left_out = [item for item in items if _on_topology(item) and item.path.stem not in ON_EVERY_TOPOLOGY]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in set(left_out)]

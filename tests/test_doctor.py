@@ -115,6 +115,7 @@ async def serve_a_little(admin: "Redis", limiter: CreditLimiter, closing: AsyncE
     await relay.settled()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sentinel", "cluster"])
 async def test_user_of_the_printed_line_when_there_are_several_servers_then_nothing_is_refused_either(
     tmp_path: Path, closing: AsyncExitStack, kind: str

@@ -130,6 +130,7 @@ async def test_import_when_a_row_has_no_period_then_it_begins_at_the_servers_tim
     assert iso_from_ms(seconds * 1000 + microseconds // 1000) <= first.last_renewal_at
 
 
+@pytest.mark.slow
 async def test_import_when_it_is_cancelled_midway_and_repeated_then_the_end_is_the_same(
     limiter: CreditLimiter, redis: Redis, ledger: Ledger
 ) -> None:
@@ -172,6 +173,7 @@ async def test_import_when_the_server_forgets_its_scripts_midway_then_it_goes_on
     assert counts(report) == (3 * BATCH_ROWS, 0, 0, 0)
 
 
+@pytest.mark.slow
 async def test_import_when_redis_dies_midway_then_it_says_so_and_a_repeat_completes_it(
     own_server: Callable[..., Server], ledger: Ledger
 ) -> None:
@@ -486,6 +488,7 @@ async def scratch(redis: Redis, tmp_path: Path) -> tuple[Redis, Path]:
     return redis, tmp_path
 
 
+@pytest.mark.slow
 @given(rows=st.dictionaries(IDS, MEMBERS, max_size=5))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_rows_when_they_are_legal_then_they_survive_file_and_redis_and_file(

@@ -31,6 +31,8 @@ from tests.support.redis_servers import Server, binaries
 from tests.support.redis_topologies import ClusterSetUp
 from tests.support.wait import eventually, wait_until
 
+pytestmark = pytest.mark.slow
+
 # How many kills at random points; a long run raises it.
 KILLS = int(os.environ.get("LIMITER_TEST_IMPORT_KILLS", "2"))
 MODES = ["", "--merge", "--replace"] if KILLS > 2 else [""]

@@ -88,6 +88,7 @@ async def test_persister_when_its_folder_is_missing_then_it_makes_it_as_the_old_
     assert rows_of(tmp_path / "data" / "deep" / "credits.json") == {}
 
 
+@pytest.mark.slow
 async def test_persister_when_redis_is_away_then_it_says_so_keeps_the_file_and_goes_on_when_it_is_back(
     own_server: Callable[..., Server], path: Path, closing: AsyncExitStack, caplog: pytest.LogCaptureFixture
 ) -> None:

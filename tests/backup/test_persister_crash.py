@@ -28,6 +28,8 @@ from tests.support.credits import TIERS
 from tests.support.redis_servers import Server
 from tests.support.wait import eventually
 
+pytestmark = pytest.mark.slow
+
 ROWS = 2000
 KILLS = int(os.environ.get("LIMITER_TEST_KILLS", "15"))
 # Loads everything once, and forks a persister for each line: a kill a second would else be mostly imports.

@@ -14,6 +14,8 @@ import pytest
 from tests.support.cli import Relay
 from tests.support.wait import wait_until
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {"LIMITER_PERSISTER__INTERVAL_S": "0.1", "LIMITER_PERSISTER__LEASE_S": "1"}
 
 

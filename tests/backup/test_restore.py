@@ -22,7 +22,10 @@ from tests.support.redis_matrix import ELSEWHERE
 
 Ran = subprocess.CompletedProcess[str]
 # Each command is a process of its own, and what it does to rows is tested on both servers elsewhere: one will do.
-pytestmark = pytest.mark.parametrize("redis_url", ["elsewhere" if ELSEWHERE in os.environ else "valkey"], indirect=True)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.parametrize("redis_url", ["elsewhere" if ELSEWHERE in os.environ else "valkey"], indirect=True),
+]
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ def test_help_lists_every_command(tmp_path: Path) -> None:
     assert all(f" {name} " in text for name in [*COMMANDS, *GROUPS])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command", [[name] for name in COMMANDS] + [[group, name] for group, names in GROUPS.items() for name in names]
 )
@@ -60,6 +61,7 @@ def test_unknown_setting_is_one_line_that_names_the_nearest(tmp_path: Path) -> N
     assert len(answer.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_lua_show_and_sha_are_those_that_redis_gets(tmp_path: Path) -> None:
     assert limiter("lua", "names", cwd=tmp_path).stdout.split() == script_names()
     assert limiter("lua", "show", "reserve", cwd=tmp_path).stdout == compose("reserve").text
@@ -70,6 +72,7 @@ def test_lua_show_and_sha_are_those_that_redis_gets(tmp_path: Path) -> None:
     assert "balance, claim, commit" in unknown.stderr
 
 
+@pytest.mark.slow
 def test_licence_from_keygen_to_show(tmp_path: Path) -> None:
     made = limiter("licence", "keygen", cwd=tmp_path)
     key = tmp_path / "licence-key.pem"

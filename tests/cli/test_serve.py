@@ -120,6 +120,7 @@ def test_ctrl_c_stops_all_of_it_and_the_next_start_finds_the_rows(relays: list[R
     assert second.stop() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_ctrl_c_when_it_was_started_with_it_ignored_then_it_goes_on_until_sigterm(
     relays: list[Relay], tmp_path: Path, workers: str
@@ -133,6 +134,7 @@ def test_ctrl_c_when_it_was_started_with_it_ignored_then_it_goes_on_until_sigter
     assert relay.stop() == 0
 
 
+@pytest.mark.slow
 def test_second_start_on_the_same_folder_joins_and_survives_the_first_ones_end(
     relays: list[Relay], tmp_path: Path
 ) -> None:
@@ -145,6 +147,7 @@ def test_second_start_on_the_same_folder_joins_and_survives_the_first_ones_end(
     assert not server_answers(tmp_path / "data/valkey.sock")
 
 
+@pytest.mark.slow
 def test_start_after_a_kill_joins_the_server_that_was_left(relays: list[Relay], tmp_path: Path) -> None:
     install_id = str(uuid.uuid4())
     first = start(relays, tmp_path)

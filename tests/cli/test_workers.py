@@ -15,6 +15,8 @@ import pytest
 from tests.support.cli import Relay, limiter
 from tests.support.wait import wait_until
 
+pytestmark = pytest.mark.slow
+
 QUESTION = json.dumps({"model": "m", "messages": [{"role": "user", "content": "Hi"}]}).encode()
 
 

@@ -77,6 +77,7 @@ async def test_anniversary_day_when_missing_then_it_is_inferred_once_and_survive
         assert (fields["last_renewal_at"], fields["anniversary_day"]) == (period, "31")
 
 
+@pytest.mark.slow
 async def test_calendar_when_asked_for_every_day_of_two_centuries_then_it_agrees_with_pythons(redis: Redis) -> None:
     """Through the scripts' own calendar, over leap years, century years and 2000, on several anniversary days."""
 
@@ -102,6 +103,7 @@ async def test_calendar_when_asked_for_every_day_of_two_centuries_then_it_agrees
             assert answer.decode() == f"{iso(day)} {epoch_ms(renewal)} {renewal.day} {day.day}"
 
 
+@pytest.mark.slow
 async def test_renewal_when_told_for_every_day_of_a_century_then_it_agrees_with_pythons(
     redis: Redis, limiter: CreditLimiter
 ) -> None:

@@ -118,6 +118,7 @@ async def reserve_and_release(limiter: CreditLimiter, install_id: str) -> None:
     assert await limiter.release(install_id, decision.hold_id) in {Status.RELEASED, Status.GONE}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", get_args(Loss))
 @pytest.mark.parametrize("request_", [reserve_and_commit, reserve_and_release])
 async def test_reply_of_any_command_when_lost_then_the_caller_has_its_answer_and_it_is_counted_once(

@@ -87,6 +87,7 @@ async def test_fastapi_when_the_install_id_is_not_valid_then_400(service: str, s
     assert (await post(session, service, "no spaces here"))[0] == 400
 
 
+@pytest.mark.slow
 async def test_fastapi_when_redis_does_not_answer_then_503(
     redis: Redis, service: str, session: aiohttp.ClientSession
 ) -> None:

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import pytest
 from redis.asyncio import Redis
 
 from tests.support.paths import ROOT
@@ -23,6 +24,7 @@ async def test_example_when_credits_run_out_then_it_says_so(redis: Redis, redis_
     assert await redis.dbsize() >= 1
 
 
+@pytest.mark.slow
 async def test_example_when_all_credits_are_held_then_it_retries_and_says_when_to_try_again(
     redis: Redis, redis_url: str, tmp_path: Path
 ) -> None:

@@ -107,6 +107,7 @@ def test_first_request_when_followed_then_it_prints_what_the_page_shows(tmp_path
     assert "5f0c1c1e-8d3a-4a53-9a0e-0d8f2f6f3c11" in (tmp_path / "data/credits.json").read_text()
 
 
+@pytest.mark.slow
 def test_move_from_credits_js_when_followed_then_it_prints_what_the_page_shows(tmp_path: Path) -> None:
     old = tmp_path / "old-credits.json"
     old.write_text(

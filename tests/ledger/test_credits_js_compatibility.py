@@ -50,6 +50,7 @@ async def test_dumped_file_when_the_old_rules_load_it_then_the_rows_are_those_of
     assert await redis.dbsize() >= 254
 
 
+@pytest.mark.slow
 def test_recorded_ledgers_when_the_loader_loads_them_then_it_does_as_the_old_one_did(
     vectors: Vectors, tmp_path: Path
 ) -> None:

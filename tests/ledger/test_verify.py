@@ -41,6 +41,7 @@ def test_verify_when_a_dump_is_whole_then_it_says_what_it_is(path: Path) -> None
     )
 
 
+@pytest.mark.slow
 def test_verify_when_any_one_byte_is_another_then_it_is_found(path: Path) -> None:
     """Every place in the file once, each with another change."""
     content = path.read_bytes()
@@ -67,6 +68,7 @@ def test_verify_when_bytes_are_lost_added_or_swapped_then_it_is_found(path: Path
     assert verify(spoilt).is_good == (changed == content)
 
 
+@pytest.mark.slow
 def test_verify_when_a_file_is_cut_anywhere_then_it_is_found(path: Path) -> None:
     content = path.read_bytes()
     spoilt = path.with_name("spoilt.json")
@@ -125,6 +127,7 @@ def test_verify_when_there_is_no_file_then_the_error_says_so(tmp_path: Path) -> 
         verify(tmp_path / "none.json")
 
 
+@pytest.mark.slow
 def test_verify_command_when_a_file_is_good_or_spoilt_then_it_says_so_and_so_does_its_exit_code(path: Path) -> None:
     good = limiter("verify", path.name, cwd=path.parent)
     assert (good.returncode, good.stderr) == (0, "")

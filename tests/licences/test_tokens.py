@@ -195,7 +195,9 @@ def test_key_when_the_file_is_none_of_ours_then_settings_error(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "text", ["", "ed25519:", "ed25519:AAAA", "ed25519:" + "é" * 43, PUBLIC_KEY[:-3], PUBLIC_KEY + "AAAA"]
+    "text",
+    ["", "ed25519:", "ed25519:AAAA", "ed25519:" + "é" * 43, PUBLIC_KEY[:-3], PUBLIC_KEY + "AAAA"],
+    ids=["empty", "nothing", "too short", "not ASCII", "cut", "too long"],
 )
 def test_public_key_when_it_is_none_then_settings_error(text: str) -> None:
     with pytest.raises(SettingsError, match=r"^licence\.public_keys: "):

@@ -20,6 +20,8 @@ from tests.support.redis_servers import Server, binaries, free_port
 from tests.support.redis_topologies import ClusterSetUp, told
 from tests.support.wait import wait_until
 
+pytestmark = pytest.mark.slow
+
 INSTALLS = [f"install-{number}" for number in range(60)]
 MakeSetUp = Callable[..., ClusterSetUp]
 

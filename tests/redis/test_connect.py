@@ -235,6 +235,7 @@ def tls_options(key: Path, certificate: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 async def test_tls_when_redis_is_a_cluster_then_each_node_is_spoken_to_over_it(
     closing: AsyncExitStack, tmp_path: Path
 ) -> None:

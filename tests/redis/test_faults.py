@@ -55,6 +55,7 @@ async def test_server_when_killed_and_started_again_then_rows_and_holds_are_ther
     assert (await fields_of(limiter.session.redis, "a"))["monthly_consumed"] == "5"
 
 
+@pytest.mark.slow
 async def test_server_when_away_then_each_call_says_so_within_its_deadline_and_works_again_after(
     own_server: MakeServer, closing: AsyncExitStack
 ) -> None:
@@ -89,6 +90,7 @@ async def test_server_when_it_comes_back_within_the_deadline_then_the_caller_doe
     assert (await waiting).status is Status.ALLOWED
 
 
+@pytest.mark.slow
 async def test_server_when_it_stands_still_then_calls_end_in_time_and_count_once_when_it_wakes(
     own_server: MakeServer, closing: AsyncExitStack
 ) -> None:

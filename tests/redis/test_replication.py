@@ -24,6 +24,8 @@ from tests.support.redis_servers import Server, binaries
 from tests.support.redis_topologies import ClusterSetUp, SentinelSetUp, told
 from tests.support.wait import wait_until
 
+pytestmark = pytest.mark.slow
+
 MakeServer = Callable[..., Server]
 SERVERS = pytest.mark.parametrize("binary", ["valkey", "redis"])
 SUBJECT, INSTALL = "alice@example.org", "0a0f3b4e-6a3e-4f0e-8f54-2f6a3f6f0b11"

@@ -17,6 +17,8 @@ from tests.support.redis_servers import binaries, free_port
 from tests.support.redis_topologies import SentinelSetUp, told
 from tests.support.wait import wait_until
 
+pytestmark = pytest.mark.slow
+
 INSTALLS = [f"install-{number}" for number in range(40)]
 MakeSetUp = Callable[..., SentinelSetUp]
 

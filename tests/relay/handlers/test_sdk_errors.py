@@ -138,6 +138,7 @@ async def test_sdk_when_too_many_run_then_429_and_it_tries_again_until_served(
     assert await relay.spent() == (2, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "status", "code"),
     [
@@ -157,6 +158,7 @@ async def test_sdk_when_the_backend_fails_then_server_error_after_all_attempts_a
     assert await relay.spent() == (0, 0)
 
 
+@pytest.mark.slow
 async def test_sdk_when_redis_is_away_then_503_and_served_on_a_later_attempt(
     sdk: Sdk, start_relay: StartRelay, gemini: Backend, own_server: Any, closing: AsyncExitStack
 ) -> None:

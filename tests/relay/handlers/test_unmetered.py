@@ -149,6 +149,7 @@ async def test_upload_when_redis_is_away_then_its_body_passes_to_hardware(
         assert await node.relay.spent() == (0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("headers", "status"),
     [

@@ -304,6 +304,7 @@ async def test_redis_when_away_then_503_for_seats_too(start: StartNode, own_serv
         assert (answer.status, answer.code) == (503, "limiter_unavailable")
 
 
+@pytest.mark.slow
 async def test_command_when_it_lists_and_frees_seats_then_they_are_those_in_redis(
     start: StartNode, redis: Redis, redis_url: str, tmp_path: Path
 ) -> None:

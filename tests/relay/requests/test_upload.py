@@ -288,6 +288,7 @@ async def test_client_when_it_stops_uploading_then_408_and_it_is_no_failure_of_t
     assert await relay.spent() == (0, 0)
 
 
+@pytest.mark.slow
 async def test_client_when_it_stops_uploading_after_the_answer_began_then_the_answer_is_the_backends(
     start_relay: StartRelay, gemini: Backend
 ) -> None:
@@ -363,6 +364,7 @@ def memory_kib(pid: int) -> int:
     return int(status.split("VmHWM:")[1].split()[0])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="tells memory by /proc")
 @pytest.mark.usefixtures("redis")
 async def test_uploads_when_they_are_of_100_mb_then_the_relay_does_not_grow(tmp_path: Path, redis_url: str) -> None:

@@ -98,6 +98,7 @@ async def test_answer_when_it_is_no_http_then_502_and_nothing_is_debited(
     assert await relay.spent() == (0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script",
     [
