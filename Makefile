@@ -70,7 +70,8 @@ $(READY): pyproject.toml requirements.lock
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) .cache docs/_build tests/support/sdk/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .cache docs/_build tests/support/sdk/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	  .import_linter_cache
 
 # Half an hour to an hour: every benchmark that this machine can run, into benchmarks/RESULTS.md.
 bench: $(READY)
