@@ -13,15 +13,15 @@ if counter ~= "lifetime" and counter ~= "monthly" then
 end
 local hold_field, status, backend, reason = "hold:", "KNOWN", "", ""
 --@include clock
---@include broken
+--@include bad_row
 --@include row
 if not renews_ms then
---@include iso
+--@include now_iso
 --@include calendar
---@include renewal
+--@include rollover
 end
 --@include holds
 --@include counters
---@include in_flight
+--@include held_credits
 if created then status = "UNKNOWN_INSTALL" end
---@include answer
+--@include reply

@@ -15,12 +15,12 @@ if hold_id == "" or used_cost and (used_cost <= 0 or used_cost % 1 ~= 0) then
 end
 local hold_field = "hold:" .. hold_id
 --@include clock
---@include iso
---@include broken
+--@include now_iso
+--@include bad_row
 --@include row
 if not renews_ms then
 --@include calendar
---@include renewal
+--@include rollover
 end
 if not hold then return { "GONE", "", "", 0 } end
 --@include holds
@@ -28,7 +28,7 @@ if not hold then return { "GONE", "", "", 0 } end
 local backend, cost, counter = used_backend, used_cost or held_cost, held_counter
 if backend == "" then backend = held_backend end
 --@include counters
---@include debit
+--@include charge
 
 if dead then redis.call("HDEL", row_key, unpack(dead)) end
 if others or changes then

@@ -18,23 +18,23 @@ local now_arg        = ARGV[9]            -- int, epoch milliseconds; "" or none
 if cost <= 0 or cost % 1 ~= 0 then return redis.error_reply("BADARG debit wants a whole cost above 0") end
 local hold_field, max_in_flight = "hold:", nil
 --@include clock
---@include iso
---@include broken
+--@include now_iso
+--@include bad_row
 --@include row
 if not renews_ms then
 --@include calendar
---@include renewal
+--@include rollover
 end
 --@include holds
 --@include counters
---@include in_flight
+--@include held_credits
 --@include plan
 
 local status = backend ~= "" and "COMMITTED" or "DENIED"
 if created and not may_create then
   status, backend, reason, changes = "UNKNOWN_INSTALL", "", "", nil
 elseif backend ~= "" then
---@include debit
+--@include charge
   changes = changes or {}
   local n = #changes
   changes[n + 1], changes[n + 2] = consumed_field, consumed
@@ -47,4 +47,4 @@ elseif backend ~= "" then
   end
 end
 if changes then redis.call("HSET", row_key, unpack(changes)) end
---@include answer
+--@include reply

@@ -37,11 +37,11 @@ elseif verb == "merge" then
   -- The larger counters win. Those of a month compare only within one billing period: a later period wins whole. Of
   -- two days for one period the stored one wins: the other may be inferred from a clamped date.
   local hold_field, now_ms = "hold:", 0
---@include broken
+--@include bad_row
 --@include row
   if not renews_ms then
---@include iso
---@include renewal
+--@include now_iso
+--@include rollover
   end
   new[2], new[3] = math.max(new[2], lifetime), math.max(new[3], lifetime_gemini)
   if began == last_renewal_at then

@@ -10,7 +10,7 @@ local f = redis.call("HMGET", row_key, "held", hold_field)
 local held, hold = f[1], f[2]
 if not hold then return { "GONE" } end
 --@include clock
---@include broken
+--@include bad_row
 --@include holds
 
 if dead then redis.call("HDEL", row_key, unpack(dead)) end

@@ -22,16 +22,16 @@ if hold_id == "" or cost <= 0 or cost % 1 ~= 0 or hold_ms <= 0 then
   return redis.error_reply("BADARG reserve wants a hold id, and a whole cost and a hold time above 0")
 end
 --@include clock
---@include broken
+--@include bad_row
 --@include row
 if not renews_ms then
---@include iso
+--@include now_iso
 --@include calendar
---@include renewal
+--@include rollover
 end
 --@include holds
 --@include counters
---@include in_flight
+--@include held_credits
 --@include plan
 
 local status = backend ~= "" and "ALLOWED" or "DENIED"
@@ -41,7 +41,7 @@ elseif lapses_ms and lapses_ms > now_ms then
   status, backend, reason = "REPLAY", held_backend, ""
   if held_counter == counter then held_credits = held_credits + held_cost end
 elseif backend ~= "" then
---@include new_hold
+--@include place_hold
   if dead then redis.call("HDEL", row_key, unpack(dead)) end
   if changes then
     redis.call("HSET", row_key, hold_field, text, "held", sums, unpack(changes))
@@ -51,4 +51,4 @@ elseif backend ~= "" then
   end
 end
 if changes then redis.call("HSET", row_key, unpack(changes)) end
---@include answer
+--@include reply

@@ -11,7 +11,7 @@ _MAX_EXPIRY_MS = 4_102_444_800_000  # the year 2100: a licence "for ever" must s
 
 
 class SeatStatus(StrEnum):
-    """What seat.lua did."""
+    """What licence_seat.lua did."""
 
     SEATED = "SEATED"
     FULL = "FULL"
@@ -36,14 +36,14 @@ class Seats:
         self._scripts = session.scripts()
 
     async def take(self, subject: str, install_id: str, *, seats: int, expires_s: int) -> SeatStatus:
-        """Seat an install, or note that it uses its seat. Run seat.lua.
+        """Seat an install, or note that it uses its seat. Run licence_seat.lua.
 
         expires_s: the licence's `exp`, in epoch seconds; its seats are forgotten a month later.
         """
         key = self._session.keys.seats(subject)
         expires_ms = min((expires_s + _OUTLIVE_LICENCE_S) * 1000, _MAX_EXPIRY_MS)
         reply = await self._session.retry(
-            lambda: self._scripts.call("seat", key, install_id, seats, expires_ms, self._session.now_ms())
+            lambda: self._scripts.call("licence_seat", key, install_id, seats, expires_ms, self._session.now_ms())
         )
         return SeatStatus(reply[0].decode())
 

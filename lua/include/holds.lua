@@ -5,7 +5,7 @@
 --                    cover (lifetime, lifetime on gemini, monthly, monthly on gemini), then when to count anew
 -- Nothing sweeps: the first script after a hold lapses counts anew, and finds those dead that lapsed a grace time ago.
 -- Until then a commit still finds it, and is LATE.
--- Takes: row_key, hold_field, hold, held, now_ms, broken
+-- Takes: row_key, hold_field, hold, held, now_ms, bad_row
 -- Gives: held_backend, held_tier, held_counter, held_cost, lapses_ms (the parts of `hold`, if there is that hold),
 --   others (what `held` says without that hold, as its seven numbers; nil without others), dead (fields to drop, or nil)
 local held_backend, held_tier, held_counter, held_cost, lapses_ms, others, dead
@@ -14,7 +14,7 @@ if hold then
     string.match(hold, "^(%l+) (%S+) (%l+) (%d+) (%d+)$")
   if held_counter ~= "monthly" and held_counter ~= "lifetime"
     or held_backend ~= "gemini" and held_backend ~= "hardware" then
-    return broken(row_key, hold_field, hold, "text like 'gemini pro monthly 1 1780000000000'")
+    return bad_row(row_key, hold_field, hold, "text like 'gemini pro monthly 1 1780000000000'")
   end
   held_cost, lapses_ms = held_cost + 0, lapses_ms + 0
 end
@@ -31,7 +31,7 @@ if (hold or held) and not alone then
       if string.sub(fields[i], 1, 5) == "hold:" and fields[i] ~= hold_field then
         local backend, counter, cost, until_ms = string.match(fields[i + 1], "^(%l+) %S+ (%l+) (%d+) (%d+)$")
         if counter ~= "monthly" and counter ~= "lifetime" or backend ~= "gemini" and backend ~= "hardware" then
-          return broken(row_key, fields[i], fields[i + 1], "text like 'gemini pro monthly 1 1780000000000'")
+          return bad_row(row_key, fields[i], fields[i + 1], "text like 'gemini pro monthly 1 1780000000000'")
         end
         until_ms = until_ms + 0
         if until_ms > now_ms then

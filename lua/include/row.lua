@@ -1,5 +1,5 @@
 -- One install's row, read at once but for what few decisions want. Its fields:
---   tier_snapshot                                    tier of the last committed request: see include/debit.lua
+--   tier_snapshot                                    tier of the last committed request: see include/charge.lua
 --   lifetime_consumed, lifetime_gemini_consumed      credits, ever
 --   monthly_consumed, monthly_gemini_consumed        credits, this billing period
 --   last_renewal_at, last_active_at                  2026-05-11T23:02:57.123Z
@@ -7,10 +7,10 @@
 --   held, hold:<hold_id>                             see include/holds.lua
 --   extra                                            JSON, never read here
 -- Nearly every row is complete, of this century, renews on a day that each month has, and is not due: for that one no
--- function is built, which costs more than what it would compute. Any other is left to include/renewal.lua.
+-- function is built, which costs more than what it would compute. Any other is left to include/rollover.lua.
 -- Takes: row_key, hold_field, now_ms
 -- Gives: f, lifetime, lifetime_gemini, monthly, monthly_gemini, began, anniversary_day, held, hold,
---   renews_ms (nil: the row is left to renewal), created, changes (nil, both for renewal)
+--   renews_ms (nil: the row is left to rollover), created, changes (nil, both for rollover)
 local f = redis.call("HMGET", row_key, "lifetime_consumed", "lifetime_gemini_consumed", "monthly_consumed",
   "monthly_gemini_consumed", "last_renewal_at", "anniversary_day", "held", hold_field)
 local lifetime, lifetime_gemini, monthly, monthly_gemini = f[1] or "", f[2] or "", f[3] or "", f[4] or ""

@@ -108,20 +108,20 @@ CALLS: dict[str, tuple[Callable[[CreditLimiter], Awaitable[object]], dict[str, s
             "extra": '{"x":1}',
         },
     ),
-    "claim": (
+    "idempotency_claim": (
         lambda limiter: Claims(limiter.session).claim(
             "credits:claim:a:k", "o", "f", claim_ms=706, attempt=2, missed_ms=705
         ),
         NOW | {"owner": "o", "fingerprint": "f", "claim_ms": "706", "attempt": "2", "missed_ms": "705"},
     ),
-    "keep": (
+    "idempotency_record": (
         lambda limiter: Claims(limiter.session).record(
             "credits:claim:a:k", "o", "f", keep_ms=707, busy_ms=706, answer=b"x\x80"
         ),
         NOW | {"owner": "o", "fingerprint": "f", "busy_ms": "706", "answer": "x\udc80", "keep_ms": "707"},
     ),
-    "drop": (lambda limiter: Claims(limiter.session).drop("credits:claim:a:k", "o"), {"owner": "o"}),
-    "seat": (
+    "idempotency_drop": (lambda limiter: Claims(limiter.session).drop("credits:claim:a:k", "o"), {"owner": "o"}),
+    "licence_seat": (
         lambda limiter: Seats(limiter.session).take("b", "a", seats=3, expires_s=2_000_000_000),
         NOW | {"install_id": "a", "seats": "3", "lapses_ms": "2002592000000"},
     ),
@@ -138,17 +138,17 @@ CALLS: dict[str, tuple[Callable[[CreditLimiter], Awaitable[object]], dict[str, s
             "good_at": "2026-05-10T09:30:00.000Z",
         },
     ),
-    "mint": (
+    "install_mint": (
         lambda limiter: InstallRateLimit(limiter.session).return_mint("203.0.113.9", limit=708, period_ms=709),
         NOW | {"limit": "708", "period_ms": "709", "returns": "1"},
     ),
 }
 # Of whom the first key is not that of a row.
 KEYS = {
-    **dict.fromkeys(("claim", "keep", "drop"), "credits:claim:a:k"),
-    "seat": Keys().seats("b"),
+    **dict.fromkeys(("idempotency_claim", "idempotency_record", "idempotency_drop"), "credits:claim:a:k"),
+    "licence_seat": Keys().seats("b"),
     "lease": "credits:persister",
-    "mint": "credits:mint:203.0.113.9",
+    "install_mint": "credits:mint:203.0.113.9",
 }
 
 
@@ -264,11 +264,25 @@ def test_includes_when_pasted_then_what_each_takes_is_there_above_it(name: str) 
         *[("commit", "used_cost", value) for value in ("0", "-1", "1.5")],
         *[("commit", "hold_id", ""), ("release", "hold_id", ""), ("balance", "counter", "weekly")],
         *[("put_row", "mode", value) for value in ("", "erase", "create??")],
-        *[("claim", "owner", ""), ("claim", "fingerprint", ""), ("claim", "claim_ms", "0")],
-        *[("keep", "owner", ""), ("keep", "fingerprint", ""), ("keep", "busy_ms", "-1"), ("keep", "keep_ms", "0")],
-        *[("drop", "owner", ""), ("seat", "install_id", ""), ("seat", "seats", "0"), ("seat", "lapses_ms", "0")],
+        *[
+            ("idempotency_claim", "owner", ""),
+            ("idempotency_claim", "fingerprint", ""),
+            ("idempotency_claim", "claim_ms", "0"),
+        ],
+        *[
+            ("idempotency_record", "owner", ""),
+            ("idempotency_record", "fingerprint", ""),
+            ("idempotency_record", "busy_ms", "-1"),
+            ("idempotency_record", "keep_ms", "0"),
+        ],
+        *[
+            ("idempotency_drop", "owner", ""),
+            ("licence_seat", "install_id", ""),
+            ("licence_seat", "seats", "0"),
+            ("licence_seat", "lapses_ms", "0"),
+        ],
         *[("lease", "owner", ""), ("lease", "least_epoch", "-1"), ("lease", "lease_ms", "-1")],
-        *[("mint", "limit", "0"), ("mint", "period_ms", "0")],
+        *[("install_mint", "limit", "0"), ("install_mint", "period_ms", "0")],
     ],
 )
 async def test_script_when_an_argument_breaks_its_bound_then_it_is_refused_and_nothing_is_written(
@@ -284,7 +298,7 @@ async def test_script_when_an_argument_breaks_its_bound_then_it_is_refused_and_n
     assert await redis.dbsize() == 0
 
 
-@pytest.mark.parametrize("name", ["calendar", "counters", "in_flight", "iso", "plan"])
+@pytest.mark.parametrize("name", ["calendar", "counters", "held_credits", "now_iso", "plan"])
 def test_include_when_it_is_to_be_pure_then_it_calls_no_redis(name: str) -> None:
     assert "redis." not in _include(name)
 

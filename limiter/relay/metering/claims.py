@@ -10,7 +10,7 @@ from limiter.credits.session import Session
 
 
 class ClaimStatus(StrEnum):
-    """What claim.lua, keep.lua and drop.lua did or found."""
+    """What the scripts idempotency_claim, idempotency_record and idempotency_drop did or found."""
 
     CLAIMED = "CLAIMED"
     RUNNING = "RUNNING"
@@ -25,7 +25,7 @@ class ClaimStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """What claim.lua answered; `answer` is as `record` was given it, empty but for KEPT."""
+    """What idempotency_claim.lua answered; `answer` is as `record` was given it, empty but for KEPT."""
 
     status: ClaimStatus
     answer: bytes
@@ -51,7 +51,7 @@ class Claims:
         attempt: int | None = None,
         missed_ms: int | None = None,
     ) -> Claimed:
-        """Claim a key for an attempt. A repeat by the same owner gives the same answer again. Run claim.lua.
+        """Run idempotency_claim.lua: claim a key for an attempt. A repeat by the same owner gets the same answer again.
 
         Args:
             claim_key: from `Keys`.
@@ -63,7 +63,7 @@ class Claims:
         """
         reply = await self._session.retry(
             lambda: self._scripts.call(
-                "claim", claim_key, owner, fingerprint, claim_ms, attempt, missed_ms, self._session.now_ms()
+                "idempotency_claim", claim_key, owner, fingerprint, claim_ms, attempt, missed_ms, self._session.now_ms()
             )
         )
         return Claimed(ClaimStatus(reply[0].decode()), reply[1])
@@ -71,18 +71,18 @@ class Claims:
     async def record(
         self, claim_key: str, owner: str, fingerprint: str, *, keep_ms: int, answer: bytes = b"", busy_ms: int = 0
     ) -> ClaimStatus:
-        """Record that an attempt was served: KEPT, or LOST when another has the claim. Run keep.lua.
+        """Run idempotency_record.lua: record that an attempt was served. KEPT, or LOST when another has the claim.
 
         A record without `busy_ms` is final.
         """
         reply = await self._session.retry(
             lambda: self._scripts.call(
-                "keep", claim_key, owner, fingerprint, busy_ms, answer, keep_ms, self._session.now_ms()
+                "idempotency_record", claim_key, owner, fingerprint, busy_ms, answer, keep_ms, self._session.now_ms()
             )
         )
         return ClaimStatus(reply[0].decode())
 
     async def drop(self, claim_key: str, owner: str) -> ClaimStatus:
-        """Drop the claim of an attempt that was not served: DROPPED, GONE, or KEPT when it was. Run drop.lua."""
-        reply = await self._session.retry(lambda: self._scripts.call("drop", claim_key, owner))
+        """Run idempotency_drop.lua for an attempt that was not served: DROPPED, GONE, or KEPT when it was served."""
+        reply = await self._session.retry(lambda: self._scripts.call("idempotency_drop", claim_key, owner))
         return ClaimStatus(reply[0].decode())

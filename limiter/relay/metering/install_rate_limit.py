@@ -14,7 +14,7 @@ _SITE_BITS = 56  # what one customer of an IPv6 provider usually has
 
 
 class MintStatus(StrEnum):
-    """What mint.lua did."""
+    """What install_mint.lua did."""
 
     MINTED = "MINTED"
     LIMITED = "LIMITED"
@@ -23,7 +23,7 @@ class MintStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Mint:
-    """What mint.lua answered. wait_ms: until the next new install is let through, 0 unless LIMITED."""
+    """What install_mint.lua answered. wait_ms: until the next new install is let through, 0 unless LIMITED."""
 
     status: MintStatus
     wait_ms: int
@@ -65,17 +65,17 @@ class InstallRateLimit:
                 raise _limited("all clients together", mint.wait_ms)
 
     async def mint(self, network: str | None, *, limit: int, period_ms: int = PERIOD_MS) -> Mint:
-        """Run mint.lua for one new install of a network, or of all. Never repeated once it may have counted."""
+        """Run install_mint.lua for one new install of a network, or of all. Never repeated once it may have counted."""
         return await self._mint(network, limit, period_ms, 0)
 
     async def return_mint(self, network: str | None, *, limit: int, period_ms: int = PERIOD_MS) -> Mint:
-        """Run mint.lua to give back what `mint` counted."""
+        """Run install_mint.lua to give back what `mint` counted."""
         return await self._mint(network, limit, period_ms, 1)
 
     async def _mint(self, network: str | None, limit: int, period_ms: int, returns: int) -> Mint:
         key = self._session.keys.mint(network)
         status, wait_ms = await self._session.retry(
-            lambda: self._scripts.call("mint", key, limit, period_ms, returns, self._session.now_ms()),
+            lambda: self._scripts.call("install_mint", key, limit, period_ms, returns, self._session.now_ms()),
             when_unknown=False,
         )
         return Mint(MintStatus(status.decode()), wait_ms)

@@ -1,4 +1,4 @@
-"""mint.lua: never more new installs than the limit lets through."""
+"""install_mint.lua: never more new installs than the limit lets through."""
 
 import asyncio
 import random

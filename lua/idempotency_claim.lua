@@ -16,7 +16,7 @@ local missed_ms   = tonumber(ARGV[5])  -- int >= 0, milliseconds since its first
 local now_arg     = ARGV[6]            -- int, epoch milliseconds; "" for the server's time
 
 if owner == "" or fingerprint == "" or not (claim_ms and claim_ms > 0) then
-  return redis.error_reply("BADARG claim wants an owner, a fingerprint, and a time above 0")
+  return redis.error_reply("BADARG idempotency_claim wants an owner, a fingerprint, and a time above 0")
 end
 --@include clock
 local number = attempt and string.format("%.0f", attempt) or ""

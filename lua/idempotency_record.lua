@@ -2,7 +2,7 @@
 -- Notes on a claim that its attempt was served, with the answer or without. From here on no attempt of the same key is
 -- served again. One step, so that it cannot overwrite the claim of another attempt.
 -- Reply: {status}   status: KEPT | LOST (another attempt has the claim: nothing is noted)
-local claim_key   = KEYS[1]            -- hash, see claim.lua; always with a TTL
+local claim_key   = KEYS[1]            -- hash, see idempotency_claim.lua; always with a TTL
 local owner       = ARGV[1]            -- string, 1..64 bytes: this attempt
 local fingerprint = ARGV[2]            -- string, 1..64 bytes: what is asked for
 local busy_ms     = tonumber(ARGV[3])  -- int >= 0, milliseconds for which it may still run; 0 when it is over
@@ -11,7 +11,7 @@ local keep_ms     = tonumber(ARGV[5])  -- int > 0, milliseconds until the key is
 local now_arg     = ARGV[6]            -- int, epoch milliseconds; "" for the server's time
 
 if owner == "" or fingerprint == "" or not (busy_ms and busy_ms >= 0 and keep_ms and keep_ms > 0) then
-  return redis.error_reply("BADARG keep wants an owner, a fingerprint, a time from 0 and a time above 0")
+  return redis.error_reply("BADARG idempotency_record wants an owner, a fingerprint, a time from 0 and a time above 0")
 end
 --@include clock
 local f = redis.call("HMGET", claim_key, "owner", "busy_until_ms")

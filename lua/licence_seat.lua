@@ -9,7 +9,7 @@ local lapses_ms  = tonumber(ARGV[3])  -- int > 0, epoch milliseconds: when its s
 local now_arg    = ARGV[4]            -- int, epoch milliseconds; "" for the server's time
 
 if install_id == "" or not (seats and seats > 0 and lapses_ms and lapses_ms > 0) then
-  return redis.error_reply("BADARG seat wants an install, and seats and a time above 0")
+  return redis.error_reply("BADARG licence_seat wants an install, and seats and a time above 0")
 end
 --@include clock
 local taken = redis.call("HLEN", seats_key)

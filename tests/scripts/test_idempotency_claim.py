@@ -1,4 +1,4 @@
-"""claim.lua, keep.lua and drop.lua: of all attempts one has the key, and only that one says what became of it."""
+"""Claim, record, drop: of all attempts one has the key, and only that one says what became of it."""
 
 import pytest
 from redis.asyncio import Redis

@@ -1,4 +1,4 @@
-"""seat.lua: never more seats than there are."""
+"""licence_seat.lua: never more seats than there are."""
 
 import asyncio
 import time

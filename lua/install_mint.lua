@@ -10,7 +10,7 @@ local returns   = ARGV[3] == "1"     -- 1 | 0: whether one that was counted is g
 local now_arg   = ARGV[4]            -- int, epoch milliseconds; "" for the server's time
 
 if not (limit and limit > 0 and period_ms and period_ms > 0) then
-  return redis.error_reply("BADARG mint wants a limit and a period above 0")
+  return redis.error_reply("BADARG install_mint wants a limit and a period above 0")
 end
 --@include clock
 local now_us, period_us = now_ms * 1000, period_ms * 1000
