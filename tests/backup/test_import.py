@@ -15,14 +15,13 @@ from redis.asyncio import Redis
 from limiter import CreditLimiter, LedgerFileError, LimiterUnavailable, Row, Status, connect
 from limiter._util.timestamps import iso_from_ms
 from limiter.backup.dump import dump
-from limiter.backup.importer import _BATCHES_SENT, BATCH_ROWS, ImportReport, Progress, import_file
+from limiter.backup.importer import _BATCHES_SENT, BATCH_ROWS, Progress, import_file
 from limiter.credits.models import ROW_MEMBERS
-from limiter.credits.scripts import PutMode
 from limiter.ledger.file import LedgerFile
 from tests.support.credits import TIERS, Clock
+from tests.support.imports import Member, counts, dumps, many, member, run_import
 from tests.support.redis_servers import Server
 
-Member = dict[str, Any]
 Ledger = Callable[..., Path]
 
 
@@ -38,39 +37,8 @@ def ledger(tmp_path: Path) -> Ledger:
     return make
 
 
-def member(**fields: Any) -> Member:
-    whole = {
-        "tier_snapshot": "pro",
-        "lifetime_consumed": 3,
-        "lifetime_gemini_consumed": 1,
-        "last_renewal_at": "2026-05-04T21:24:54.719Z",
-        "anniversary_day": 4,
-        "monthly_consumed": 5,
-        "monthly_gemini_consumed": 2,
-        "last_active_at": "2026-05-10T00:00:00.000Z",
-    }
-    return whole | fields
-
-
-def many(count: int) -> dict[str, object]:
-    return {f"i-{number}": member(monthly_consumed=number) for number in range(count)}
-
-
-async def dumps(redis: Redis) -> dict[object, object]:
-    """The rows that Redis holds, to the byte."""
-    return {key: await redis.dump(key) for key in await redis.keys("*:install:*")}
-
-
-async def do(limiter: CreditLimiter, path: Path, mode: PutMode = "create", *, dry_run: bool = False) -> ImportReport:
-    return await import_file(limiter.session, path, mode=mode, dry_run=dry_run)
-
-
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-def counts(report: ImportReport) -> tuple[int, int, int, int]:
-    return report.new, report.same, report.changed, report.rejected
 
 
 def rows_of(path: Path) -> list[bytes]:
@@ -82,7 +50,7 @@ def rows_of(path: Path) -> list[bytes]:
 
 
 async def test_import_when_redis_is_empty_then_every_row_is_in(limiter: CreditLimiter, ledger: Ledger) -> None:
-    report = await do(limiter, ledger(many(2 * BATCH_ROWS + 1)))
+    report = await run_import(limiter, ledger(many(2 * BATCH_ROWS + 1)))
     assert (report.total, *counts(report)) == (2 * BATCH_ROWS + 1, 2 * BATCH_ROWS + 1, 0, 0, 0)
     row = await limiter.row("i-200")
     assert row
@@ -93,7 +61,7 @@ async def test_import_when_it_is_a_dry_run_then_it_tells_the_same_and_writes_not
     limiter: CreditLimiter, redis: Redis, ledger: Ledger
 ) -> None:
     path = ledger(many(7) | {"bad": 5})
-    report = await do(limiter, path, dry_run=True)
+    report = await run_import(limiter, path, dry_run=True)
     assert counts(report) == (7, 0, 0, 1)
     assert report.rejected_file is None
     assert await dumps(redis) == {}
@@ -110,19 +78,19 @@ async def test_import_when_it_is_repeated_then_nothing_changes(
         "used": {"monthly_consumed": 3, "last_active_at": "2026-01-01"},
     }
     path = ledger(many(600) | undated | {"month": {"month": "2025-10", "x": 1.5}, "other": member(note="é")})
-    assert counts(await do(limiter, path)) == (605, 0, 0, 0)
+    assert counts(await run_import(limiter, path)) == (605, 0, 0, 0)
     before = await dumps(redis)
     for mode in ("create", "merge", "replace"):
         clock.now_ms += 86_400_000
-        assert counts(await do(limiter, path, mode, dry_run=True)) == (0, 605, 0, 0), mode
-        assert counts(await do(limiter, path, mode)) == (0, 605, 0, 0), mode
+        assert counts(await run_import(limiter, path, mode, dry_run=True)) == (0, 605, 0, 0), mode
+        assert counts(await run_import(limiter, path, mode)) == (0, 605, 0, 0), mode
     assert await dumps(redis) == before
 
 
 async def test_import_when_a_row_has_no_period_then_it_begins_at_the_servers_time(redis: Redis, ledger: Ledger) -> None:
     limiter = CreditLimiter(redis, TIERS)
     seconds, microseconds = await redis.time()
-    await do(limiter, ledger({"a": {}, "b": {}}))
+    await run_import(limiter, ledger({"a": {}, "b": {}}))
     first, second = await limiter.row("a"), await limiter.row("b")
     assert first
     assert second
@@ -148,12 +116,12 @@ async def test_import_when_it_is_cancelled_midway_and_repeated_then_the_end_is_t
         await task
     assert reached.is_set()
     assert 2 * BATCH_ROWS <= await redis.dbsize() < rows
-    report = await do(limiter, path)
+    report = await run_import(limiter, path)
     assert report.new + report.same == rows
     assert report.same >= 2 * BATCH_ROWS
     interrupted = await dumps(redis)
     await redis.flushdb()
-    await do(limiter, path)
+    await run_import(limiter, path)
     assert await dumps(redis) == interrupted
 
 
@@ -189,7 +157,7 @@ async def test_import_when_redis_dies_midway_then_it_says_so_and_a_repeat_comple
     with pytest.raises(LimiterUnavailable):
         await import_file(limiter.session, path, mode="create", dry_run=False, on_progress=kill)
     server.start()
-    report = await do(limiter, path)
+    report = await run_import(limiter, path)
     assert sum(counts(report)) == report.new + report.same == 9 * BATCH_ROWS
     assert report.same >= BATCH_ROWS
     await redis.aclose()
@@ -223,7 +191,7 @@ async def test_import_when_some_rows_are_bad_then_the_good_ones_are_in_and_the_b
         "b-4": member(price=1.1, last_active_at="x"),
     }
     path = ledger(many(3) | bad)
-    report = await do(limiter, path)
+    report = await run_import(limiter, path)
     assert (report.total, *counts(report)) == (7, 3, 0, 0, 4)
     assert [each.install_id for each in report.first_rejected] == list(bad)
     rejected_file = path.with_name("credits.json.rejected.json")
@@ -258,7 +226,7 @@ async def test_dry_run_when_rows_are_bad_then_what_is_wrong_is_counted_the_most_
 async def test_import_when_most_rows_are_bad_then_all_are_in_the_file_and_the_first_in_the_report(
     limiter: CreditLimiter, ledger: Ledger
 ) -> None:
-    report = await do(limiter, ledger({f"b-{number}": number for number in range(1200)}))
+    report = await run_import(limiter, ledger({f"b-{number}": number for number in range(1200)}))
     assert report.rejected == 1200
     assert len(report.first_rejected) == 20
     assert report.rejected_file
@@ -273,13 +241,13 @@ async def test_import_when_the_file_is_unreadable_then_it_refuses_says_where_and
     limiter: CreditLimiter, redis: Redis, tmp_path: Path, ledger: Ledger, broken: bytes
 ) -> None:
     """Where the old ledger starts empty, and overwrites the file."""
-    await do(limiter, ledger(many(3), "first.json"))
+    await run_import(limiter, ledger(many(3), "first.json"))
     before = await dumps(redis)
     path = tmp_path / "credits.json"
     path.write_bytes(broken)
     for mode in ("create", "merge", "replace"):
         with pytest.raises(LedgerFileError, match=rf"^{path} line \d+, column \d+: "):
-            await do(limiter, path, mode)
+            await run_import(limiter, path, mode)
     assert await dumps(redis) == before
     assert path.read_bytes() == broken
     assert names(tmp_path) == ["credits.json", "first.json"]
@@ -291,13 +259,13 @@ async def test_import_when_a_late_row_breaks_the_file_then_the_early_ones_are_no
     path = ledger(many(3 * BATCH_ROWS))
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(LedgerFileError, match="truncated"):
-        await do(limiter, path)
+        await run_import(limiter, path)
     assert await dumps(redis) == {}
 
 
 async def test_import_when_the_file_is_missing_then_it_says_so(limiter: CreditLimiter, tmp_path: Path) -> None:
     with pytest.raises(LedgerFileError, match="No such file"):
-        await do(limiter, tmp_path / "none.json")
+        await run_import(limiter, tmp_path / "none.json")
 
 
 @pytest.mark.parametrize("folder", [Path(), Path("/")])
@@ -305,7 +273,7 @@ async def test_import_when_the_file_is_a_folder_without_a_name_then_it_says_so(
     limiter: CreditLimiter, folder: Path
 ) -> None:
     with pytest.raises(LedgerFileError, match="Is a directory"):
-        await do(limiter, folder)
+        await run_import(limiter, folder)
 
 
 # Into a Redis that has rows
@@ -318,17 +286,17 @@ async def test_import_when_redis_has_rows_that_the_file_has_not_then_it_refuses(
     before = await dumps(redis)
     for dry_run in (True, False):
         with pytest.raises(LedgerFileError, match=r"0 rows that differ .* 1 that it does not have.*merge.*replace"):
-            await do(limiter, ledger(many(3)), dry_run=dry_run)
+            await run_import(limiter, ledger(many(3)), dry_run=dry_run)
     assert await dumps(redis) == before
 
 
 async def test_import_when_rows_differ_then_it_refuses(limiter: CreditLimiter, redis: Redis, ledger: Ledger) -> None:
     path = ledger(many(3))
-    await do(limiter, path)
+    await run_import(limiter, path)
     await limiter.debit("i-1", tier="pro", has_hardware=True)
     before = await dumps(redis)
     with pytest.raises(LedgerFileError, match=r"1 rows that differ .* 0 that it does not have"):
-        await do(limiter, path)
+        await run_import(limiter, path)
     assert await dumps(redis) == before
 
 
@@ -338,8 +306,8 @@ async def test_import_when_a_key_is_no_hash_then_create_refuses_and_the_others_r
     path = ledger(many(3))
     await redis.set("credits:install:i-1", "x")
     with pytest.raises(LedgerFileError, match="1 rows that differ"):
-        await do(limiter, path)
-    report = await do(limiter, path, "replace")
+        await run_import(limiter, path)
+    report = await run_import(limiter, path, "replace")
     assert counts(report) == (2, 0, 0, 1)
     assert "is not a hash" in report.first_rejected[0].reason
 
@@ -354,7 +322,7 @@ async def test_merge_when_counters_differ_then_the_larger_win_and_the_other_rows
         "clamped": member(last_renewal_at="2026-02-28T00:00:00.000Z", anniversary_day=31),
         "only-here": member(),
     }
-    await do(limiter, ledger(old, "old.json"))
+    await run_import(limiter, ledger(old, "old.json"))
     undated = member(lifetime_consumed=7, monthly_consumed=8, anniversary_day=None, last_active_at=None)
     undated["last_renewal_at"] = None
     new = {
@@ -365,10 +333,10 @@ async def test_merge_when_counters_differ_then_the_larger_win_and_the_other_rows
         "new": member(),
     }
     path = ledger(new)
-    assert counts(await do(limiter, path, "merge", dry_run=True)) == (1, 3, 1, 0)
-    assert counts(await do(limiter, path, "merge")) == (1, 3, 1, 0)
+    assert counts(await run_import(limiter, path, "merge", dry_run=True)) == (1, 3, 1, 0)
+    assert counts(await run_import(limiter, path, "merge")) == (1, 3, 1, 0)
     before = await dumps(redis)
-    assert counts(await do(limiter, path, "merge")) == (0, 5, 0, 0)
+    assert counts(await run_import(limiter, path, "merge")) == (0, 5, 0, 0)
     assert await dumps(redis) == before
 
     assert await fields(limiter, "more") == member(
@@ -379,7 +347,7 @@ async def test_merge_when_counters_differ_then_the_larger_win_and_the_other_rows
     assert (await fields(limiter, "clamped"))["anniversary_day"] == 31
     assert await limiter.row("only-here")
 
-    await do(limiter, ledger({"same": undated}, "undated.json"), "merge")
+    await run_import(limiter, ledger({"same": undated}, "undated.json"), "merge")
     same = await fields(limiter, "same")
     assert same == member(lifetime_consumed=7, monthly_consumed=8)  # the period is the one that Redis knows
 
@@ -395,12 +363,12 @@ async def fields(limiter: CreditLimiter, install_id: str) -> Member:
 async def test_replace_when_rows_differ_then_the_file_wins_but_live_holds_and_other_rows_stay(
     limiter: CreditLimiter, redis: Redis, ledger: Ledger
 ) -> None:
-    await do(limiter, ledger({"a": member(monthly_consumed=50, x=1), "b": member()}, "old.json"))
+    await run_import(limiter, ledger({"a": member(monthly_consumed=50, x=1), "b": member()}, "old.json"))
     held = await limiter.reserve("a", tier="pro", has_hardware=True, cost=3)
     path = ledger({"a": member(monthly_consumed=2)})
-    assert counts(await do(limiter, path, "replace", dry_run=True)) == (0, 0, 1, 0)
-    assert counts(await do(limiter, path, "replace")) == (0, 0, 1, 0)
-    assert counts(await do(limiter, path, "replace")) == (0, 1, 0, 0)
+    assert counts(await run_import(limiter, path, "replace", dry_run=True)) == (0, 0, 1, 0)
+    assert counts(await run_import(limiter, path, "replace")) == (0, 0, 1, 0)
+    assert counts(await run_import(limiter, path, "replace")) == (0, 1, 0, 0)
     assert await fields(limiter, "a") == member(monthly_consumed=2)
     assert not await redis.hexists("credits:install:a", "extra")
     assert await limiter.row("b")
@@ -414,10 +382,10 @@ async def test_merge_when_the_stored_row_is_broken_then_it_is_rejected_and_repla
 ) -> None:
     await redis.hset("credits:install:i-1", mapping={"monthly_consumed": "x", "last_renewal_at": "2026-05-04"})
     path = ledger(many(3))
-    report = await do(limiter, path, "merge")
+    report = await run_import(limiter, path, "merge")
     assert counts(report) == (2, 0, 0, 1)
     assert "credits:install:i-1 field monthly_consumed is 'x'" in report.first_rejected[0].reason
-    assert counts(await do(limiter, path, "replace")) == (0, 2, 1, 0)
+    assert counts(await run_import(limiter, path, "replace")) == (0, 2, 1, 0)
     assert await fields(limiter, "i-1") == member(monthly_consumed=1)
 
 
@@ -443,11 +411,11 @@ async def test_file_when_it_goes_through_redis_and_back_then_its_rows_are_byte_e
 ) -> None:
     text = json.dumps({"rows": many(700) | {"x": member(note="é\n😀", price=0)}}).replace('"price": 0', '"price": 1.10')
     ledger({}).write_text(text)
-    await do(limiter, tmp_path / "credits.json")
+    await run_import(limiter, tmp_path / "credits.json")
     first, second = tmp_path / "first.json", tmp_path / "second.json"
     await dump(limiter.session, first)
     await redis.flushdb()
-    await do(limiter, first)
+    await run_import(limiter, first)
     await dump(limiter.session, second)
     assert rows_of(first) == rows_of(second)
     assert len(rows_of(first)) == 701
@@ -499,7 +467,7 @@ async def test_rows_when_they_are_legal_then_they_survive_file_and_redis_and_fil
     limiter = CreditLimiter(redis, TIERS)
     given_path, dumped_path = folder / "given.json", folder / f"{uuid.uuid4().hex}.json"
     given_path.write_text(json.dumps({"rows": rows}, ensure_ascii=False))
-    report = await do(limiter, given_path)
+    report = await run_import(limiter, given_path)
     assert counts(report) == (len(rows), 0, 0, 0)
     await dump(limiter.session, dumped_path)
     with LedgerFile(given_path) as given_file, LedgerFile(dumped_path) as dumped_file:
@@ -510,4 +478,4 @@ async def test_rows_when_they_are_legal_then_they_survive_file_and_redis_and_fil
             if name in ROW_MEMBERS and (value is None or name == "anniversary_day"):
                 continue
             assert dumped[install_id][name] == value
-    assert counts(await do(limiter, dumped_path)) == (0, len(rows), 0, 0)
+    assert counts(await run_import(limiter, dumped_path)) == (0, len(rows), 0, 0)

@@ -24,9 +24,9 @@ from limiter.backup.row_writer import Item, RowWriter
 from limiter.credits.scripts import Scripts
 from limiter.credits.session import Session
 from limiter.ledger.file import LedgerFile
-from tests.backup.test_import import counts, do, dumps, many, member
 from tests.support.cli import LIMITER, environment, limiter
 from tests.support.credits import PATIENCE_MS, TIERS
+from tests.support.imports import counts, dumps, many, member, run_import
 from tests.support.redis_servers import Server, binaries
 from tests.support.redis_topologies import ClusterSetUp
 from tests.support.wait import eventually, wait_until
@@ -141,7 +141,7 @@ async def test_import_when_another_has_the_lease_then_it_waits_until_it_is_given
     closing.push_async_callback(redis.aclose)
     limiter = CreditLimiter(redis, TIERS)
     async with exclusive_import(limiter.session):
-        second = asyncio.create_task(do(limiter, ledger))
+        second = asyncio.create_task(run_import(limiter, ledger))
         await asyncio.sleep(0.5)  # it has read the file, and asks
         assert not second.done()
         assert await dumps(redis) == {}
@@ -270,7 +270,7 @@ async def test_import_when_the_server_goes_away_then_the_error_says_what_is_in_a
         await import_file(impatient, ledger, mode="create", on_progress=kill)
     server.start()
     patient = CreditLimiter(redis, TIERS, timeout_ms=PATIENCE_MS, deadline_ms=PATIENCE_MS)
-    report = await do(patient, ledger)
+    report = await run_import(patient, ledger)
     assert report.new + report.same == ROWS + 400
     assert 3 * BATCH_ROWS <= said_to_be_in(gone.value) <= report.same
 
@@ -292,20 +292,20 @@ async def test_import_when_a_dumped_file_was_changed_then_it_refuses_and_nothing
     redis = await connect(url_of(server))
     closing.push_async_callback(redis.aclose)
     limiter = CreditLimiter(redis, TIERS)
-    await do(limiter, ledger)
+    await run_import(limiter, ledger)
     dumped = tmp_path / "dumped.json"
     await dump(limiter.session, dumped)
     server.flushall()
     text = dumped.read_text()
     dumped.write_text(text.replace('"lifetime_consumed":3', '"lifetime_consumed":4', 1))
     with pytest.raises(LedgerFileError, match=r"its checksum does not match.*delete its member meta"):
-        await do(limiter, dumped)
+        await run_import(limiter, dumped)
     dumped.write_text(json.dumps(json.loads(text), indent=1))  # nothing but its form
     with pytest.raises(LedgerFileError, match="its checksum does not match"):
-        await do(limiter, dumped, "merge", dry_run=True)
+        await run_import(limiter, dumped, "merge", dry_run=True)
     assert await dumps(redis) == {}
     dumped.write_text(json.dumps({"rows": json.loads(text)["rows"]}, indent=1))
-    assert counts(await do(limiter, dumped)) == (ROWS + 400, 0, 0, 0)
+    assert counts(await run_import(limiter, dumped)) == (ROWS + 400, 0, 0, 0)
 
 
 async def test_import_when_the_file_is_written_to_meanwhile_then_it_says_so(
@@ -339,5 +339,5 @@ async def test_import_when_redis_is_a_cluster_then_every_row_is_in_and_a_repeat_
     redis = await connect(cluster.url)
     closing.push_async_callback(redis.aclose)
     limiter = CreditLimiter(redis, TIERS)
-    assert counts(await do(limiter, path)) == (3 * BATCH_ROWS, 0, 0, 1)
-    assert counts(await do(limiter, path)) == (0, 3 * BATCH_ROWS, 0, 1)
+    assert counts(await run_import(limiter, path)) == (3 * BATCH_ROWS, 0, 0, 1)
+    assert counts(await run_import(limiter, path)) == (0, 3 * BATCH_ROWS, 0, 1)

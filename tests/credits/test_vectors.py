@@ -12,9 +12,7 @@ from limiter import Balance, CreditLimiter, Decision, Row, Tiers
 from limiter._util.timestamps import ms_from_iso
 from tests.support.credits import Clock
 from tests.support.reference_model import Account, ReferenceLimiter, iso, moment, next_renewal, parse
-from tests.support.vectors import Entry, Vectors
-
-COUNTERS = ("lifetime_consumed", "lifetime_gemini_consumed", "monthly_consumed", "monthly_gemini_consumed")
+from tests.support.vectors import Entry, Vectors, as_ours
 
 
 def renewals(vectors: Vectors) -> Iterator[tuple[Row, int]]:
@@ -70,16 +68,6 @@ def tiers_of(quota: Entry) -> Tiers:
     return Tiers.from_mapping(
         {tier: {names.get(name, name): value for name, value in limits.items()} for tier, limits in quota.items()}
     )
-
-
-def as_ours(row: Entry) -> Entry:
-    """Give one of the old ledger's rows as ours has it: counters never set are 0, the anniversary day is stored.
-
-    A day that the old ledger ignores (it is no day of a month) is inferred like one that is missing.
-    """
-    day = row.get("anniversary_day")
-    inferred = day if day in range(1, 32) else int(row["last_renewal_at"][8:10])
-    return dict.fromkeys(COUNTERS, 0) | row | {"anniversary_day": inferred}
 
 
 def assert_step(step: Entry, decision: Decision, balance: Balance, row: Entry) -> None:

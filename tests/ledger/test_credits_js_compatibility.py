@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 
 from limiter import CreditLimiter
 from limiter.backup.dump import dump
-from tests.backup.test_import import do, many, member
+from tests.support.imports import many, member, run_import
 from tests.support.vectors import Vectors
 
 LOADER = Path(__file__).with_name("old_ledger.mjs")
@@ -38,7 +38,7 @@ async def test_dumped_file_when_the_old_rules_load_it_then_the_rows_are_those_of
         "o-4": member(month="2025-10"),
     }
     given.write_text(json.dumps({"rows": many(250) | odd, "other": [1]}))
-    await do(limiter, given)
+    await run_import(limiter, given)
     dumped = tmp_path / "dumped.json"
     await dump(limiter.session, dumped)
     rows = loaded(dumped, now="never")

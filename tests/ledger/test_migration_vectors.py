@@ -2,8 +2,7 @@
 
 from limiter._util.timestamps import ms_from_iso
 from limiter.ledger.row_codec import row_from_member
-from tests.credits.test_vectors import as_ours
-from tests.support.vectors import Vectors
+from tests.support.vectors import Vectors, as_ours
 
 
 def test_migration_when_an_old_row_is_read_then_it_is_the_row_that_the_old_ledger_loaded(vectors: Vectors) -> None:

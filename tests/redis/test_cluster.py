@@ -13,7 +13,7 @@ from limiter.backup.dump import dump
 from limiter.backup.importer import import_file
 from limiter.redis.cluster import primaries_of
 from limiter.redis.slot_map import slot_of
-from tests.redis.test_sentinel import shown_by_redis_cli
+from tests.support.cli import shown_by_redis_cli
 from tests.support.credits import TIERS
 from tests.support.load import RUNS, Checkpoints, Spending, check
 from tests.support.redis_servers import Server, binaries, free_port

@@ -3,18 +3,14 @@
 import logging
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from datetime import UTC, datetime, timedelta
-from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from limiter import CreditLimiter, LimiterUnavailable, SettingsError, connect
 from limiter.redis.cluster import primaries_of
 from limiter.redis.url import Address, parse_url, passwords_of, redacted
+from tests.support.certificates import write_certificate
 from tests.support.credits import TIERS
 from tests.support.redis_servers import Server, binaries, free_port
 from tests.support.redis_topologies import ClusterSetUp, SentinelServer, told
@@ -166,31 +162,6 @@ async def test_unix_socket_when_given_then_decisions_go_over_it(
     client = await connect(f"unix://{path}")
     closing.push_async_callback(client.aclose)
     assert (await CreditLimiter(client, TIERS).debit("a", tier="core", has_hardware=False)).allowed
-
-
-def write_certificate(folder: Path) -> tuple[Path, Path]:
-    """Make a key and a certificate of its own for 127.0.0.1; give the files of both."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
-    now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    key_file, certificate_file = folder / "key.pem", folder / "certificate.pem"
-    key_file.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    certificate_file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    return key_file, certificate_file
 
 
 async def test_tls_when_the_certificate_is_trusted_then_decisions_go_over_it_and_otherwise_none(

@@ -1,7 +1,5 @@
 """Sentinel: the primary is found, and another one takes its place under load without a double debit."""
 
-import asyncio
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -10,7 +8,7 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, LimiterUnavailable, SettingsError, connect
-from limiter.cli.serve import _redis_cli_options
+from tests.support.cli import shown_by_redis_cli
 from tests.support.credits import TIERS
 from tests.support.load import RUNS, Checkpoints, Spending, check
 from tests.support.redis_servers import binaries, free_port
@@ -126,10 +124,3 @@ async def test_url_when_it_leads_to_the_wrong_server_then_the_error_says_what_to
     servers.sentinels[1].resume()
     url = servers.url.replace(f"127.0.0.1:{servers.sentinels[0].port},", "")
     assert "monthly_consumed" in await shown_by_redis_cli(url, "credits:install:a")
-
-
-async def shown_by_redis_cli(url: str, row_key: str) -> str:
-    """Run the line that `limiter serve` prints."""
-    line = f"redis-cli {_redis_cli_options(url)} HGETALL {row_key}"
-    done = await asyncio.to_thread(subprocess.run, ["sh", "-c", line], capture_output=True, text=True, check=True)
-    return done.stdout

@@ -1,5 +1,6 @@
 """The project's own commands as real processes: `limiter …` once, `limiter serve` for as long as a test needs it."""
 
+import asyncio
 import os
 import queue
 import re
@@ -10,6 +11,8 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from limiter.cli.serve import _redis_cli_options
 
 LIMITER = str(Path(sys.executable).with_name("limiter"))
 
@@ -102,3 +105,10 @@ class Relay:
             for line in self.process.stdout:
                 self._lines.put(line)
         self._lines.put("")
+
+
+async def shown_by_redis_cli(url: str, row_key: str) -> str:
+    """Run the line that `limiter serve` prints."""
+    line = f"redis-cli {_redis_cli_options(url)} HGETALL {row_key}"
+    done = await asyncio.to_thread(subprocess.run, ["sh", "-c", line], capture_output=True, text=True, check=True)
+    return done.stdout

@@ -10,7 +10,7 @@ from aiohttp.http import StreamWriter
 
 from limiter.relay.upstream.client import BackendClient
 from limiter.relay.upstream.response import BackendResponse
-from tests.licences.test_tokens import KEY, PUBLIC_KEY, licence_for
+from tests.support.licences import KEY, PUBLIC_KEY, licence_for
 from tests.support.openai_backend import CHUNK, Backend, Document, chat
 from tests.support.relay import (
     CHAT,

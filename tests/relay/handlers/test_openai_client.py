@@ -6,7 +6,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.licences.test_tokens import KEY, PUBLIC_KEY, licence_for
+from tests.support.licences import KEY, PUBLIC_KEY, licence_for
 from tests.support.openai_backend import Backend
 from tests.support.relay import ONE_SERVER, RunningRelay, StartRelay, client_of, tiers
 

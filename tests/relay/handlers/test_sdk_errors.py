@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 
 from limiter import CreditLimiter, connect
 from limiter.licences.tokens import issue
-from tests.licences.test_tokens import DAY_S, KEY, PUBLIC_KEY
+from tests.support.licences import DAY_S, KEY, PUBLIC_KEY
 from tests.support.openai_backend import Backend
 from tests.support.openai_sdks import Call, Operation, PythonSdk, Sdk
 from tests.support.redis_servers import Server

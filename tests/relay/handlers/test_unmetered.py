@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 from limiter import CreditLimiter, Decision, connect
 from limiter.relay.telemetry.metrics import METRICS
 from limiter.relay.upstream.circuit_breaker import CircuitBreaker
-from tests.licences.test_tokens import PUBLIC_KEY, claims, signed
+from tests.support.licences import PUBLIC_KEY, claims, signed
 from tests.support.openai_backend import Backend
 from tests.support.redis_servers import Server, free_port
 from tests.support.relay import ONE_SERVER, Answer, RunningRelay, client_of, new_install, relays_on, tiers

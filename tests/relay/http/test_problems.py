@@ -10,7 +10,7 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Tiers
-from tests.licences.test_tokens import KEY, PUBLIC_KEY, licence_for
+from tests.support.licences import KEY, PUBLIC_KEY, licence_for
 from tests.support.openai_backend import Backend, Document
 from tests.support.relay import CHAT, ONE_SERVER, Answer, RunningRelay, StartRelay, client_of, new_install, tiers
 

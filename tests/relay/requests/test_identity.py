@@ -5,7 +5,7 @@ import uuid
 
 import pytest
 
-from tests.licences.test_tokens import KEY, OTHER_KEY, PUBLIC_KEY, by_hand, claims, licence_for, signed
+from tests.support.licences import KEY, OTHER_KEY, PUBLIC_KEY, by_hand, claims, licence_for, signed
 from tests.support.openai_backend import Backend
 from tests.support.relay import CHAT, ONE_SERVER, Answer, RunningRelay, StartRelay, client_of, new_install
 

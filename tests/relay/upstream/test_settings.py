@@ -17,7 +17,7 @@ from limiter.errors import SettingsError
 from limiter.relay.process.relay_process import open_backends
 from limiter.relay.upstream.client import BackendClient
 from limiter.relay.upstream.response import BackendFailed, BackendResponse
-from tests.redis.test_connect import write_certificate
+from tests.support.certificates import write_certificate
 from tests.support.openai_backend import Backend
 
 
