@@ -24,6 +24,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache --no-logo
+	$(BIN)/codespell $$(git ls-files '*.md' '*.py' '*.lua' 2>/dev/null)
 
 types: $(READY)
 	$(BIN)/mypy
