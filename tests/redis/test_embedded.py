@@ -14,6 +14,7 @@ import pytest
 from limiter import CreditLimiter, LimiterUnavailable, SettingsError, connect
 from limiter.redis import embedded
 from tests.support.credits import TIERS
+from tests.support.wait import eventually
 
 USER = """
 import asyncio, sys
@@ -85,6 +86,8 @@ async def test_embedded_when_a_second_process_joins_then_it_is_the_same_server_u
     assert server_runs(folder), "the other one still uses it"
     user.leave()
     assert not server_runs(folder)
+    # It was this process's child, and the other one stopped it: a zombie would still be listed.
+    await eventually(lambda: not Path(f"/proc/{user.server_pid}").exists(), what="the wait for the server's end")
 
 
 async def test_embedded_when_a_client_has_no_connection_open_then_its_server_is_not_stopped_all_the_same(

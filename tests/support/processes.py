@@ -13,10 +13,11 @@ class LeftProcess:
     """A process that still runs, or that has ended and was not waited for."""
 
     pid: int
+    folder: Path  # its working directory, which tells whose it was: pytest names it after the test
     command: str
 
     def __str__(self) -> str:
-        return f"{self.pid}: {self.command}"
+        return f"{self.pid} in {self.folder}: {self.command}"
 
     def end(self) -> None:
         with suppress(ProcessLookupError):
@@ -45,9 +46,10 @@ def _left(pid: int, folder: Path) -> LeftProcess | None:
         name, _, rest = (own / "stat").read_text().partition("(")[2].rpartition(")")
         state, parent = rest.split()[:2]
         command = (own / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        where = (own / "cwd").readlink() if state != "Z" else Path("-")
         is_child = int(parent) == os.getpid()
-        if pid == os.getpid() or not (is_child or (own / "cwd").readlink().is_relative_to(folder)):
+        if pid == os.getpid() or not (is_child or where.is_relative_to(folder)):
             return None
     except OSError:  # it has ended meanwhile, or is somebody else's
         return None
-    return LeftProcess(pid, "ended, but not waited for" if state == "Z" else command or name)
+    return LeftProcess(pid, where, "ended, but not waited for" if state == "Z" else command or name)
