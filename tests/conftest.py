@@ -30,7 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--vectors", type=Path, default=Path(__file__).parent / "vectors", help="folder of vector files")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Let the processes that the tests start have their Ctrl-C, whatever this one was started with.
 
     A shell starts a job in the background (`nohup make test &` in a script) with SIGINT ignored, which children
@@ -38,6 +38,10 @@ def pytest_configure() -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, lambda *_: None)
+    if ELSEWHERE in os.environ and config.getoption("numprocesses", None):
+        raise pytest.UsageError(
+            f"{ELSEWHERE} names one server, which two workers would flush: leave out --numprocesses"
+        )
 
 
 @pytest.fixture(scope="session", autouse=True)
