@@ -12,16 +12,18 @@ if counter ~= "lifetime" and counter ~= "monthly" then
   return redis.error_reply("BADARG balance wants a counter, lifetime or monthly")
 end
 local hold_field, status, backend, reason = "hold:", "KNOWN", "", ""
---@include clock
---@include bad_row
---@include row
+--@include clock -> now_ms
+--@include bad_row -> bad_row
+--@include row -> f, lifetime, lifetime_gemini, monthly, monthly_gemini, began, anniversary_day, held, hold, renews_ms,
+--  created, changes
 if not renews_ms then
---@include now_iso
---@include calendar
---@include rollover
+--@include now_iso -> now_iso
+--@include calendar -> civil, renewal_ms
+--@include rollover -> lifetime, lifetime_gemini, monthly, monthly_gemini, began, anniversary_day, renews_ms, created,
+--  changes
 end
---@include holds
---@include counters
---@include held_credits
+--@include holds -> held_backend, held_tier, held_counter, held_cost, lapses_ms, others, dead
+--@include counters -> consumed, gemini_consumed, consumed_field, gemini_consumed_field
+--@include held_credits -> live, held_credits, held_on_gemini
 if created then status = "UNKNOWN_INSTALL" end
---@include reply
+--@include reply -> nothing

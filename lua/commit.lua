@@ -14,21 +14,23 @@ if hold_id == "" or used_cost and (used_cost <= 0 or used_cost % 1 ~= 0) then
   return redis.error_reply("BADARG commit wants a hold id, and a whole cost above 0 or none")
 end
 local hold_field = "hold:" .. hold_id
---@include clock
---@include now_iso
---@include bad_row
---@include row
+--@include clock -> now_ms
+--@include now_iso -> now_iso
+--@include bad_row -> bad_row
+--@include row -> f, lifetime, lifetime_gemini, monthly, monthly_gemini, began, anniversary_day, held, hold, renews_ms,
+--  created, changes
 if not renews_ms then
---@include calendar
---@include rollover
+--@include calendar -> civil, renewal_ms
+--@include rollover -> lifetime, lifetime_gemini, monthly, monthly_gemini, began, anniversary_day, renews_ms, created,
+--  changes
 end
 if not hold then return { "GONE", "", "", 0 } end
---@include holds
+--@include holds -> held_backend, held_tier, held_counter, held_cost, lapses_ms, others, dead
 
 local backend, cost, counter = used_backend, used_cost or held_cost, held_counter
 if backend == "" then backend = held_backend end
---@include counters
---@include charge
+--@include counters -> consumed, gemini_consumed, consumed_field, gemini_consumed_field
+--@include charge -> consumed, gemini_consumed, changes, promoted
 
 if dead then redis.call("HDEL", row_key, unpack(dead)) end
 if others or changes then

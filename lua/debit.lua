@@ -17,34 +17,36 @@ local may_create     = ARGV[8] == "1"     -- 1 | 0: whether an unknown install g
 local now_arg        = ARGV[9]            -- int, epoch milliseconds; "" or none for the server's time
 if cost <= 0 or cost % 1 ~= 0 then return redis.error_reply("BADARG debit wants a whole cost above 0") end
 local hold_field, max_in_flight = "hold:", nil
---@include clock
---@include now_iso
---@include bad_row
---@include row
+--@include clock -> now_ms
+--@include now_iso -> now_iso
+--@include bad_row -> bad_row
+--@include row -> f, lifetime, lifetime_gemini, monthly, monthly_gemini, began, anniversary_day, held, hold, renews_ms,
+--  created, changes
 if not renews_ms then
---@include calendar
---@include rollover
+--@include calendar -> civil, renewal_ms
+--@include rollover -> lifetime, lifetime_gemini, monthly, monthly_gemini, began, anniversary_day, renews_ms, created,
+--  changes
 end
---@include holds
---@include counters
---@include held_credits
---@include plan
+--@include holds -> held_backend, held_tier, held_counter, held_cost, lapses_ms, others, dead
+--@include counters -> consumed, gemini_consumed, consumed_field, gemini_consumed_field
+--@include held_credits -> live, held_credits, held_on_gemini
+--@include plan -> backend, reason
 
 local status = backend ~= "" and "COMMITTED" or "DENIED"
 if created and not may_create then
   status, backend, reason, changes = "UNKNOWN_INSTALL", "", "", nil
 elseif backend ~= "" then
---@include charge
+--@include charge -> consumed, gemini_consumed, changes, promoted
   changes = changes or {}
   local n = #changes
   changes[n + 1], changes[n + 2] = consumed_field, consumed
   changes[n + 3], changes[n + 4] = gemini_consumed_field, gemini_consumed
   changes[n + 5], changes[n + 6], changes[n + 7], changes[n + 8] = "tier_snapshot", tier_name, "last_active_at", now_iso
   if promoted then
---@include calendar
+--@include calendar -> civil, renewal_ms
     local month, day, ms_of_day = civil(now_iso)
     began, renews_ms = now_iso, renewal_ms(month + 1, day, ms_of_day)
   end
 end
 if changes then redis.call("HSET", row_key, unpack(changes)) end
---@include reply
+--@include reply -> nothing

@@ -18,7 +18,7 @@ local now_arg     = ARGV[6]            -- int, epoch milliseconds; "" for the se
 if owner == "" or fingerprint == "" or not (claim_ms and claim_ms > 0) then
   return redis.error_reply("BADARG idempotency_claim wants an owner, a fingerprint, and a time above 0")
 end
---@include clock
+--@include clock -> now_ms
 local number = attempt and string.format("%.0f", attempt) or ""
 local f = redis.call("HMGET", claim_key, "owner", "fingerprint", "busy_until_ms", "answer", "attempt", "taker", "begun_ms")
 local theirs = f[1] and f[1] ~= owner

@@ -13,7 +13,7 @@ local now_arg     = ARGV[6]            -- int, epoch milliseconds; "" for the se
 if owner == "" or fingerprint == "" or not (busy_ms and busy_ms >= 0 and keep_ms and keep_ms > 0) then
   return redis.error_reply("BADARG idempotency_record wants an owner, a fingerprint, a time from 0 and a time above 0")
 end
---@include clock
+--@include clock -> now_ms
 local f = redis.call("HMGET", claim_key, "owner", "busy_until_ms")
 if f[1] and f[1] ~= owner then return { "LOST" } end
 if f[2] == "0" then return { "KEPT" } end -- over before: a repeat, or a note that comes late

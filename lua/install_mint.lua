@@ -12,7 +12,7 @@ local now_arg   = ARGV[4]            -- int, epoch milliseconds; "" for the serv
 if not (limit and limit > 0 and period_ms and period_ms > 0) then
   return redis.error_reply("BADARG install_mint wants a limit and a period above 0")
 end
---@include clock
+--@include clock -> now_ms
 local now_us, period_us = now_ms * 1000, period_ms * 1000
 local each_us = math.floor(period_us / limit) -- down, or rounding would cost the last of a period
 local used_us = math.max(tonumber(redis.call("GET", mint_key)) or 0, now_us)

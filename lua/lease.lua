@@ -13,7 +13,7 @@ local now_arg     = ARGV[6]            -- int, epoch milliseconds; "" for the se
 if owner == "" or not (least_epoch and least_epoch >= 0 and lease_ms and lease_ms >= 0) then
   return redis.error_reply("BADARG lease wants an owner, an epoch from 0 and a time from 0")
 end
---@include clock
+--@include clock -> now_ms
 local f = redis.call("HMGET", lease_key, "owner", "epoch", "lapses_ms", "checksum", "good_at")
 local epoch, is_own = tonumber(f[2]) or 0, f[1] == owner
 if not is_own and (tonumber(f[3]) or 0) > now_ms then return { "STANDBY", epoch, f[1], f[4] or "", f[5] or "" } end

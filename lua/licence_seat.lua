@@ -11,7 +11,7 @@ local now_arg    = ARGV[4]            -- int, epoch milliseconds; "" for the ser
 if install_id == "" or not (seats and seats > 0 and lapses_ms and lapses_ms > 0) then
   return redis.error_reply("BADARG licence_seat wants an install, and seats and a time above 0")
 end
---@include clock
+--@include clock -> now_ms
 local taken = redis.call("HLEN", seats_key)
 local since = string.match(redis.call("HGET", seats_key, install_id) or "", "^(%d+) ")
 if not since then

@@ -13,7 +13,7 @@ local monthly_consumed         = tonumber(ARGV[7])   -- int >= 0, credits
 local monthly_gemini_consumed  = tonumber(ARGV[8])   -- int >= 0, credits
 local last_active_at           = ARGV[9]             -- time, as 2026-05-11T23:02:57.123Z
 local extra                    = ARGV[10]            -- JSON object of the other members; "" for none
---@include calendar
+--@include calendar -> civil, renewal_ms
 
 local verb, asks = string.match(mode, "^(%l+)(%??)$")
 local function is_count(n, least, most) return n and n >= least and n <= most and n % 1 == 0 end
@@ -37,11 +37,13 @@ elseif verb == "merge" then
   -- The larger counters win. Those of a month compare only within one billing period: a later period wins whole. Of
   -- two days for one period the stored one wins: the other may be inferred from a clamped date.
   local hold_field, now_ms = "hold:", 0
---@include bad_row
---@include row
+--@include bad_row -> bad_row
+--@include row -> f, lifetime, lifetime_gemini, monthly, monthly_gemini, began, anniversary_day, held, hold, renews_ms,
+--  created, changes
   if not renews_ms then
---@include now_iso
---@include rollover
+--@include now_iso -> now_iso
+--@include rollover -> lifetime, lifetime_gemini, monthly, monthly_gemini, began, anniversary_day, renews_ms, created,
+--  changes
   end
   new[2], new[3] = math.max(new[2], lifetime), math.max(new[3], lifetime_gemini)
   if began == last_renewal_at then

@@ -9,9 +9,9 @@ local hold_field = "hold:" .. hold_id
 local f = redis.call("HMGET", row_key, "held", hold_field)
 local held, hold = f[1], f[2]
 if not hold then return { "GONE" } end
---@include clock
---@include bad_row
---@include holds
+--@include clock -> now_ms
+--@include bad_row -> bad_row
+--@include holds -> held_backend, held_tier, held_counter, held_cost, lapses_ms, others, dead
 
 if dead then redis.call("HDEL", row_key, unpack(dead)) end
 if others then

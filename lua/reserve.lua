@@ -21,18 +21,20 @@ local hold_field, cost = "hold:" .. hold_id, cost_arg + 0
 if hold_id == "" or cost <= 0 or cost % 1 ~= 0 or hold_ms <= 0 then
   return redis.error_reply("BADARG reserve wants a hold id, and a whole cost and a hold time above 0")
 end
---@include clock
---@include bad_row
---@include row
+--@include clock -> now_ms
+--@include bad_row -> bad_row
+--@include row -> f, lifetime, lifetime_gemini, monthly, monthly_gemini, began, anniversary_day, held, hold, renews_ms,
+--  created, changes
 if not renews_ms then
---@include now_iso
---@include calendar
---@include rollover
+--@include now_iso -> now_iso
+--@include calendar -> civil, renewal_ms
+--@include rollover -> lifetime, lifetime_gemini, monthly, monthly_gemini, began, anniversary_day, renews_ms, created,
+--  changes
 end
---@include holds
---@include counters
---@include held_credits
---@include plan
+--@include holds -> held_backend, held_tier, held_counter, held_cost, lapses_ms, others, dead
+--@include counters -> consumed, gemini_consumed, consumed_field, gemini_consumed_field
+--@include held_credits -> live, held_credits, held_on_gemini
+--@include plan -> backend, reason
 
 local status = backend ~= "" and "ALLOWED" or "DENIED"
 if created and not may_create then
@@ -41,7 +43,7 @@ elseif lapses_ms and lapses_ms > now_ms then
   status, backend, reason = "REPLAY", held_backend, ""
   if held_counter == counter then held_credits = held_credits + held_cost end
 elseif backend ~= "" then
---@include place_hold
+--@include place_hold -> text, sums, held_credits
   if dead then redis.call("HDEL", row_key, unpack(dead)) end
   if changes then
     redis.call("HSET", row_key, hold_field, text, "held", sums, unpack(changes))
@@ -51,4 +53,4 @@ elseif backend ~= "" then
   end
 end
 if changes then redis.call("HSET", row_key, unpack(changes)) end
---@include reply
+--@include reply -> nothing

@@ -11,7 +11,8 @@ from pathlib import Path
 
 _PACKAGED = Path(__file__).parents[1] / "lua"  # in the wheel
 _FOLDER = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "lua"  # in a checkout
-_INCLUDE = re.compile(r"^--@include (\w+)$", re.MULTILINE)
+# What an include gives stands after its name, as a hint for readers, and runs on in the next line after a comma.
+_INCLUDE = re.compile(r"^--@include (\w+) ->(?: .+,\n-- )* .+$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ def script_names() -> list[str]:
 
 @cache
 def compose(name: str) -> Script:
-    """Give one operation's script, includes in place. Raises FileNotFoundError for a name that is none."""
+    """Return one operation's script, includes in place. Raise FileNotFoundError for an unknown name."""
 
     def paste(directive: re.Match[str]) -> str:
         return (_FOLDER / "include" / f"{directive[1]}.lua").read_text(encoding="utf-8").rstrip("\n")

@@ -230,7 +230,7 @@ def test_script_when_opened_then_its_head_tells_what_it_does_and_what_it_answers
 @pytest.mark.parametrize("name", INCLUDES)
 def test_include_when_given_what_it_takes_then_it_needs_nothing_else_and_gives_what_it_says(name: str) -> None:
     """It is pasted, not called: its head is its signature."""
-    takes, gives = map(set, signature(name))
+    takes, gives = map(set, (takes_of(name), names_in(gives_of(name))))
     text, code = _include(name), code_of(_include(name))
     assert "--@include" not in text
     words = set(re.findall(r"(?<![.\w])[a-z_]\w*", code)) - LUA_WORDS
@@ -243,14 +243,17 @@ def test_include_when_given_what_it_takes_then_it_needs_nothing_else_and_gives_w
 
 
 @pytest.mark.parametrize("name", ALL_NAMES)
-def test_includes_when_pasted_then_what_each_takes_is_there_above_it(name: str) -> None:
+def test_includes_when_pasted_then_what_each_takes_is_above_it_and_what_it_gives_stands_beside_it(name: str) -> None:
     known: set[str] = set()
-    for line in (LUA / f"{name}.lua").read_text().splitlines():
-        if included := re.fullmatch(r"--@include (\w+)", line):
+    for line in re.sub(r",\n-- +", ", ", (LUA / f"{name}.lua").read_text()).splitlines():
+        if line.startswith("--@include"):
+            included = re.fullmatch(r"--@include (\w+) -> (.+)", line)
+            assert included, f"{line!r} does not say what it gives"
             assert included[1] in INCLUDES
-            takes, gives = signature(included[1])
-            assert set(takes) <= known, f"{included[1]} lacks {set(takes) - known}"
-            known |= set(gives)
+            takes = set(takes_of(included[1]))
+            assert takes <= known, f"{included[1]} lacks {takes - known}"
+            assert included[2] == gives_of(included[1]), f"{included[1]} gives other names, or in another order"
+            known |= set(names_in(included[2]))
         known |= locals_of(line)
     assert "--@include" not in compose(name).text
 
@@ -309,15 +312,27 @@ async def test_script_when_loaded_then_the_server_takes_it_and_knows_it_by_our_s
     assert await redis.script_load(script.text) == script.sha
 
 
-def signature(include: str) -> Iterator[list[str]]:
-    """Give the names that an include's head says it takes and gives."""
+def takes_of(include: str) -> list[str]:
+    """Return the names that an include's head says it takes."""
+    return names_in(re.sub(r"\([^)]*\)", "", _signature(include)[1]))
+
+
+def gives_of(include: str) -> str:
+    """Return what an include's head says it gives, without the remarks in parentheses: as its use sites repeat it."""
+    return ", ".join(re.split(r"\s*,\s*", re.sub(r"\([^)]*\)", "", _signature(include)[2]).strip()))
+
+
+def names_in(said: str) -> list[str]:
+    """Return the names that a head or a use site lists."""
+    return [] if said.strip() == "nothing" else re.split(r"\s*,\s*", said.strip())
+
+
+def _signature(include: str) -> re.Match[str]:
     head = re.match(r"(?:--.*\n)+", _include(include))
     assert head, f"{include} has no head"
     said = re.search(r"Takes: (.+?) Gives: (.+)", re.sub(r"\n-- *", " ", head[0]).strip(), re.DOTALL)
     assert said, f"the head of {include} does not say what it takes and gives"
-    for text in said.groups():
-        names = re.sub(r"\([^)]*\)", "", text).strip()
-        yield [] if names == "nothing" else re.split(r"\s*,\s*", names)
+    return said
 
 
 def code_of(text: str) -> str:
