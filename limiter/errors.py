@@ -1,4 +1,4 @@
-"""Every error that this package raises on purpose. A refusal is none: it is a value (`Decision`)."""
+"""Every error that this package raises on purpose. A refusal is not an error but a value (`Decision`)."""
 
 ACL_HINT = "`limiter doctor` prints the ACL line to copy"
 
@@ -7,35 +7,35 @@ class LimiterError(Exception):
     """Base of all errors of this package."""
 
 
-class LimiterUnavailable(LimiterError):  # noqa: N818  the field's word for it; "Error" would add nothing
-    """No answer from Redis: the outcome is unknown, unless `executed` is False.
+class LimiterUnavailable(LimiterError):  # noqa: N818  the usual term for it; "Error" would add nothing
+    """Redis did not reply: the outcome is unknown, unless `executed` is False.
 
-    Repeat reserve, commit or release with the same hold id: a repeat changes nothing the second time. Repeat a
-    `debit` only when `executed` is False.
+    Retry reserve, commit or release with the same hold id: they are idempotent. Retry a `debit` only if `executed` is
+    False. `hold_id` is that of a failed reserve, also when the limiter generated it.
     """
 
     def __init__(self, message: str, *, executed: bool | None = None, hold_id: str | None = None) -> None:
         super().__init__(message)
         self.executed = executed
-        self.hold_id = hold_id  # of a reserve, also when it was made there
+        self.hold_id = hold_id
 
 
 class Overloaded(LimiterUnavailable):
-    """More calls wait for Redis than this process keeps. Nothing was sent; Redis may well be there. Try again later."""
+    """Too many calls of this process are waiting for Redis. Nothing was sent, and Redis may be fine. Retry later."""
 
     def __init__(self, max_waiting: int) -> None:
-        super().__init__(f"{max_waiting} calls wait for Redis already", executed=False)
+        super().__init__(f"{max_waiting} calls are waiting for Redis already", executed=False)
 
 
 class NotReplicated(LimiterError):  # noqa: N818  names the thing, as UnknownTier does
-    """What was asked for is done, but too few replicas have it: a failover may lose it. Look at them, and repeat it."""
+    """The operation is done, but too few replicas have it, so a failover may lose it. Check them, and repeat it."""
 
     def __init__(self, problem: str) -> None:
-        super().__init__(f"it is done, but a failover may lose it: {problem}")
+        super().__init__(f"the operation is done, but a failover may lose it: {problem}")
 
 
 class UnknownTier(LimiterError):  # noqa: N818  named in the public interface
-    """The tier is not among the configured ones. Nothing was planned or debited."""
+    """The tier is not one of those configured. Nothing was planned or debited."""
 
 
 class InvalidInstallId(LimiterError):  # noqa: N818  named in the public interface
@@ -43,7 +43,7 @@ class InvalidInstallId(LimiterError):  # noqa: N818  named in the public interfa
 
 
 class BrokenRow(LimiterError):  # noqa: N818  names the thing, as UnknownTier does
-    """A stored row cannot be read; the message names its key and field. Mend it with redis-cli; nothing was changed."""
+    """A stored row cannot be read; the message names its key and field. Nothing was changed. Repair it in redis-cli."""
 
     def __init__(self, key: str, problem: str) -> None:
         super().__init__(f"{key} {problem}")
@@ -51,19 +51,19 @@ class BrokenRow(LimiterError):  # noqa: N818  names the thing, as UnknownTier do
 
 
 class ScriptContractError(LimiterError):
-    """A script refused its arguments or answered something unexpected: a fault of this package or of its version."""
+    """A script rejected its arguments or returned something unexpected: a bug in this package, or mixed versions."""
 
 
 class SettingsError(LimiterError):
-    """A setting, or a command-line value that stands for one, cannot be used. The message says what to do."""
+    """A setting, or a command-line option that overrides one, is not valid. The message says what to do."""
 
 
 class LedgerFileError(LimiterError):
-    """A credits.json cannot be read or written. The message gives the line or the install id, and the cause."""
+    """A credits.json cannot be read or written. The message has the line or the install id, and the cause."""
 
 
 class LedgerRowError(LedgerFileError):
-    """One row of it cannot be taken. fault: what is wrong, in the same words for all rows with that fault."""
+    """A row of a credits.json is not valid. `fault` describes the fault, in the same words for every such row."""
 
     def __init__(self, install_id: str, cause: str, fault: str) -> None:
         super().__init__(f"row {install_id[:80]!r}: {cause}")

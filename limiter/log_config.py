@@ -1,7 +1,8 @@
-"""How log lines look: JSON for machines, columns in a terminal, and never a secret.
+"""The format of log lines: JSON for machines, columns in a terminal, and never a secret.
 
-It is the one module that knows structlog: every other logs by the standard library, so that who uses this package as a
-library keeps their own set-up. structlog writes the columns; JSON, of which each request is a line, costs a third here.
+This is the only module that uses structlog. All others log through the standard library, so that an application that
+uses this package as a library keeps its own configuration. structlog renders the columns; the JSON, a line for each
+request, is rendered here at a third of its cost.
 """
 
 import hashlib
@@ -21,8 +22,8 @@ LogFormat = Literal["auto", "json", "text"]
 Line = MutableMapping[str, Any]
 Clean = Callable[[Line], None]
 _HIDDEN = "***"
-_SECRETS = re.compile(r"(?i:(?<=\bbearer\s))\S+|\beyJ[\w-]{8,}\.[\w-]+\.[\w-]*")  # what stands after Bearer; any JWT
-_LEAST_SECRET = 6  # characters: shorter ones would blot out words
+_SECRETS = re.compile(r"(?i:(?<=\bbearer\s))\S+|\beyJ[\w-]{8,}\.[\w-]+\.[\w-]*")  # what follows Bearer; any JWT
+_MIN_SECRET = 6  # characters: masking shorter ones would hide ordinary words
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), 127)} | {ord("\n"): "\\n", ord("\t"): "\\t"}
 _NAME_BYTES = 6
 _EXTRAS = structlog.stdlib.ExtraAdder()
@@ -32,17 +33,21 @@ _OF_EVERY_RECORD = frozenset((*logging.makeLogRecord({}).__dict__, "message", "a
 def set_up_logging(
     *, level: str = "INFO", style: LogFormat = "auto", hide: Iterable[str] = (), stream: TextIO | None = None
 ) -> None:
-    """Send every log line of this process to a stream (stderr), in place of what was set up before.
+    """Send all logs of this process to a stream, replacing any earlier configuration.
 
-    style: "auto" is text in a terminal, else JSON. hide: values that must not appear, as the operator's keys.
+    Args:
+        level: the lowest level that is logged.
+        style: "auto" is text in a terminal, and JSON otherwise.
+        hide: values that must not appear in a log, such as the operator's keys.
+        stream: stderr by default.
     """
     stream = stream or sys.stderr
     is_text = style == "text" or (style == "auto" and stream.isatty())
-    hidden = sorted((value for value in hide if len(value) >= _LEAST_SECRET), key=len, reverse=True)
+    hidden = sorted((value for value in hide if len(value) >= _MIN_SECRET), key=len, reverse=True)
     clean = _cleaner(hidden)
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_columns(clean, colors=stream.isatty()) if is_text else _JsonLines(clean, hidden))
-    # What no line shows need not be found out for each; the logging HOWTO of Python says how.
+    # No line shows these, so they are not collected for each record; see the logging HOWTO of Python.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None  # noqa: SLF001
     root = logging.getLogger()
@@ -51,9 +56,9 @@ def set_up_logging(
 
 
 def short_names(key: str = "") -> Callable[[str], str]:
-    """Give a function that turns an install id into a short name: the same for the same key, telling nothing of the id.
+    """Return a function that maps an install id to a short name, from which the id cannot be recovered.
 
-    Without a key each process has its own names.
+    With the same key the names are the same everywhere; without a key each process has its own.
     """
     secret = hashlib.sha256(key.encode()).digest() if key else secrets.token_bytes(32)
 
@@ -64,7 +69,7 @@ def short_names(key: str = "") -> Callable[[str], str]:
 
 
 class _JsonLines(logging.Formatter):
-    """Writes a record as JSON: time, level, event, logger, message, what else the record has, the error."""
+    """Formats a record as JSON: time, level, event, logger, message, extra fields, exception."""
 
     def __init__(self, clean: Clean, hidden: Sequence[str]) -> None:
         super().__init__()
@@ -95,7 +100,7 @@ def _dumped(value: object) -> str:
 
 
 def _columns(clean: Clean, *, colors: bool) -> logging.Formatter:
-    """Give the formatter for people."""
+    """Return the formatter for a terminal."""
 
     def cleaned(_logger: WrappedLogger, _method: str, line: EventDict) -> EventDict:
         clean(line)
@@ -110,13 +115,13 @@ def _columns(clean: Clean, *, colors: bool) -> logging.Formatter:
         ],
         processors=[
             structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-            structlog.processors.format_exc_info,  # before the cleaner, which then sees the traceback, too
+            structlog.processors.format_exc_info,  # before `cleaned`, so that tracebacks are cleaned, too
             cleaned,
             structlog.dev.ConsoleRenderer(
                 colors=colors,
                 timestamp_key="time",
                 sort_keys=False,
-                exception_formatter=structlog.dev.plain_traceback,  # the rich one shows variables, and what is in them
+                exception_formatter=structlog.dev.plain_traceback,  # the rich one shows the values of variables
             ),
         ],
     )
@@ -132,10 +137,12 @@ def _add_extras(logger: WrappedLogger, method: str, line: EventDict) -> EventDic
 
 
 def _cleaner(hidden: Sequence[str]) -> Clean:
-    """Make what blots out secrets, and control characters: a line's end in a text is not the line's end."""
+    """Return a function that masks secrets and escapes control characters: a newline in a value must not end the line.
+
+    Nearly every line is clean, which `is_clean` finds out at little cost.
+    """
 
     def is_clean(text: str) -> bool:
-        """Tell at little cost that there is nothing to do, as for nearly every line."""
         return not (
             "eyJ" in text
             or "bearer" in text.lower()

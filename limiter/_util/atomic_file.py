@@ -1,6 +1,6 @@
-"""Files that appear under their name whole or not at all. It knows nothing of what they hold.
+"""Files that appear under their name complete or not at all. This module knows nothing of their content.
 
-Everything here blocks: call it from a thread where an event loop must not wait for a disk.
+Everything here blocks: call it from a thread where an event loop must not wait for the disk.
 """
 
 import asyncio
@@ -21,32 +21,33 @@ from limiter._util.cancellation import run_to_completion
 
 T = TypeVar("T")
 P = ParamSpec("P")
-_DEAD_S = 3600.0  # without locks: a temp file that nobody wrote to for so long has lost its writer
-_FRESH_S = 60.0  # a temp file is made, and only then locked
+_DEAD_S = 3600.0  # where locks do not work: the writer of a temp file left alone for this long is taken for dead
+_FRESH_S = 60.0  # a temp file is created first and locked only then
 _LOCK_PAUSE_S = 0.02
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
 _COPY_BYTES = 1 << 20
 
 
 class AtomicFile:
-    """A file in the making: `write`, then `publish`; a block that ends without it leaves no trace.
+    """A file being written: `write`, then `publish`; a `with` block that ends before `publish` leaves no trace.
 
-    It is a temp file of its own name beside `path`, mode 0600. Raises OSError; the file at `path` then is as it was.
+    Data goes to a temp file with a unique name beside `path`, mode 0600. Raises OSError, in which case the file at
+    `path` is unchanged.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path.resolve()  # a link stays a link: what it points to is replaced
+        self.path = path.resolve()  # a symbolic link stays one: its target is replaced
         if self.path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        if self.path.exists() and not self.path.is_file():  # root could put a file in the place of /dev/null
-            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        if self.path.exists() and not self.path.is_file():  # root could replace /dev/null with a file
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
         _sweep(self.path)
         descriptor, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.", suffix=".tmp")
         self._temp: Path | None = Path(name)
         self._is_synced = False
         self._stream = os.fdopen(descriptor, "wb", buffering=0)
-        with contextlib.suppress(OSError):  # there are file systems without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # says to `_sweep` that its writer lives
+        with contextlib.suppress(OSError):  # some file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # shows `_sweep` that the writer is alive
 
     def __enter__(self) -> Self:
         return self
@@ -57,25 +58,25 @@ class AtomicFile:
         self.discard()
 
     def write(self, data: bytes) -> None:
-        """Append the data, all of it."""
+        """Append all of the data."""
         self._is_synced = False
         rest = memoryview(data)
         while rest:
             rest = rest[self._stream.write(rest) :]
 
     def sync(self) -> None:
-        """Bring what was written to disk."""
+        """Flush the written data to disk."""
         if not self._is_synced:
             os.fsync(self._stream.fileno())
         self._is_synced = True
 
     def publish(self, *, keep_as: Path | None = None) -> os.stat_result:
-        """Bring it to disk, then under its name; with keep_as, the file that it replaces stays under that one.
+        """Flush the file to disk, then move it to `path`. With keep_as, the replaced file is kept under that name.
 
-        Gives the new file's stat: its device and inode tell it from any other.
+        Returns the stat of the new file, whose device and inode identify it.
         """
         if self._temp is None:
-            raise ValueError("this file is published or discarded already")
+            raise ValueError("this file has been published or discarded already")
         self.sync()
         result = os.fstat(self._stream.fileno())
         if keep_as is not None:
@@ -83,11 +84,11 @@ class AtomicFile:
         self._temp.replace(self.path)
         self._temp = None
         self._stream.close()
-        _sync_folder(self.path.parent)  # or a power loss takes the rename back
+        _sync_folder(self.path.parent)  # otherwise a power loss could undo the rename
         return result
 
     def discard(self) -> None:
-        """Remove what was written, unless it is published."""
+        """Remove the written data, unless it has been published."""
         self._stream.close()
         if self._temp is not None:
             with contextlib.suppress(OSError):
@@ -96,9 +97,9 @@ class AtomicFile:
 
 
 class FolderLock:
-    """A lock beside a file, that a killed process loses: `with FolderLock(path) as lock: lock.acquire()`.
+    """A lock beside a file, released when its process dies: `with FolderLock(path) as lock: lock.acquire(…)`.
 
-    Its file, `.<name>.lock`, stays: who removed it could take it away from under another.
+    The lock file, `.<name>.lock`, is never removed: removing it could break a lock that another process holds.
     """
 
     def __init__(self, path: Path) -> None:
@@ -117,7 +118,7 @@ class FolderLock:
             self._descriptor = None
 
     def acquire(self, *, within_s: float) -> None:
-        """Wait for it. Raises BlockingIOError when another has it for so long, and any other OSError."""
+        """Wait for the lock. Raises BlockingIOError when another process holds it for within_s, or another OSError."""
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         deadline = time.monotonic() + within_s
         while True:
@@ -132,14 +133,14 @@ class FolderLock:
 
 
 def free_name(path: Path, suffix: str) -> Path:
-    """Give a name beside `path` that is not taken, as `credits.json.<suffix>`."""
+    """Return an unused name beside `path`, such as `credits.json.<suffix>`."""
     name = f"{path.name}.{suffix}"
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     return next(path.with_name(each) for each in names if not os.path.lexists(path.with_name(each)))
 
 
 async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run it in a thread, to its end even when the caller is cancelled: a file is never closed under its writer."""
+    """Run a function in a thread, to its end even if the caller is cancelled: no file is closed during a write."""
     return await run_to_completion(asyncio.to_thread(function, *args, **kwargs), if_it_fails="Meanwhile")
 
 
@@ -153,7 +154,7 @@ def _keep(path: Path, kept: Path) -> None:
 
 
 def _copy(path: Path, kept: Path) -> None:
-    """Copy where the file system has no hard links."""
+    """Copy the file, for file systems without hard links."""
     with path.open("rb") as source, os.fdopen(os.open(kept, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as to:
         shutil.copyfileobj(source, to, _COPY_BYTES)
         to.flush()
@@ -169,10 +170,10 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _sweep(path: Path) -> None:
-    """Remove temp files whose writers were killed, or a crash loop would fill the disk."""
+    """Remove temp files whose writers were killed, so that a crash loop does not fill the disk."""
     for entry in path.parent.iterdir():
         if entry.name.startswith(f".{path.name}.") and entry.name.endswith(".tmp"):
-            with contextlib.suppress(OSError):  # another writer may have done it
+            with contextlib.suppress(OSError):  # another writer may have removed it
                 if _is_dead(entry):
                     entry.unlink()
 

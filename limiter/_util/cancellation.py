@@ -1,4 +1,4 @@
-"""Work that a cancelled caller must not break off, and cancellations that get lost. It knows nothing of credits."""
+"""Work that must complete although its caller is cancelled, and detection of lost cancellations."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -8,10 +8,10 @@ T = TypeVar("T")
 
 
 class CancelWatch:
-    """Finds a cancellation of this task that was lost since.
+    """Detects a cancellation of the current task that was lost since the watch was made.
 
-    asyncio.wait_for, through which redis-py 8 writes to its socket, drops before Python 3.12 a cancellation that comes
-    as what it waits for ends (python/cpython#86296), and the caller would never hear of it.
+    Before Python 3.12, asyncio.wait_for, through which redis-py 8 writes to its socket, drops a cancellation that
+    arrives just as the awaited operation completes (python/cpython#86296).
     """
 
     __slots__ = ("_before", "_task")
@@ -21,15 +21,15 @@ class CancelWatch:
         self._before = self._task.cancelling() if self._task else 0
 
     def check(self) -> None:
-        """Raise the CancelledError that was lost."""
+        """Raise the CancelledError that was lost, if there is one."""
         if self._task is not None and self._task.cancelling() > self._before:
             raise asyncio.CancelledError
 
 
 async def run_to_completion(work: Coroutine[Any, Any, T], *, if_it_fails: str) -> T:
-    """Await work to its end, however often the caller is cancelled meanwhile; that is delivered afterwards.
+    """Await work to its end, however often the caller is cancelled; a cancellation is delivered afterwards.
 
-    if_it_fails: what a cancellation then notes beside the failure that it hides.
+    if_it_fails: the beginning of the note that such a cancellation gets about an error that it hides.
     """
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None

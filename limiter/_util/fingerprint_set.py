@@ -1,27 +1,27 @@
-"""Telling duplicates among very many short texts, in little memory."""
+"""Detection of duplicates among very many short texts, in little memory."""
 
 from array import array
 
-_FEWEST_SLOTS = 1024
+_MIN_SLOTS = 1024
 
 
 class FingerprintSet:
-    """Texts seen before, by 64 bits of their hash: 12 to 24 bytes each, which a set of texts exceeds tenfold.
+    """A set of texts by 64 bits of their hash: 12 to 24 bytes each, about a tenth of a set of strings.
 
-    expected: how many there will be; with more it grows, which takes longer.
+    expected: the expected number of texts; the set grows beyond it, which takes longer.
     """
 
     __slots__ = ("_count", "_mask", "_room", "_slots")
 
     def __init__(self, expected: int = 0) -> None:
         self._count = 0
-        self._make_slots(max(_FEWEST_SLOTS, 1 << (expected * 3 // 2).bit_length()))
+        self._make_slots(max(_MIN_SLOTS, 1 << (expected * 3 // 2).bit_length()))
 
     def __len__(self) -> int:
         return self._count
 
     def add(self, text: str | bytes) -> bool:
-        """Remember it; False when it was there."""
+        """Add a text; return False if it was in the set already."""
         value = hash(text) & 0xFFFF_FFFF_FFFF_FFFF or 1
         slots, mask = self._slots, self._mask
         index = value & mask

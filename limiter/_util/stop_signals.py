@@ -1,4 +1,4 @@
-"""The signals that tell a long-running command to stop. It knows nothing of credits."""
+"""The signals that stop a long-running command."""
 
 import asyncio
 import signal
@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 
 def on_stop_signal(stop: Callable[[], object]) -> None:
-    """Call `stop` in the running loop on SIGTERM, and on SIGINT unless this process was started with it ignored.
+    """Call `stop` in the running loop on SIGTERM, and on SIGINT unless the process was started with SIGINT ignored.
 
-    A shell starts a background job of a script so: a Ctrl-C at the terminal is then meant for others.
+    A shell starts a script's background jobs that way: a Ctrl-C at the terminal is not meant for them.
     """
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop)

@@ -1,4 +1,4 @@
-"""Times as the rows hold them: UTC text in the form of JavaScript's toISOString, and epoch milliseconds."""
+"""Conversion of the rows' times: UTC text in the format of JavaScript's toISOString, and epoch milliseconds."""
 
 import re
 from datetime import UTC, datetime, timedelta
@@ -8,13 +8,13 @@ _ISO = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", re.ASCII)
 
 
 def iso_from_ms(ms: int) -> str:
-    """Print epoch milliseconds as `2026-05-11T23:02:57.123Z`."""
+    """Format epoch milliseconds as `2026-05-11T23:02:57.123Z`."""
     moment = _EPOCH + timedelta(milliseconds=ms)
     return moment.strftime("%Y-%m-%dT%H:%M:%S.").rjust(20, "0") + f"{moment.microsecond // 1000:03d}Z"
 
 
 def ms_from_iso(text: str) -> int:
-    """Read `2026-05-11T23:02:57.123Z`, or any ISO 8601 form that has a date; without an offset it is UTC.
+    """Parse `2026-05-11T23:02:57.123Z`, or any other ISO 8601 text with a date; UTC unless it has an offset.
 
     Raises ValueError for anything else.
     """
@@ -25,5 +25,5 @@ def ms_from_iso(text: str) -> int:
 
 
 def is_canonical(text: str) -> bool:
-    """Tell whether the text is already in the stored form."""
+    """Return whether the text is in the stored format already."""
     return _ISO.fullmatch(text) is not None

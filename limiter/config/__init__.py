@@ -1,4 +1,4 @@
-"""The settings: what they are, where their values come from, and which are valid.
+"""The settings: their schema, the sources of their values, and their validation.
 
 Begin with `settings.Settings`, `loader.load_settings`.
 

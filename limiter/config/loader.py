@@ -1,6 +1,6 @@
-"""The one module that reads settings: a TOML file, then the environment, then the command line, the later the stronger.
+"""Loads the settings from a TOML file, the environment and the command line, each of which overrides those before it.
 
-Unknown keys are errors that name the nearest known one. Secrets are shown as `***` wherever a setting is printed.
+Unknown keys are errors that name the nearest known one. Secrets are printed as `***`.
 """
 
 import difflib
@@ -14,7 +14,7 @@ from typing import Any, get_origin
 
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_settings import EnvSettingsSource
-from pydantic_settings import SettingsError as NoJsonError
+from pydantic_settings import SettingsError as InvalidJsonError
 
 from limiter.config.settings import (
     METERED_PATHS,
@@ -30,13 +30,13 @@ from limiter.errors import SettingsError
 from limiter.redis.url import redacted
 
 DEFAULT_FILE = Path("limiter.toml")
-_NOT_SETTINGS = ("LIMITER_CONFIG", "LIMITER_TEST_")  # the file itself; the tests' own
+_NOT_SETTINGS = ("LIMITER_CONFIG", "LIMITER_TEST_")  # the path of the file; the tests' variables
 _NAMED_TABLES: dict[str, type[BaseModel]] = {"tiers": TierSettings, "models": ModelNames}
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One setting as `limiter config` shows it; a secret's value is already masked."""
+    """One setting as `limiter config` shows it; a secret's value is masked already."""
 
     name: str
     value: str
@@ -44,9 +44,10 @@ class Setting:
 
 
 def load_settings(file: Path | None = None, command_line: Values | None = None) -> tuple[Settings, list[Setting]]:
-    """Read the settings, and where each came from.
+    """Return the settings in force, and each with the source of its value.
 
-    file: a TOML file that must exist; without one `limiter.toml`, if it is there. Raises SettingsError.
+    file: a TOML file that must exist; by default that of LIMITER_CONFIG, or else `limiter.toml` if it exists.
+    command_line: the values of options, as the file would hold them. Raises SettingsError.
     """
     path = file or Path(os.environ.get("LIMITER_CONFIG", DEFAULT_FILE))
     must_exist = file is not None or "LIMITER_CONFIG" in os.environ
@@ -63,8 +64,9 @@ def load_settings(file: Path | None = None, command_line: Values | None = None) 
         _check_on_redis_down(settings)
     except ValidationError as error:
         raise SettingsError(_explain(error, path)) from None
-    except NoJsonError:
-        raise SettingsError(f"the environment's {_no_json()} is no JSON, as a list or a table must be there") from None
+    except InvalidJsonError:
+        variable = _variable_with_invalid_json()
+        raise SettingsError(f"the environment's {variable} is not valid JSON, as a list or a table must be") from None
     return settings, list(_origins(settings, document, given, path))
 
 
@@ -79,12 +81,12 @@ def _read_toml(path: Path, *, must_exist: bool) -> Values:
     except OSError as error:
         raise SettingsError(f"the settings file {path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path} is no TOML: {error}") from None
+        raise SettingsError(f"{path} is not valid TOML: {error}") from None
 
 
 def _check_environment() -> None:
-    """Refuse a misspelt section, which pydantic-settings would pass over; it checks the keys of known sections."""
-    sections, tables = list(Settings.model_fields), _given_as_json()
+    """Reject a misspelt section, which pydantic-settings would ignore; it checks the keys of known sections itself."""
+    sections, tables = list(Settings.model_fields), _json_names()
     for name, value in os.environ.items():
         if not name.upper().startswith(VARIABLE_PREFIX) or name.startswith(_NOT_SETTINGS):
             continue
@@ -92,12 +94,12 @@ def _check_environment() -> None:
         if section in sections and (separator or section in tables or value.lstrip().startswith("{")):
             continue
         known = [VARIABLE_PREFIX + key.upper().replace(".", "__") for key in _known_names()]
-        raise SettingsError(f"the environment's {name} is no setting{_nearest(name, known)}")
+        raise SettingsError(f"the environment's {name} is not a setting{_nearest(name, known)}")
 
 
-def _no_json() -> str:
-    """Give the variable that pydantic-settings could not read; its own error names the section only."""
-    structured = (*_given_as_json(), *_known_sections())
+def _variable_with_invalid_json() -> str:
+    """Return the variable that pydantic-settings could not parse; its own error names the section only."""
+    structured = (*_json_names(), *_known_sections())
     for name in sorted(os.environ):
         field = name.lower().removeprefix(VARIABLE_PREFIX.lower()).replace("__", ".")
         if name.upper().startswith(VARIABLE_PREFIX) and field in structured:
@@ -112,43 +114,43 @@ def _check_costs(settings: Settings) -> None:
     known = ["default", *METERED_PATHS]
     for name, cost in settings.costs.items():
         if name not in known:
-            raise SettingsError(f"costs.{name} is no path that costs credits{_nearest(name, known)}")
+            raise SettingsError(f"costs.{name} is not a path that costs credits{_nearest(name, known)}")
         if not 1 <= cost <= MAX_COST:
             raise SettingsError(f"costs.{name} is {cost}, want an integer from 1 to {MAX_COST} credits")
 
 
 def _check_hold(settings: Settings) -> None:
-    """Refuse holds that lapse while a backend still works: their credits would be spent twice."""
+    """Reject holds that could expire while a backend still works: their credits could be spent twice."""
     backends = settings.backends
     longest_s = settings.relay.upload_s + backends.gemini.timeout_s + backends.hardware.timeout_s
     if settings.relay.hold_s <= longest_s:
         raise SettingsError(
-            f"relay.hold_s is {settings.relay.hold_s}, want more than {longest_s:g}: what relay.upload_s, "
-            "backends.gemini.timeout_s and backends.hardware.timeout_s are together"
+            f"relay.hold_s is {settings.relay.hold_s}, want more than {longest_s:g}: the sum of relay.upload_s, "
+            "backends.gemini.timeout_s and backends.hardware.timeout_s"
         )
 
 
 def _check_on_redis_down(settings: Settings) -> None:
-    """Refuse to count on hardware that is not there; without any backend, the echo is both."""
+    """Reject a fallback to hardware that is not configured; without any backend, the echo server stands for both."""
     backends = settings.backends
     if settings.redis.on_redis_down == "hardware" and not backends.hardware.url and backends.gemini.api_key:
         raise SettingsError(
-            "redis.on_redis_down is hardware, but backends.hardware.url is not set: set it, or let requests be refused "
-            "while Redis is away (deny)"
+            "redis.on_redis_down is hardware, but backends.hardware.url is not set: set it, or refuse requests while "
+            "Redis is unavailable (deny)"
         )
 
 
 def _check_bodies(relay: RelaySettings) -> None:
-    """Refuse a body limit that no body can come near."""
+    """Reject a body limit that no body could reach."""
     if relay.bodies_in_memory_mb < relay.body_limit_mb:
         raise SettingsError(
             f"relay.bodies_in_memory_mb is {relay.bodies_in_memory_mb}, want at least relay.body_limit_mb, which is "
-            f"{relay.body_limit_mb}: no larger body could be read"
+            f"{relay.body_limit_mb}: a larger body could not be read"
         )
 
 
 def _explain(error: ValidationError, path: Path) -> str:
-    """Say the first problem in a line: which setting, what is wrong, what is near; never the value, a secret maybe."""
+    """Return the first problem in one line, with the nearest known name; without the value, which may be a secret."""
     problem = error.errors(include_input=False, include_url=False)[0]
     name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
@@ -156,17 +158,17 @@ def _explain(error: ValidationError, path: Path) -> str:
         table = _NAMED_TABLES.get(name.partition(".")[0])
         if table and name.count(".") > 1:
             known = [f"{name.rpartition('.')[0]}.{key}" for key in table.model_fields]
-        return f"{name} is no setting{_nearest(name, known)} (looked in {path} and {VARIABLE_PREFIX}*)"
+        return f"{name} is not a setting{_nearest(name, known)} (looked in {path} and {VARIABLE_PREFIX}*)"
     return f"setting {name}: {problem['msg'][0].lower()}{problem['msg'][1:]} (looked in {path} and {VARIABLE_PREFIX}*)"
 
 
 def _nearest(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else f": known are {', '.join(sorted(known))}"
+    return f"; did you mean {near[0]}?" if near else f": the known ones are {', '.join(sorted(known))}"
 
 
-def _given_as_json() -> list[str]:
-    """List the lists, and the tables of whatever names: a variable holds one as JSON."""
+def _json_names() -> list[str]:
+    """Return the settings that are lists, or tables with free keys: an environment variable holds them as JSON."""
     return [name for name, kind in _members() if get_origin(kind) in (list, dict)]
 
 
@@ -179,7 +181,7 @@ def _known_names() -> list[str]:
 
 
 def _members(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Give every section and setting by its whole name, with its type."""
+    """Yield every section and setting by its full name, with its type."""
     for name, info in model.model_fields.items():
         kind: Any = info.annotation
         yield prefix + name, kind
@@ -209,7 +211,7 @@ def _origins(settings: Settings, document: Values, given: Values, path: Path) ->
 
 
 def _variable(name: str) -> str:
-    """Give the environment's variable that holds a setting, by itself or inside its table's JSON."""
+    """Return the environment variable that holds a setting, by itself or within its table's JSON."""
     variables = {variable.upper(): variable for variable in os.environ}
     parts = name.upper().split(".")
     spellings = (VARIABLE_PREFIX + "__".join(parts[:count]) for count in range(len(parts), 0, -1))

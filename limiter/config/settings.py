@@ -1,4 +1,4 @@
-"""The settings: what each section holds, its bounds and its defaults. `settings_sources` says where values come from.
+"""The schema of the settings: sections, bounds and defaults. `loader` reads their values.
 
 Secrets are pydantic's SecretStr, and URLs are kept out of each repr: they may hold a password.
 """
@@ -13,7 +13,7 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 
 from limiter.credits.models import Tiers
 
-METERED_PATHS = (  # what a request can cost credits for; the relay serves these
+METERED_PATHS = (  # the relay's paths on which a request costs credits
     "/v1/chat/completions",
     "/v1/completions",
     "/v1/embeddings",
@@ -31,26 +31,26 @@ DEFAULT_TIERS: Values = {
 }
 
 
-def _no_flag(value: object) -> object:
-    """Refuse true and false, which pydantic would take for 1 and 0."""
+def _reject_bool(value: object) -> object:
+    """Reject true and false, which pydantic would accept as 1 and 0."""
     if isinstance(value, bool):
-        raise PydanticCustomError("no_number", "Input should be a number, not true or false")
+        raise PydanticCustomError("not_a_number", "Input should be a number, not true or false")
     return value
 
 
-def _origin(value: str) -> str:
-    """Refuse what no browser sends as its origin, and so would never be equal to one."""
+def _check_origin(value: str) -> str:
+    """Reject text that no browser sends as an origin, as it would never match."""
     if not _ORIGIN.fullmatch(value):
         raise PydanticCustomError(
-            "no_origin", "Input should be an origin as browsers send it, like https://app.example"
+            "not_an_origin", "Input should be an origin as browsers send it, like https://app.example"
         )
     return value
 
 
 OnRedisDown = Literal["deny", "hardware"]
-Origin = Annotated[str, AfterValidator(_origin)]
-Whole = Annotated[int, BeforeValidator(_no_flag)]
-Seconds = Annotated[float, BeforeValidator(_no_flag)]
+Origin = Annotated[str, AfterValidator(_check_origin)]
+Whole = Annotated[int, BeforeValidator(_reject_bool)]
+Seconds = Annotated[float, BeforeValidator(_reject_bool)]
 
 
 class _Section(BaseModel):
@@ -58,7 +58,7 @@ class _Section(BaseModel):
 
 
 class RedisSettings(_Section):
-    """[redis]. on_redis_down: refuse requests while Redis is away, or serve them from hardware, unmetered."""
+    """[redis]. on_redis_down: refuse requests while Redis is unavailable, or serve them unmetered from hardware."""
 
     url: str = Field(default="embedded:./data", repr=False)
     prefix: str = "credits"
@@ -91,7 +91,7 @@ class RelaySettings(_Section):
 
 
 class BackendSettings(_Section):
-    """What both tables of [backends] have."""
+    """The settings that both tables of [backends] have."""
 
     url: str = Field(default="", repr=False)
     api_key: SecretStr = SecretStr("")
@@ -104,14 +104,14 @@ class BackendSettings(_Section):
 
 
 class GeminiSettings(BackendSettings):
-    """[backends.gemini]. It is on when `api_key` is set."""
+    """[backends.gemini]. Enabled when `api_key` is set."""
 
     url: str = Field(default="https://generativelanguage.googleapis.com/v1beta/openai", repr=False)
     timeout_s: Seconds = Field(default=120, gt=0, le=3600)
 
 
 class HardwareSettings(BackendSettings):
-    """[backends.hardware]. It is on when `url` is set."""
+    """[backends.hardware]. Enabled when `url` is set."""
 
 
 class BackendsSettings(_Section):
@@ -122,7 +122,7 @@ class BackendsSettings(_Section):
 
 
 class ModelNames(_Section):
-    """One line of [models]: what each backend calls the model."""
+    """One entry of [models]: each backend's name for the model."""
 
     gemini: str | None = None
     hardware: str | None = None
@@ -151,7 +151,7 @@ class LicenceSettings(_Section):
 
 
 class PersisterSettings(_Section):
-    """[persister]. It is off when `file` is empty."""
+    """[persister]. Disabled when `file` is empty."""
 
     file: str = "./data/credits.json"
     interval_s: Seconds = Field(default=60, ge=0.1, le=86_400)
@@ -169,7 +169,7 @@ class TierSettings(_Section):
 
 
 class Settings(BaseSettings):
-    """All settings in force. Make one with `load_settings`."""
+    """All settings in force. Create it with `load_settings`."""
 
     model_config = SettingsConfigDict(
         env_prefix=VARIABLE_PREFIX,
@@ -191,7 +191,7 @@ class Settings(BaseSettings):
     persister: PersisterSettings = PersisterSettings()
 
     def limits(self) -> Tiers:
-        """Give the tiers as the limiter takes them."""
+        """Return the tiers in the form that the limiter takes."""
         return Tiers.from_mapping({name: tier.model_dump() for name, tier in self.tiers.items()})
 
     @classmethod
@@ -203,7 +203,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003  an interface
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003  an interface
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Put the environment between the command line and the file, which arrive together as init values."""
+        """Rank the environment between the command line and the file, which are both passed as init values."""
         values = init_settings()
         return (
             InitSettingsSource(settings_cls, values.get("command_line", {})),
@@ -214,6 +214,6 @@ class Settings(BaseSettings):
 
 
 def _defaults(document: Values) -> Values:
-    """Give what holds where nothing is said: who gives [tiers] whole names them all, costs are filled up."""
-    named = "tiers" in document or any(name.upper() == f"{VARIABLE_PREFIX}TIERS" for name in os.environ)
-    return {"costs": {"default": 1}} | ({} if named else {"tiers": DEFAULT_TIERS})
+    """Return the defaults: a configured [tiers] replaces the default tiers, [costs] is merged with its default."""
+    has_tiers = "tiers" in document or any(name.upper() == f"{VARIABLE_PREFIX}TIERS" for name in os.environ)
+    return {"costs": {"default": 1}} | ({} if has_tiers else {"tiers": DEFAULT_TIERS})

@@ -1,4 +1,4 @@
-"""The relay: an OpenAI-compatible aiohttp application that spends an install's credits.
+"""The relay: an OpenAI-compatible aiohttp application whose requests cost an install credits.
 
-Begin with `app.create_app`. Its packages name what they may import; only `process` knows how the application is run.
+Begin with `app.create_app`. Each package names what it may import; only `process` knows how the application is run.
 """

@@ -1,4 +1,4 @@
-"""Puts the relay together: what is served by whom, and what starts and stops with the app."""
+"""Assembles the relay: its routes, and what starts and stops with the app."""
 
 import logging
 from collections.abc import AsyncIterator, Mapping
@@ -38,7 +38,7 @@ from limiter.relay.upstream.client import BackendClient
 
 _MIB = 1 << 20
 _KIB = 1 << 10
-_LINGER_S = 2.0  # how long what a refused client still sends is read away, so that it sees its answer
+_LINGER_S = 2.0  # how long to drain what a refused client still sends, so that it sees its answer
 
 
 def create_app(
@@ -47,10 +47,13 @@ def create_app(
     settings: Settings,
     reports: Mapping[str, Report] | None = None,
 ) -> web.Application:
-    """Make the application. The caller owns limiter and backends, and closes them after the app.
+    """Create the application. Run it with `make_runner`.
 
-    Of the settings, what limiter and backends are made of is not looked at again. reports: parts of `/readyz` by name.
-    Run it with `make_runner`.
+    Args:
+        limiter: the caller owns it, and closes it after the app.
+        backends: the same holds for them.
+        settings: those that limiter and backends were made from are not read again.
+        reports: more members of `/readyz` by name.
     """
     app = web.Application(client_max_size=settings.relay.body_limit_mb * _MIB, middlewares=[error_middleware])
     metrics = Metrics(tiers=limiter.tiers, routes=[path for _, path, _ in _ROUTES])
@@ -61,7 +64,7 @@ def create_app(
     for method, path, handler in _ROUTES:
         expect = expect_later if handler is serve_upload else None
         for served in (method, "HEAD") if method == "GET" else (method,):
-            # The id of a model may hold slashes.
+            # The id of a model may contain slashes.
             app.router.add_route(served, path.replace("}", ":.+}"), handler, expect_handler=expect)
     app.on_response_prepare.append(add_request_id)
     add_cors(app, settings.relay.cors_origins)
@@ -76,11 +79,11 @@ def create_app(
         async with availability:
             yield
 
-    async def settle_at_the_end(_app: web.Application) -> AsyncIterator[None]:
+    async def drain_settlements(_app: web.Application) -> AsyncIterator[None]:
         yield
         await relay.retries.drain(settings.relay.drain_s)
 
-    app.cleanup_ctx.extend([watch_redis, settle_at_the_end])  # they end in the opposite order
+    app.cleanup_ctx.extend([watch_redis, drain_settlements])  # they end in reverse order
     return app
 
 
@@ -91,7 +94,7 @@ def _relay(
     availability: RedisAvailability,
     metrics: Metrics,
 ) -> Relay:
-    limits, keeping = settings.relay, settings.idempotency
+    limits, idempotency = settings.relay, settings.idempotency
     watched = WatchedLimiter(limiter, availability)
     retries = BackgroundRetries(availability, give_up_s=limiter.hold_ms / 1000)
     return Relay(
@@ -113,9 +116,9 @@ def _relay(
             Claims(watched.session),
             retries,
             hold_ms=limiter.hold_ms,
-            keep_s=keeping.keep_s,
-            keep_bytes=keeping.answer_limit_kb * _KIB,
-            retry_window_s=keeping.retry_window_s,
+            keep_s=idempotency.keep_s,
+            keep_bytes=idempotency.answer_limit_kb * _KIB,
+            retry_window_s=idempotency.retry_window_s,
         ),
         retries=retries,
         settlements=Settlements(limiter, retries, metrics),
@@ -123,11 +126,11 @@ def _relay(
 
 
 def make_runner(app: web.Application, limits: RelaySettings) -> web.AppRunner:
-    """Make the runner of an app. It sees clients leave."""
+    """Return the runner of an app. A request is cancelled when its client disconnects."""
     return RelayRunner(
         app,
         handler_cancellation=True,
-        auto_decompress=False,  # 30 KB could unpack to 30 MB, before anybody was asked who they are
+        auto_decompress=False,  # 30 KB could unpack to 30 MB, before the client has been identified
         access_log=None,
         logger=logging.getLogger("limiter.relay.http"),
         lingering_time=_LINGER_S,
@@ -138,7 +141,7 @@ def make_runner(app: web.Application, limits: RelaySettings) -> web.AppRunner:
 
 
 def routes() -> list[tuple[str, str]]:
-    """List what is served: method and path."""
+    """Return the routes that are served: method and path."""
     return [(method, path) for method, path, _ in _ROUTES]
 
 

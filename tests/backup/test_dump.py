@@ -159,7 +159,7 @@ async def test_dump_when_its_file_is_a_pipe_or_a_folder_then_it_says_so_and_leav
 ) -> None:
     os.mkfifo(path)
     await limiter.debit("i-1", tier="pro", has_hardware=True)
-    for taken, cause in ((path, "it is no regular file"), (Path("/"), "Is a directory"), (Path(), "Is a directory")):
+    for taken, cause in ((path, "it is not a regular file"), (Path("/"), "Is a directory"), (Path(), "Is a directory")):
         with pytest.raises(LedgerFileError, match=f"cannot be written: {cause}"):
             await dump(limiter.session, taken)
     assert path.is_fifo()

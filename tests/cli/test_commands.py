@@ -57,7 +57,7 @@ def test_config_tells_value_and_origin_and_masks_secrets(tmp_path: Path) -> None
 def test_unknown_setting_is_one_line_that_names_the_nearest(tmp_path: Path) -> None:
     answer = limiter("config", cwd=tmp_path, settings={"LIMITER_RELAY__PROT": "1"})
     assert answer.returncode == 1
-    assert answer.stderr.startswith("limiter: relay.prot is no setting; did you mean relay.port?")
+    assert answer.stderr.startswith("limiter: relay.prot is not a setting; did you mean relay.port?")
     assert len(answer.stderr.splitlines()) == 1
 
 

@@ -1,4 +1,4 @@
-"""Settings: a file, then the environment, then the command line, the later the stronger; secrets are never shown."""
+"""Settings: the environment overrides the file, and the command line both; secrets are never shown."""
 
 import os
 from pathlib import Path
@@ -9,12 +9,12 @@ from limiter.config.loader import Setting, load_settings
 from limiter.config.settings import DEFAULT_TIERS, METERED_PATHS, Settings
 from limiter.errors import SettingsError
 
-SECRET = "the-secret-value"  # noqa: S105  is to be found nowhere
+SECRET = "the-secret-value"  # noqa: S105  it must not appear anywhere
 
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Start from an empty folder, without anybody's settings."""
+    """Start in an empty folder, without any settings."""
     for name in os.environ:
         if name.upper().startswith("LIMITER_"):
             monkeypatch.delenv(name)
@@ -34,7 +34,7 @@ def load(text: str = "", **command_line: dict[str, object]) -> Settings:
 
 
 def refused(text: str = "", file: Path | None = None) -> str:
-    """The message for settings that cannot be used. It is one line."""
+    """Return the message for settings that are not valid, which must be one line."""
     if text:
         write(text)
     with pytest.raises(SettingsError) as raised:
@@ -43,7 +43,7 @@ def refused(text: str = "", file: Path | None = None) -> str:
     assert "\n" not in message
     assert SECRET not in message
     assert SECRET not in repr(raised.value)
-    # No chain of errors that a traceback would print with the value in it.
+    # There must be no chained error that a traceback would print with the value in it.
     assert raised.value.__cause__ is None
     assert raised.value.__suppress_context__ or raised.value.__context__ is None
     return message
@@ -56,7 +56,7 @@ def shown() -> dict[str, Setting]:
 # Precedence
 
 
-def test_settings_when_nothing_is_said_then_the_defaults_hold() -> None:
+def test_settings_when_nothing_is_configured_then_the_defaults_apply() -> None:
     settings = load()
     assert settings.redis.url == "embedded:./data"
     assert (settings.relay.host, settings.relay.port) == ("127.0.0.1", 8080)
@@ -66,7 +66,9 @@ def test_settings_when_nothing_is_said_then_the_defaults_hold() -> None:
     assert not settings.backends.gemini.api_key.get_secret_value()
 
 
-def test_settings_when_said_in_several_places_then_the_stronger_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_when_set_in_several_places_then_the_one_with_precedence_applies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     text = '[relay]\nport = 1001\nhost = "file"\nbody_limit_mb = 1\n'
     assert load(text).relay.port == 1001
     monkeypatch.setenv("LIMITER_RELAY__PORT", "1002")
@@ -76,7 +78,7 @@ def test_settings_when_said_in_several_places_then_the_stronger_holds(monkeypatc
     assert (settings.relay.body_limit_mb, settings.relay.drain_s) == (1, 30)
 
 
-def test_origin_when_shown_then_it_is_where_the_value_came_from(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_origin_when_shown_then_it_is_the_source_of_the_value(monkeypatch: pytest.MonkeyPatch) -> None:
     write('[relay]\nport = 1001\nhost = "file"\ndrain_s = 5\n')
     monkeypatch.setenv("LIMITER_RELAY__HOST", "environment")
     monkeypatch.setenv("limiter_relay__hold_s", "900")
@@ -117,15 +119,15 @@ def test_file_when_it_is_a_folder_then_refused() -> None:
 @pytest.mark.parametrize(
     "text", ["[relay", "relay = ", f'[redis]\nurl = "{SECRET}', '{"relay": {}}', "[relay]\nport = 1\nport = 2"]
 )
-def test_file_when_it_is_no_toml_then_refused_and_the_line_is_named(text: str) -> None:
+def test_file_when_it_is_not_valid_toml_then_refused_and_the_line_is_named(text: str) -> None:
     message = refused(text)
-    assert message.startswith("limiter.toml is no TOML: ")
+    assert message.startswith("limiter.toml is not valid TOML: ")
     assert "line" in message or "end of document" in message
 
 
-def test_file_when_its_bytes_are_no_text_then_refused() -> None:
+def test_file_when_its_bytes_are_not_utf_8_then_refused() -> None:
     Path("limiter.toml").write_bytes(b'[redis]\nurl = "\xff"\n')
-    assert refused().startswith("limiter.toml is no TOML: ")
+    assert refused().startswith("limiter.toml is not valid TOML: ")
 
 
 # Unknown names
@@ -148,7 +150,7 @@ def test_file_when_its_bytes_are_no_text_then_refused() -> None:
     ],
 )
 def test_key_when_the_file_has_an_unknown_one_then_the_nearest_is_named(text: str, name: str, near: str) -> None:
-    assert refused(text).startswith(f"{name} is no setting; did you mean {near}?")
+    assert refused(text).startswith(f"{name} is not a setting; did you mean {near}?")
 
 
 @pytest.mark.parametrize(
@@ -164,15 +166,15 @@ def test_variable_when_its_section_is_unknown_then_the_nearest_is_named(
     monkeypatch: pytest.MonkeyPatch, name: str, near: str
 ) -> None:
     monkeypatch.setenv(name, SECRET)
-    assert refused() == f"the environment's {name} is no setting; did you mean {near}?"
+    assert refused() == f"the environment's {name} is not a setting; did you mean {near}?"
 
 
 def test_variable_when_its_key_is_unknown_then_the_nearest_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIMITER_RELAY__PROT", SECRET)
-    assert refused().startswith("relay.prot is no setting; did you mean relay.port?")
+    assert refused().startswith("relay.prot is not a setting; did you mean relay.port?")
 
 
-def test_variable_when_it_is_the_tests_own_then_it_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variable_when_it_belongs_to_the_tests_then_it_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIMITER_TEST_REDIS_URL", "redis://elsewhere")
     assert load().redis.url == "embedded:./data"
 
@@ -219,7 +221,7 @@ def test_value_when_it_is_wrong_in_the_environment_then_it_is_not_quoted(monkeyp
 
 
 @pytest.mark.parametrize("name", ["LIMITER_LICENCE__PUBLIC_KEYS", "LIMITER_TIERS__PRO", "LIMITER_BACKENDS__GEMINI"])
-def test_value_when_the_environment_wants_json_and_gets_none_then_refused(
+def test_value_when_the_environment_needs_json_and_has_none_then_refused(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setenv(name, SECRET)
@@ -237,14 +239,14 @@ def test_value_when_the_environment_wants_json_and_gets_none_then_refused(
         "LIMITER_BACKENDS__HARDWARE",
     ],
 )
-def test_value_when_the_environment_wants_json_and_gets_text_then_the_variable_is_named(
+def test_value_when_the_environment_needs_json_and_has_text_then_the_variable_is_named(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setenv(name, SECRET)
-    assert refused() == f"the environment's {name} is no JSON, as a list or a table must be there"
+    assert refused() == f"the environment's {name} is not valid JSON, as a list or a table must be"
 
 
-def test_table_when_the_environment_gives_it_whole_then_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_when_the_environment_has_all_of_it_as_json_then_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIMITER_MODELS", '{"a/b": {"gemini": "g", "hardware": "h"}, "c": {"hardware": "d"}}')
     monkeypatch.setenv("LIMITER_COSTS", '{"/v1/embeddings": 2}')
     monkeypatch.setenv("LIMITER_RELAY", '{"port": 7}')
@@ -273,19 +275,19 @@ def test_table_when_the_environments_json_has_an_unknown_key_then_the_nearest_is
     monkeypatch: pytest.MonkeyPatch, name: str, value: str, near: str
 ) -> None:
     monkeypatch.setenv(name, value)
-    assert f" is no setting; did you mean {near}?" in refused()
+    assert f" is not a setting; did you mean {near}?" in refused()
 
 
-def test_variable_when_its_name_is_in_small_letters_then_it_is_read_and_checked_alike(
+def test_variable_when_its_name_is_in_lower_case_then_it_is_read_and_checked_alike(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("limiter_relay__port", "9")
     assert load().relay.port == 9
     monkeypatch.setenv("limiter_realy__port", "9")
-    assert "limiter_realy__port is no setting" in refused()
+    assert "limiter_realy__port is not a setting" in refused()
 
 
-def test_keys_when_the_environment_gives_a_list_then_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_when_the_environment_has_a_list_then_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIMITER_LICENCE__PUBLIC_KEYS", '["ed25519:a", "ed25519:b"]')
     assert load().licence.public_keys == ["ed25519:a", "ed25519:b"]
 
@@ -296,26 +298,26 @@ def test_costs_when_out_of_bounds_then_refused(cost: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "told"),
+    ("path", "hint"),
     [
         ("/v1/embedding", "; did you mean /v1/embeddings?"),
         ("/v1/chat/completion", "; did you mean /v1/chat/completions?"),
         ("defualt", "; did you mean default?"),
-        ("gemini", ": known are /v1/audio/transcriptions, "),
+        ("gemini", ": the known ones are /v1/audio/transcriptions, "),
     ],
 )
-def test_costs_when_they_are_for_no_metered_path_then_refused(path: str, told: str) -> None:
-    assert refused(f'[costs]\n"{path}" = 2').startswith(f"costs.{path} is no path that costs credits{told}")
+def test_costs_when_the_path_is_not_metered_then_refused(path: str, hint: str) -> None:
+    assert refused(f'[costs]\n"{path}" = 2').startswith(f"costs.{path} is not a path that costs credits{hint}")
 
 
-def test_costs_when_a_path_is_metered_then_it_can_have_its_own() -> None:
+def test_costs_when_a_path_is_metered_then_it_can_have_a_cost_of_its_own() -> None:
     from limiter.relay.app import _ROUTES  # noqa: PLC0415  a table of the module
     from limiter.relay.handlers.metered import serve_json, serve_upload  # noqa: PLC0415
 
     assert tuple(path for _, path, serve in _ROUTES if serve in (serve_json, serve_upload)) == METERED_PATHS
 
 
-def test_costs_when_only_one_is_said_then_the_default_stays() -> None:
+def test_costs_when_only_one_is_set_then_the_default_stays() -> None:
     settings = load('[costs]\n"/v1/embeddings" = 2')
     assert settings.costs == {"default": 1, "/v1/embeddings": 2}
     assert load("[costs]\ndefault = 3").costs == {"default": 3}
@@ -324,7 +326,7 @@ def test_costs_when_only_one_is_said_then_the_default_stays() -> None:
 # Tiers
 
 
-def test_tiers_when_the_file_names_them_then_they_are_all() -> None:
+def test_tiers_when_the_file_has_some_then_they_replace_the_default_ones() -> None:
     limits = load("[tiers.core]\nlifetime = 5\n[tiers.gold]\nmonthly = 7\ngemini_cap = 3\n").limits()
     assert set(limits) == {"core", "gold"}
     assert (limits["core"].counter, limits["core"].quota, limits["core"].gemini_cap) == ("lifetime", 5, None)
@@ -346,7 +348,7 @@ def test_tiers_when_a_limit_is_negative_then_refused(limit: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a b", "", "x" * 21, "é"])
-def test_tiers_when_a_name_is_not_usable_then_refused(name: str) -> None:
+def test_tiers_when_a_name_is_not_valid_then_refused(name: str) -> None:
     assert "is not usable" in refused(f'[tiers.core]\nlifetime = 1\n[tiers."{name}"]\nmonthly = 1\n')
 
 
@@ -358,7 +360,7 @@ def test_tiers_when_the_environment_sets_a_limit_then_the_default_tiers_stay(mon
     assert settings.limits()["core"].quota == 50
 
 
-def test_tiers_when_the_environment_sets_a_limit_of_the_files_then_the_rest_stays(
+def test_tiers_when_the_environment_overrides_a_limit_of_the_file_then_the_rest_stays(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("LIMITER_TIERS__CORE__LIFETIME", "7")
@@ -367,7 +369,9 @@ def test_tiers_when_the_environment_sets_a_limit_of_the_files_then_the_rest_stay
     assert (limits["core"].quota, limits["core"].gemini_cap) == (7, 2)
 
 
-def test_tiers_when_the_environment_names_them_whole_then_they_are_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiers_when_the_environment_has_all_of_them_as_json_then_they_replace_the_default_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("LIMITER_TIERS", '{"core": {"lifetime": 5}, "gold": {"monthly": 7}}')
     monkeypatch.setenv("LIMITER_TIERS__GOLD__GEMINI_CAP", "3")
     limits = load().limits()
@@ -435,21 +439,21 @@ def test_secrets_when_a_setting_is_refused_then_no_value_is_quoted(text: str) ->
     refused(text)
 
 
-def test_hold_when_it_could_lapse_while_a_backend_works_then_it_is_refused(
+def test_hold_when_it_could_expire_while_a_backend_works_then_it_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LIMITER_RELAY__HOLD_S", "720")
-    with pytest.raises(SettingsError, match=r"relay\.hold_s is 720, want more than 720: what relay"):
+    with pytest.raises(SettingsError, match=r"relay\.hold_s is 720, want more than 720: the sum of relay"):
         load_settings()
 
 
-# While Redis is away
+# While Redis is unavailable
 
 GEMINI_ONLY = '[backends.gemini]\napi_key = "k"\n'
 
 
-def test_on_redis_down_when_hardware_is_to_serve_and_is_not_set_then_it_is_refused() -> None:
+def test_on_redis_down_when_it_is_hardware_and_hardware_is_not_configured_then_it_is_refused() -> None:
     with pytest.raises(
         SettingsError, match=r"redis\.on_redis_down is hardware, but backends\.hardware\.url is not set"
     ):
@@ -457,17 +461,17 @@ def test_on_redis_down_when_hardware_is_to_serve_and_is_not_set_then_it_is_refus
 
 
 @pytest.mark.parametrize("backends", ["", GEMINI_ONLY + '[backends.hardware]\nurl = "http://localhost:1/v1"\n'])
-def test_on_redis_down_when_hardware_is_set_or_the_echo_answers_then_it_is_taken(backends: str) -> None:
+def test_on_redis_down_when_hardware_is_configured_or_the_echo_answers_then_it_is_accepted(backends: str) -> None:
     assert load(f'[redis]\non_redis_down = "hardware"\n{backends}').redis.on_redis_down == "hardware"
 
 
-def test_on_redis_down_when_nothing_is_said_then_requests_are_refused_and_another_word_is_an_error() -> None:
+def test_on_redis_down_when_it_is_not_set_then_requests_are_refused_and_another_value_is_an_error() -> None:
     assert load().redis.on_redis_down == "deny"
     with pytest.raises(SettingsError, match=r"redis\.on_redis_down: input should be 'deny' or 'hardware'"):
         load('[redis]\non_redis_down = "gemini"\n')
 
 
-def test_bodies_when_a_single_one_could_never_fit_then_refused() -> None:
+def test_bodies_in_memory_when_the_largest_body_would_not_fit_then_refused() -> None:
     message = refused("[relay]\nbodies_in_memory_mb = 31")
     assert message.startswith("relay.bodies_in_memory_mb is 31, want at least relay.body_limit_mb, which is 32")
 
@@ -478,7 +482,7 @@ def test_bodies_when_a_single_one_could_never_fit_then_refused() -> None:
 @pytest.mark.parametrize(
     "origin", ["https://app.example", "http://localhost:5173", "http://[::1]:80", "tauri://localhost"]
 )
-def test_origin_when_browsers_send_it_so_then_it_is_taken(origin: str) -> None:
+def test_origin_when_browsers_send_it_in_this_form_then_it_is_accepted(origin: str) -> None:
     assert load(relay={"cors_origins": [origin]}).relay.cors_origins == [origin]
 
 
@@ -490,8 +494,8 @@ def test_origin_when_it_could_never_match_then_it_is_refused(origin: str) -> Non
     assert "relay.cors_origins.0: input should be an origin" in message
 
 
-def test_origins_when_the_environment_has_them_as_json_then_they_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_origins_when_the_environment_has_them_as_json_then_they_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIMITER_RELAY__CORS_ORIGINS", '["https://app.example"]')
     assert load().relay.cors_origins == ["https://app.example"]
     monkeypatch.setenv("LIMITER_RELAY__CORS_ORIGINS", "https://app.example")
-    assert "LIMITER_RELAY__CORS_ORIGINS is no JSON" in refused()
+    assert "LIMITER_RELAY__CORS_ORIGINS is not valid JSON" in refused()

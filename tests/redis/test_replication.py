@@ -96,8 +96,8 @@ async def test_commands_when_the_replica_stands_still_then_they_say_how_many_hav
     await seat(redis)
     replica.pause()
     why = (
-        f"it is done, but a failover may lose it: after {NEVER_S:g} s 0 replicas of the primary at port {primary.port} "
-        "have it, want 1 (redis.wait_replicas)"
+        f"the operation is done, but a failover may lose it: after {NEVER_S:g} s 0 replicas of the primary at "
+        f"port {primary.port} have it, want 1 (redis.wait_replicas)"
     )
     for words in (["import", str(file)], ["restore", str(file), "--yes"]):
         assert await command(primary, tmp_path, *words, main=IMPATIENT) == f"1 {why}"
