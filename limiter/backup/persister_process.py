@@ -28,7 +28,7 @@ from limiter.log_config import set_up_logging
 
 _LOG = logging.getLogger("limiter")
 _FIRST_PAUSE_S = 0.5
-_LONGEST_PAUSE_S = 15.0
+_MAX_PAUSE_S = 15.0
 
 
 class PersisterProcess:
@@ -70,7 +70,7 @@ class PersisterProcess:
             reported, code = await self._run()
             if self._stopped.is_set():
                 return
-            pause_s = _FIRST_PAUSE_S if reported else min(pause_s * 2, _LONGEST_PAUSE_S)
+            pause_s = _FIRST_PAUSE_S if reported else min(pause_s * 2, _MAX_PAUSE_S)
             problem = f"the persister's process ended with code {code}: another starts in {pause_s:g} s"
             _LOG.error("%s", problem)
             self._report = {**self._report, "role": "starting", "error": problem}

@@ -18,7 +18,7 @@ from limiter.ledger.rotation import generation_name, set_aside_name
 from limiter.ledger.trailer import DumpedFile, Trailer, check_trailer, read_trailer
 from limiter.ledger.writer import LedgerWriter
 
-_LEAST_SHARE = 0.9  # a dump with fewer of the last one's rows than that sets the last one aside
+_MIN_SHARE = 0.9  # a dump with fewer of the last one's rows than that sets the last one aside
 _LOCK_S = 10.0  # another writer holds the folder's lock for a rename: for so long only one that is paused
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
@@ -66,7 +66,7 @@ class Publication:
             is_foreign = await self.has_rows()
             return (set_aside_name(self.path, self._time), True) if is_foreign else (None, False)
         is_own = found is last or self._writer is None or found.trailer.checksum == self._writer.leased.checksum
-        if is_own and rows >= found.trailer.rows * _LEAST_SHARE:
+        if is_own and rows >= found.trailer.rows * _MIN_SHARE:
             return generation_name(self.path, found.trailer), False
         return set_aside_name(self.path, self._time), True
 

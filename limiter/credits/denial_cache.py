@@ -10,7 +10,7 @@ from collections.abc import Callable
 from limiter.credits.models import Balance, Decision, Reason, Status
 
 Asked = tuple[int, float]  # how many changes there had been, and when: epoch or monotonic milliseconds
-_MOST = 10_000  # refusals that are kept; the oldest go first
+_MAX_REFUSALS = 10_000  # refusals that are kept; the oldest go first
 _SLOTS = 4096  # a change forgets the refusals of some other installs, too, and costs no memory
 
 
@@ -61,7 +61,7 @@ class DenialCache:
                 lasts_ms = min(lasts_ms, balance.renews_ms - balance.now_ms)
             key = row_key, balance.tier
             self._denied.pop(key, None)
-            if len(self._denied) >= _MOST:
+            if len(self._denied) >= _MAX_REFUSALS:
                 del self._denied[next(iter(self._denied))]
             self._denied[key] = asked, asked[1] + lasts_ms, balance
 

@@ -18,7 +18,7 @@ _MAX_DEPTH = 64
 _WIDE = (b"\xff\xfe", b"\xfe\xff")
 _SPACE = " \t\n\r"
 _WORDS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")  # the last three are none, which is told later
-_LONGEST_WORD = max(map(len, _WORDS))
+_MAX_WORD_LENGTH = max(map(len, _WORDS))
 _TRUNCATED = "the file ends in the middle: it is truncated"
 
 
@@ -124,7 +124,7 @@ class JsonStream:
                 if len(self.window) - self.at > most_bytes:
                     self.fail(f"{of} is longer than {most_bytes:,} bytes")
                 offset = error.pos - self.at
-                may_go_on = error.pos > len(self.window) - _LONGEST_WORD or error.msg.startswith("Unterminated")
+                may_go_on = error.pos > len(self.window) - _MAX_WORD_LENGTH or error.msg.startswith("Unterminated")
                 if may_go_on and self.fill():
                     continue
                 self._fail_broken(error, self.at + offset)

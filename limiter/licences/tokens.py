@@ -24,7 +24,7 @@ _PREFIX = "ed25519:"
 _ALGORITHM = "EdDSA"
 _LEEWAY_S = 30  # clocks of the issuer and of the relays may differ by this much
 _MAX_TOKEN = 4096
-_MOST_KNOWN = 1024  # licences that need not be verified again: a few megabytes at most
+_MAX_KNOWN = 1024  # licences that need not be verified again: a few megabytes at most
 _LAST_S = 253_402_300_799  # the last second of the year 9999
 
 
@@ -52,7 +52,7 @@ class Licences:
         for text in public_keys:
             key = _read_public_key(text)
             self._keys[key_id(key)] = key
-        self._known = lru_cache(maxsize=_MOST_KNOWN)(self._read)
+        self._known = lru_cache(maxsize=_MAX_KNOWN)(self._read)
 
     def check(self, token: str) -> Licence:
         """Give what the licence says; an expired one is given with `expired` set. Raises InvalidLicence."""

@@ -22,7 +22,7 @@ from limiter.redis.multiplexed import packed
 from limiter.redis.slot_map import SlotMap, redirect_target, slot_of
 from limiter.redis.url import Address
 
-_MOST_REDIRECTIONS = 8
+_MAX_REDIRECTIONS = 8
 _SCRIPT_LOAD = packed("SCRIPT", "LOAD").join((b"*3\r\n", b""))
 _SCRIPT_CALLS = ("EVAL", "EVALSHA", "EVAL_RO", "EVALSHA_RO")
 _KEY_IS_THIRD = ("OBJECT", "MEMORY USAGE", "OBJECT ENCODING", "DEBUG")
@@ -90,7 +90,7 @@ class ClusterClient(Client):
     async def _at(self, slot: int, args: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
         asking = False
         address = await self._slots.owner(slot)
-        for _ in range(_MOST_REDIRECTIONS):
+        for _ in range(_MAX_REDIRECTIONS):
             node = self._slots.client(address)
             try:
                 if asking:  # the two in one write on one connection, or another command takes the permission
@@ -109,7 +109,7 @@ class ClusterClient(Client):
             except (RedisConnectionError, RedisTimeoutError, ClusterDownError, OSError):
                 self._slots.invalidate()
                 raise
-        raise ClusterDownError(f"slot {slot} was passed on {_MOST_REDIRECTIONS} times")
+        raise ClusterDownError(f"slot {slot} was passed on {_MAX_REDIRECTIONS} times")
 
     @staticmethod
     def _slot_of(args: tuple[Any, ...]) -> int:
@@ -132,7 +132,7 @@ class ClusterChannel:
         if slot in self._asked and command.startswith(_SCRIPT_LOAD):
             await self._slots.client(self._asked[slot]).multiplexed.send(key, command, timeout_s)
         address, asking = await self._owner(slot, timeout_s), False
-        for _ in range(_MOST_REDIRECTIONS):
+        for _ in range(_MAX_REDIRECTIONS):
             channel = self._slots.client(address).multiplexed
             try:
                 return await channel.send(key, command, ends - self._loop.time(), asking=asking)
@@ -148,7 +148,7 @@ class ClusterChannel:
             except (LimiterUnavailable, ClusterDownError):
                 self._slots.invalidate()
                 raise
-        raise ClusterDownError(f"slot {slot} was passed on {_MOST_REDIRECTIONS} times")
+        raise ClusterDownError(f"slot {slot} was passed on {_MAX_REDIRECTIONS} times")
 
     async def aclose(self) -> None:
         """Do nothing: the nodes' clients own the connections."""

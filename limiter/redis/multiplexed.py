@@ -22,7 +22,7 @@ Dial = Callable[[], Awaitable[AbstractConnection]]
 _LOG = logging.getLogger("limiter")
 _TICK_S = 0.01  # how late a call may hear that its time is over
 _FIRST_PAUSE_S = 0.01
-_LONGEST_PAUSE_S = 0.25
+_MAX_PAUSE_S = 0.25
 _MAX_WAITING = 8192  # at 50,000 decisions a second, the last waits a sixth of a second
 _NO_REPLY = object()
 _LATE = "Redis did not answer in time: the outcome is unknown"
@@ -151,7 +151,7 @@ class MultiplexedConnection:
             await asyncio.sleep(self._pause_s)
             await self.open()
         except Exception as error:  # noqa: BLE001  whatever it is, nobody may wait for ever
-            self._pause_s = min(max(2 * self._pause_s, _FIRST_PAUSE_S), _LONGEST_PAUSE_S)
+            self._pause_s = min(max(2 * self._pause_s, _FIRST_PAUSE_S), _MAX_PAUSE_S)
             unsent, self._unsent = self._unsent, []
             _fail(unsent, f"Redis is not reachable: {error}", executed=False)
         else:

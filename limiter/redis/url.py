@@ -28,7 +28,7 @@ _SCHEMES: dict[str, tuple[Kind, str]] = {
 _DEFAULT_PORT: dict[Kind, int] = {"single": 6379, "sentinel": 26379, "cluster": 6379}
 _PLACE = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[^:\[\]]+)(:(?P<port>\d{1,5}))?", re.ASCII)
 _SENTINEL_LOGIN = ("sentinel_username", "sentinel_password")
-_MOST_PORT = 65_535
+_MAX_PORT = 65_535
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +118,6 @@ def passwords_of(url: str) -> list[str]:
 def _address(text: str, kind: Kind, url: str) -> Address:
     found = _PLACE.fullmatch(text)
     port = int(found["port"] or _DEFAULT_PORT[kind]) if found else 0
-    if not found or not 0 < port <= _MOST_PORT:
+    if not found or not 0 < port <= _MAX_PORT:
         raise invalid_url(url)
     return Address(unquote(found["host"].strip("[]")), port)

@@ -235,7 +235,7 @@ def test_refusal_when_the_row_was_changed_since_redis_was_asked_then_it_is_not_k
 
 
 def test_refusals_when_they_are_many_then_the_oldest_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("limiter.credits.denial_cache._MOST", 3)
+    monkeypatch.setattr("limiter.credits.denial_cache._MAX_REFUSALS", 3)
     denials = DenialCache(KEEP_MS, None)
     for number in (0, 1, 2, 0, 3):
         denials.record(f"key-{number}", denials.snapshot(), refusal())

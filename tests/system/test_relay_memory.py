@@ -27,7 +27,7 @@ CHUNKS_A_MINUTE, MIB_A_MINUTE = 50 * 60, 10
 STREAMS, UPLOADS, SLOW_READERS = 50, 20, 10
 # What may be in memory at once: of an upload what is kept for the fallback (relay.replay_limit_kb), and for each
 # connection and its backend's the buffers of aiohttp and uvloop. The uploads alone, if they were kept, would be more.
-MOST_GROWTH_MIB = UPLOADS * 1 + (STREAMS + UPLOADS + SLOW_READERS) * 1.25
+MAX_GROWTH_MIB = UPLOADS * 1 + (STREAMS + UPLOADS + SLOW_READERS) * 1.25
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ async def test_relay_when_streams_and_uploads_are_long_then_its_memory_does_not_
         await _load(relay, session)
         most = _rss_mib(relay, "VmHWM")
     print(f"\nidle {idle:.1f} MiB, at most {most:.1f} MiB")  # noqa: T201  for whoever runs it with `-s`
-    assert most - idle < MOST_GROWTH_MIB
+    assert most - idle < MAX_GROWTH_MIB
 
 
 async def _load(relay: Relay, session: aiohttp.ClientSession) -> None:

@@ -18,7 +18,7 @@ from limiter.relay.upstream.response import BackendFailed
 
 _FRESH_S = 30  # whoever asks without end must not make the operator's key ask without end
 _PATIENCE_S = 10
-_LONGEST_LIST = 4 << 20
+_MAX_LIST_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ async def _models_of(client: BackendClient) -> list[Model] | None:
                 body = bytearray(answer.first)
                 while chunk := await answer.read():
                     body += chunk
-                    if len(body) > _LONGEST_LIST:
+                    if len(body) > _MAX_LIST_BYTES:
                         return None
                 return [*_read(orjson.loads(body))] if answer.succeeded else None
     except (BackendFailed, TimeoutError, ValueError):

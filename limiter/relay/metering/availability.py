@@ -23,7 +23,7 @@ _LOG = logging.getLogger("limiter.relay")
 _PROBED = "probe"  # an install id that no client can have: it is no UUID
 _IDLE_S = 5.0  # while ok: the probe looks only when no decision has shown it for so long
 _FIRST_PAUSE_S = 0.1
-_LONGEST_PAUSE_S = 1.0
+_MAX_PAUSE_S = 1.0
 
 
 class RedisUnavailable(LimiterUnavailable):
@@ -162,7 +162,7 @@ class RedisAvailability:
                 await self._idle()
             else:
                 await asyncio.sleep(pause_s)
-                pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+                pause_s = min(pause_s * 2, _MAX_PAUSE_S)
             await self._look()
 
     async def _look(self) -> None:

@@ -34,15 +34,15 @@ from limiter.relay.metering.claims import Claimed, Claims, ClaimStatus
 KEY_HEADER = "Idempotency-Key"
 REPLAYED_HEADER = "Idempotency-Replayed"
 _RETRY_HEADER = "x-stainless-retry-count"  # the OpenAI SDKs count in it: "0" for a first attempt
-_LONGEST_KEY = 255
+_MAX_KEY_LENGTH = 255
 _PRINTABLE = frozenset(string.ascii_letters + string.digits + string.punctuation + " ")
 _QUOTED = re.compile(r'"((?:[^"\\]|\\["\\])*)"')  # a string of RFC 9651
 _CLAIM_OUTLIVES_HOLD_MS = 60_000  # or an attempt that takes its whole time would be joined by another
 _PATIENCE_S = (0.02, 0.05, 0.1, 0.2)  # an answer may reach its client before the note of it, or its drop, reaches Redis
 _UNDECIDED = frozenset((ClaimStatus.RUNNING, ClaimStatus.BUSY))
-_MOST_UNDOS = 256  # at once: each keeps asking a Redis that is away
-_MOST_MISSED = 10_000  # remembered by this node
-_MOST_DIGITS = 3  # of a retry count: no SDK tries so often
+_MAX_UNDOS = 256  # at once: each keeps asking a Redis that is away
+_MAX_MISSED = 10_000  # remembered by this node
+_MAX_DIGITS = 3  # of a retry count: no SDK tries so often
 _BIG_BODY = 1 << 20  # hashed in a thread
 
 
@@ -146,7 +146,7 @@ class Idempotency:
         if slot is not None:
             self._missed_s.pop(slot.key, None)
             self._missed_s[slot.key] = time.monotonic()
-            if len(self._missed_s) > _MOST_MISSED:
+            if len(self._missed_s) > _MAX_MISSED:
                 del self._missed_s[next(iter(self._missed_s))]
 
     async def _slot(self, request: web.Request, install_id: str, body: bytes | None) -> _Slot | None:
@@ -190,7 +190,7 @@ class Idempotency:
 
     def _undo(self, slot: _Slot, owner: str, claiming: "asyncio.Future[Claimed]") -> None:
         """Drop a claim whose answer nobody has; with too many such, it lapses by itself."""
-        if self._undos == _MOST_UNDOS:
+        if self._undos == _MAX_UNDOS:
             return
         self._undos += 1
 
@@ -238,12 +238,12 @@ def idempotency_key(request: web.Request) -> str | None:
     if key.startswith('"'):
         quoted = _QUOTED.fullmatch(key)
         key = re.sub(r"\\(.)", r"\1", quoted[1]) if quoted else ""
-    if len(given) > 1 or not 1 <= len(key) <= _LONGEST_KEY or not _PRINTABLE.issuperset(key):
+    if len(given) > 1 or not 1 <= len(key) <= _MAX_KEY_LENGTH or not _PRINTABLE.issuperset(key):
         fail(
             400,
             "invalid_idempotency_key",
             "Invalid Idempotency-Key",
-            f"Send one {KEY_HEADER} of 1 to {_LONGEST_KEY} printable ASCII characters, quoted or bare.",
+            f"Send one {KEY_HEADER} of 1 to {_MAX_KEY_LENGTH} printable ASCII characters, quoted or bare.",
         )
     return key
 
@@ -251,7 +251,7 @@ def idempotency_key(request: web.Request) -> str | None:
 def _attempt(request: web.Request) -> int | None:
     """Tell how often an SDK says that it sent this before; None when no SDK counts."""
     text = request.headers.get(_RETRY_HEADER, "")
-    return int(text) if text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS else None
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS else None
 
 
 async def _fingerprint(request: web.Request, body: bytes | None) -> str:

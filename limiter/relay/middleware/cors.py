@@ -9,7 +9,7 @@ from limiter.relay.http.problems import REQUEST_ID
 
 _ORIGINS = web.AppKey("cors_origins", frozenset[str])
 _NAMES = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+(?:\s*,\s*[A-Za-z0-9!#$%&'*+.^_`|~-]+)*")
-_LONGEST_NAMES = 2048
+_MAX_NAMES_LENGTH = 2048
 _MAX_AGE_S = "600"
 _EXPOSED = (
     "Idempotency-Replayed, RateLimit, RateLimit-Policy, Retry-After, X-Credits-Backend, X-Credits-Unmetered, "
@@ -37,7 +37,7 @@ def preflight(request: web.Request) -> web.Response | None:
         hdrs.VARY: f"{hdrs.ACCESS_CONTROL_REQUEST_HEADERS}, {hdrs.ACCESS_CONTROL_REQUEST_METHOD}",
     }
     wanted = request.headers.get(hdrs.ACCESS_CONTROL_REQUEST_HEADERS, "")
-    if len(wanted) <= _LONGEST_NAMES and _NAMES.fullmatch(wanted):
+    if len(wanted) <= _MAX_NAMES_LENGTH and _NAMES.fullmatch(wanted):
         headers[hdrs.ACCESS_CONTROL_ALLOW_HEADERS] = wanted  # which headers pass to a backend is decided elsewhere
     return web.Response(status=204, headers=headers)
 

@@ -30,7 +30,7 @@ from limiter.relay.process.worker_metrics import WorkerSlot
 _LOG = logging.getLogger("limiter.relay")
 _BACKLOG = 1024
 _FIRST_PAUSE_S = 0.2
-_LONGEST_PAUSE_S = 15.0
+_MAX_PAUSE_S = 15.0
 _LONG_LIFE_S = 30.0  # who lived so long did not die of its start
 _LOG_KEY = "LIMITER_LOGS__KEY"
 
@@ -130,7 +130,7 @@ class _Worker:
                 async with asyncio.timeout(self._pause_s):
                     await stop.wait()
                     return
-            self._pause_s = min(self._pause_s * 2, _LONGEST_PAUSE_S)
+            self._pause_s = min(self._pause_s * 2, _MAX_PAUSE_S)
             with contextlib.suppress(LimiterError):  # it has said why, and the next round waits longer
                 await self.start(stop)
 

@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable
 from enum import Enum, auto
 
-_LONGEST_HEAD = 8192
-_LONGEST_NAME = 1024
+_MAX_HEAD_LENGTH = 8192
+_MAX_NAME_LENGTH = 1024
 _DISPOSITION = re.compile(rb"^content-disposition:(.*)$", re.IGNORECASE | re.MULTILINE)
 _PARAMETER = re.compile(rb';\s*([^=;\s]+)\s*=\s*("(?:[^"\\]|\\.)*"|[^;\s]*)')
 
@@ -71,7 +71,7 @@ class ModelField:
         if self._held.startswith(b"--"):
             return self._take(len(self._held), _Place.END)
         end = self._held.find(b"\r\n\r\n")
-        if end > _LONGEST_HEAD or (end < 0 and len(self._held) > _LONGEST_HEAD + 4):
+        if end > _MAX_HEAD_LENGTH or (end < 0 and len(self._held) > _MAX_HEAD_LENGTH + 4):
             return self._take(len(self._held), _Place.END)
         if end < 0:
             return None
@@ -79,7 +79,7 @@ class ModelField:
 
     def _model(self) -> bytes | None:
         at = self._held.find(self._delimiter)
-        if at > _LONGEST_NAME or (at < 0 and len(self._held) > _LONGEST_NAME + len(self._delimiter)):
+        if at > _MAX_NAME_LENGTH or (at < 0 and len(self._held) > _MAX_NAME_LENGTH + len(self._delimiter)):
             return self._take(0, _Place.BODY)
         if at < 0:
             return None

@@ -16,7 +16,7 @@ from limiter.relay.requests.memory_budget import Reservation
 from limiter.relay.requests.multipart_rewriter import ModelField
 from limiter.relay.upstream.client import BackendClient, Streamed
 
-_LONGEST_BOUNDARY = 70  # RFC 2046
+_MAX_BOUNDARY_LENGTH = 70  # RFC 2046
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +145,6 @@ def _boundary_of(request: web.Request) -> str:
     boundary = message.get_boundary()
     if request.content_type != "multipart/form-data":
         fail(415, "unsupported_media_type", "Unsupported media type", "Send the body as multipart/form-data.")
-    if not boundary or len(boundary) > _LONGEST_BOUNDARY or not boundary.isascii():
+    if not boundary or len(boundary) > _MAX_BOUNDARY_LENGTH or not boundary.isascii():
         fail(400, "invalid_body", "Invalid body", "The Content-Type must have a boundary of 1 to 70 ASCII characters.")
     return boundary

@@ -47,7 +47,7 @@ _OPERATORS_FAULT = frozenset({401, 402, 403, 407})
 _PASSING = frozenset({408, 429})
 _REDIRECT = range(300, 400)
 _SERVER_ERROR = 500
-_LONGEST_REFUSAL = 1 << 20
+_MAX_REFUSAL_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def _unpacked(text: bytes, packing: str) -> bytes | None:
         return None
     unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # either of the two, by its head
     try:
-        plain = unpacker.decompress(text, _LONGEST_REFUSAL)
+        plain = unpacker.decompress(text, _MAX_REFUSAL_BYTES)
     except zlib.error:
         return None
     return plain if unpacker.eof else None
@@ -295,7 +295,7 @@ class BackendClient:
         text = bytearray(upstream.first)
         while chunk := await upstream.read():
             text += chunk
-            if len(text) > _LONGEST_REFUSAL:
+            if len(text) > _MAX_REFUSAL_BYTES:
                 problem = self._problem(f"answered {upstream.status} at too great a length")
                 raise BackendFailed(problem, alive=True)
         plain = _unpacked(bytes(text), packing)

@@ -16,13 +16,13 @@ from aiohttp import BodyPartReader, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 _DIMENSIONS = 8
-_MOST = 1 << 40
+_MAX_BODY = 1 << 40
 
 
 @asynccontextmanager
 async def echo_server() -> AsyncIterator[str]:
     """Run the echo until the block ends; gives its base URL."""
-    app = web.Application(client_max_size=_MOST)  # the relay has limits of its own
+    app = web.Application(client_max_size=_MAX_BODY)  # the relay has limits of its own
     app.router.add_post("/v1/chat/completions", _chat)
     app.router.add_post("/v1/completions", _completions)
     app.router.add_post("/v1/responses", _responses)
