@@ -1,13 +1,13 @@
-"""The `limiter` command: one module a group of commands, settings read once at the top.
+"""The `limiter` command: one module for each command or group of commands; settings are read once, at the top.
 
-Exit codes: 0 done; 1 it could not be done, and one line on stderr says why; 2 wrong usage.
+Exit codes: 0 success; 1 failure, with its cause in one line on stderr; 2 wrong usage.
 """
 
 import sys
 
 
 def main() -> None:
-    """Run the command line. The commands are imported in here, so that Ctrl-C meanwhile ends quietly, too."""
+    """Run the command line. The commands are imported within, so that Ctrl-C during the imports is quiet, too."""
     try:
         from limiter.cli.main import run  # noqa: PLC0415
 

@@ -1,4 +1,4 @@
-"""What the commands share: the two consoles, options, and reading the settings."""
+"""Helpers that the commands share: the two consoles, common options, and reading the settings."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ _TABLE_WIDTH = 120
 
 ConfigOption = Annotated[
     Path | None,
-    typer.Option("--config", "-c", metavar="FILE", help="Settings in TOML; without it ./limiter.toml, if there."),
+    typer.Option("--config", "-c", metavar="FILE", help="Settings in TOML; by default ./limiter.toml, if it exists."),
 ]
 RedisOption = Annotated[
     str | None,
@@ -34,18 +34,18 @@ RedisOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
-def settings_of(config: Path | None, *, redis: str | None = None, **sections: Values) -> Settings:
-    """Read the settings, with what the command line says on top; what is None there was not said."""
-    said = {
+def read_settings(config: Path | None, *, redis: str | None = None, **sections: Values) -> Settings:
+    """Return the settings, overridden by the options of the command line; an option that is None was not given."""
+    options = {
         name: {key: value for key, value in section.items() if value is not None} for name, section in sections.items()
     }
     if redis is not None:
-        said["redis"] = {"url": redis}
-    return load_settings(config, {name: section for name, section in said.items() if section})[0]
+        options["redis"] = {"url": redis}
+    return load_settings(config, {name: section for name, section in options.items() if section})[0]
 
 
-def log_as(settings: Settings) -> None:
-    """Set up the log of a command that runs on, with the settings' secrets kept out of it."""
+def configure_logging(settings: Settings) -> None:
+    """Configure the log of a long-running command, which masks the secrets of the settings."""
     backends = settings.backends
     secrets = [key.get_secret_value() for key in (backends.gemini.api_key, backends.hardware.api_key)]
     secrets += passwords_of(settings.redis.url)
@@ -53,22 +53,22 @@ def log_as(settings: Settings) -> None:
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
-    """Run a command's work on uvloop."""
+    """Run a coroutine of a command on uvloop."""
     return uvloop.run(main)
 
 
 def print_json(document: object) -> None:
-    """Print a document for programs."""
+    """Print a document as JSON."""
     typer.echo(orjson.dumps(document, option=orjson.OPT_INDENT_2).decode())
 
 
 def print_table(table: Table) -> None:
-    """Print a table whole, for it is copied from: in a narrow terminal its lines run on in the next."""
+    """Print a table without cutting values off, so that they can be copied; a narrow terminal wraps its lines."""
     Console(highlight=False, width=max(OUT.width, _TABLE_WIDTH)).print(table)
 
 
-def program() -> str:
-    """Give this command as a person here would type it."""
+def program_name() -> str:
+    """Return the command as it is typed in the current folder."""
     path = Path(sys.argv[0]).absolute()
     if shutil.which("limiter") == str(path) or not path.is_file():
         return "limiter"

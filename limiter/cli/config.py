@@ -1,4 +1,4 @@
-"""`limiter config`: what is in force, and where each value came from."""
+"""`limiter config`: the settings in force and the source of each value."""
 
 from rich.table import Table
 
@@ -7,7 +7,7 @@ from limiter.config.loader import load_settings
 
 
 def config(config: ConfigOption = None, json: JsonOption = False) -> None:
-    """Print the settings in force and where each came from. Secrets are masked.
+    """Print the settings in force and the source of each value. Secrets are masked.
 
     Example: LIMITER_RELAY__PORT=9090 limiter config
     """

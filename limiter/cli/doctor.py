@@ -1,4 +1,4 @@
-"""`limiter doctor`: what is wrong with this Redis and these settings, and what to do."""
+"""`limiter doctor`: checks of Redis and the settings, with advice on each problem."""
 
 import logging
 from dataclasses import asdict
@@ -7,22 +7,22 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from limiter.cli._console import OUT, ConfigOption, JsonOption, RedisOption, print_json, run, settings_of
+from limiter.cli._console import OUT, ConfigOption, JsonOption, RedisOption, print_json, read_settings, run
 from limiter.doctor import Finding, acl_line_for, examine
 
 _STYLE = {"ok": "green", "warning": "yellow", "problem": "red"}
 
 
 def doctor(redis: RedisOption = None, config: ConfigOption = None, json: JsonOption = False) -> None:
-    """Say what is wrong with this Redis and these settings, and what to do. Prints the ACL line to copy, too.
+    """Check Redis and the settings, and print each problem with its remedy, and an ACL line to copy.
 
-    Looks at Redis, its users' rights, its latency and clock, at the backends, the licences' keys and the ledger's
-    folder. The exit code is 1 when there is a problem; a warning is none.
+    Checks Redis, the rights of its user, its latency and clock, the backends, the licences' keys and the ledger's
+    folder. The exit code is 1 if there is a problem; warnings do not count.
 
     Example: limiter doctor --redis redis://localhost:6379/0
     """
-    settings = settings_of(config, redis=redis)
-    logging.getLogger("limiter").setLevel(logging.CRITICAL)  # what it has to say is in the table
+    settings = read_settings(config, redis=redis)
+    logging.getLogger("limiter").setLevel(logging.CRITICAL)  # the table has it all
     findings = run(examine(settings))
     line = acl_line_for(settings)
     if json:
@@ -42,7 +42,7 @@ def _print(findings: list[Finding], line: str | None) -> None:
         table.add_row(Text(finding.level, style=_STYLE[finding.level]), finding.subject, _sentence(finding))
     OUT.print(table)
     if line is not None:
-        OUT.print("\nA Redis user that may do this and no more, with a password of yours in place of PASSWORD:")
+        OUT.print("\nA Redis user with exactly the rights that are needed; replace PASSWORD with your own:")
         OUT.print(f"  {line}", markup=False, soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""How an import looks while it runs and when it is done; for every command that imports a file."""
+"""The progress and the report of an import, for every command that imports a file."""
 
 import asyncio
 import time
@@ -22,22 +22,22 @@ _PHASES: dict[Phase, str] = {
 _LINE_EVERY_S = 5.0
 
 
-async def import_shown(session: Session, file: Path, *, mode: PutMode, dry_run: bool = False) -> ImportReport:
-    """Import a file as `importer.import_file` does, with a progress bar in a terminal, and lines anywhere else."""
+async def import_with_progress(session: Session, file: Path, *, mode: PutMode, dry_run: bool = False) -> ImportReport:
+    """Import a file like `importer.import_file`, showing a progress bar in a terminal, and lines elsewhere."""
     view = _Bars() if ERRORS.is_terminal else _Lines()
     with view.bars:
         try:
             return await import_file(session, file, mode=mode, dry_run=dry_run, on_progress=view.show)
         except asyncio.CancelledError:
-            said = "nothing was changed"
+            outcome = "nothing was changed"
             if view.stored is not None:
-                said = f"{view.stored:,} rows or more are in, each whole: import the file again"
-            view.bars.console.print(f"limiter: interrupted: {said}", soft_wrap=True)
+                outcome = f"at least {view.stored:,} rows are imported, each completely: import the file again"
+            view.bars.console.print(f"limiter: interrupted: {outcome}", soft_wrap=True)
             raise
 
 
 class _View:
-    """What both ways to show it need: when each phase began, and how many rows are stored."""
+    """The state that both views need: when each phase began, and how many rows are stored."""
 
     def __init__(self, *, is_terminal: bool) -> None:
         columns = (
@@ -50,7 +50,7 @@ class _View:
         self._began: dict[Phase, float] = {}
 
     def show(self, done: ImportProgress) -> None:
-        """Take notice of how far it is."""
+        """Show how far the import is."""
         if done.phase == "write":
             self.stored = done.rows
         now = time.monotonic()
@@ -83,23 +83,23 @@ class _Lines(_View):
     def __init__(self) -> None:
         super().__init__(is_terminal=False)
         self._phase: Phase | None = None
-        self._told = 0.0
+        self._printed_s = 0.0
 
     def show_rate(self, done: ImportProgress, rate: float) -> None:
         now = time.monotonic()
         if done.phase != self._phase:
             ERRORS.print(f"limiter: {_PHASES[done.phase]}", soft_wrap=True)
-        elif now - self._told >= _LINE_EVERY_S and rate and done.read_bytes:
+        elif now - self._printed_s >= _LINE_EVERY_S and rate and done.read_bytes:
             left_s = (done.size_bytes / done.read_bytes - 1) * done.rows / rate
             share = f"{100 * done.read_bytes / done.size_bytes:.0f} %, {done.rows:,} rows, {rate:,.0f} rows/s"
             ERRORS.print(f"limiter: {_PHASES[done.phase]}: {share}, {left_s:.0f} s left", soft_wrap=True)
         else:
             return
-        self._phase, self._told = done.phase, now
+        self._phase, self._printed_s = done.phase, now
 
 
 def print_report(report: ImportReport, *, as_json: bool) -> None:
-    """Print what an import did: a table and the first reasons, or JSON."""
+    """Print the result of an import: a table and the first reasons, or JSON."""
     if as_json:
         print_json(_document(report))
     else:

@@ -1,4 +1,4 @@
-"""`limiter licence`: make a key pair, issue licences, look into one, and see and free its seats."""
+"""`limiter licence`: creates a key pair, issues and shows licences, lists and frees their seats."""
 
 import math
 from pathlib import Path
@@ -9,7 +9,7 @@ from rich.table import Table
 
 from limiter._util.timestamps import iso_from_ms
 from limiter.bootstrap import open_session
-from limiter.cli._console import OUT, ConfigOption, JsonOption, RedisOption, print_json, print_table, run, settings_of
+from limiter.cli._console import OUT, ConfigOption, JsonOption, RedisOption, print_json, print_table, read_settings, run
 from limiter.config.settings import Settings
 from limiter.credits.keys import normalise_install_id
 from limiter.errors import LimiterError, UnknownTier
@@ -17,20 +17,20 @@ from limiter.licences.seats import Seat, Seats
 from limiter.licences.tokens import InvalidLicence, Licences, issue, make_key, public_key_text, read_key
 from limiter.redis.replication import wait_for_replicas
 
-app = typer.Typer(help="Licences: signed tokens that say which tier an install has paid for.", no_args_is_help=True)
+app = typer.Typer(help="Licences: signed tokens that state which tier an install has paid for.", no_args_is_help=True)
 _DAY_S = 86_400
-KeyOption = Annotated[Path, typer.Option("--key", metavar="FILE", help="The private key's file.")]
+KeyOption = Annotated[Path, typer.Option("--key", metavar="FILE", help="The file of the private key.")]
 
 
 @app.command()
 def keygen(key: KeyOption = Path("licence-key.pem")) -> None:
-    """Make a private key, and print the public one for the settings.
+    """Create a private key, and print the public one for the settings.
 
     Example: limiter licence keygen --key licence-key.pem
     """
     public = public_key_text(make_key(key).public_key())
     OUT.print(
-        f"The private key is in {key}: keep it safe, it makes licences.\nFor limiter.toml of every relay:\n",
+        f"The private key is in {key}: keep it safe, it signs licences.\nFor limiter.toml of every relay:\n",
         soft_wrap=True,
     )
     OUT.print(f'[licence]\npublic_keys = ["{public}"]', markup=False, soft_wrap=True)
@@ -38,26 +38,26 @@ def keygen(key: KeyOption = Path("licence-key.pem")) -> None:
 
 @app.command("issue")
 def issue_(
-    tier: Annotated[str, typer.Option(help="A tier of the settings, as 'pro'.")],
-    subject: Annotated[str, typer.Option("--sub", help="Whom it is for, as you know them.")],
+    tier: Annotated[str, typer.Option(help="A tier of the settings, such as 'pro'.")],
+    subject: Annotated[str, typer.Option("--sub", help="The customer, by a name or id of yours.")],
     key: KeyOption = Path("licence-key.pem"),
-    days: Annotated[float, typer.Option(min=0.001, max=36_500, help="How long it is valid.")] = 31,
+    days: Annotated[float, typer.Option(min=0.001, max=36_500, help="How long the licence is valid.")] = 31,
     installs: Annotated[
-        int | None, typer.Option(min=1, help="How many installs may use it; any number without.")
+        int | None, typer.Option(min=1, help="How many installs may use it; unlimited by default.")
     ] = None,
     config: ConfigOption = None,
 ) -> None:
-    """Print a licence, to be sent as `Authorization: Bearer`.
+    """Print a new licence, which clients send as `Authorization: Bearer`.
 
     Example: limiter licence issue --tier pro --sub alice@example.org --days 31
     """
     if not subject.strip():
-        raise typer.BadParameter("--sub must name somebody: the seats of a licence are counted by it")
+        raise typer.BadParameter("--sub must not be empty: the seats of a licence are counted by it")
     if math.isnan(days):
         raise typer.BadParameter("--days must be a number")
-    tiers = settings_of(config).limits()
+    tiers = read_settings(config).limits()
     if tier not in tiers:
-        raise UnknownTier(f"unknown tier {tier!r}: configured are {', '.join(tiers)}")
+        raise UnknownTier(f"unknown tier {tier!r}: the configured ones are {', '.join(tiers)}")
     typer.echo(issue(read_key(key), tier=tier, subject=subject, valid_s=round(days * _DAY_S), installs=installs))
 
 
@@ -65,13 +65,13 @@ def issue_(
 def show(
     token: Annotated[str, typer.Argument(help="The licence.")], config: ConfigOption = None, json: JsonOption = False
 ) -> None:
-    """Check a licence against the public keys of the settings, and print what it says.
+    """Check a licence against the public keys of the settings, and print its content.
 
     Example: limiter licence show eyJhbGciOi…
     """
-    settings = settings_of(config)
+    settings = read_settings(config)
     if not settings.licence.public_keys:
-        raise LimiterError("no licence.public_keys are set: no licence can be checked")
+        raise LimiterError("licence.public_keys is not set: no licence can be checked")
     try:
         licence = Licences(settings.licence.public_keys).check(token.strip())
     except InvalidLicence as error:
@@ -94,24 +94,25 @@ def show(
 
 @app.command()
 def seats(
-    subject: Annotated[str, typer.Argument(metavar="SUB", help="Whom the licence is for: its `sub`.")],
-    free: Annotated[str | None, typer.Option(metavar="INSTALL", help="Take this install off its seat first.")] = None,
+    subject: Annotated[str, typer.Argument(metavar="SUB", help="The customer: the `sub` of the licence.")],
+    free: Annotated[str | None, typer.Option(metavar="INSTALL", help="Free the seat of this install first.")] = None,
     redis: RedisOption = None,
     config: ConfigOption = None,
     json: JsonOption = False,
 ) -> None:
-    """List the installs that use a licence with a bound of installs, the last used first.
+    """List the installs that use a licence with a limited number of installs, the last used first.
 
-    A freed install that still has the licence takes a seat again when it comes before another one does; a relay goes on
-    serving it for up to a minute.
+    A freed install that still has the licence takes a seat again if its next request arrives before another install's;
+    a relay may serve it for up to a minute after its seat was freed.
+
     Example: limiter licence seats alice@example.org --free 5f0c1c1e-8d3a-4a53-9a0e-0d8f2f6f3c11
     """
-    run(_seats(settings_of(config, redis=redis), subject, free, as_json=json))
+    run(_seats(read_settings(config, redis=redis), subject, free, as_json=json))
 
 
 async def _seats(settings: Settings, subject: str, free: str | None, *, as_json: bool) -> None:
-    wanted = 0 if free is None else settings.redis.wait_replicas
-    async with open_session(settings) as session, wait_for_replicas(session.redis, wanted):
+    replicas = 0 if free is None else settings.redis.wait_replicas
+    async with open_session(settings) as session, wait_for_replicas(session.redis, replicas):
         seats = Seats(session)
         if free is not None and not await seats.free(subject, normalise_install_id(free)):
             raise LimiterError(f"{free} has no seat of {subject}")

@@ -1,4 +1,4 @@
-"""`limiter lua`: the scripts as the server gets them."""
+"""`limiter lua`: the scripts as Redis receives them."""
 
 from typing import Annotated
 
@@ -8,7 +8,7 @@ from limiter.cli._console import JsonOption, print_json
 from limiter.errors import SettingsError
 from limiter.redis.lua_source import compose, script_names
 
-app = typer.Typer(help="The Lua scripts as Redis gets them.", no_args_is_help=True)
+app = typer.Typer(help="The Lua scripts as Redis receives them.", no_args_is_help=True)
 
 
 @app.command()
@@ -25,7 +25,7 @@ def show(name: Annotated[str, typer.Argument(help="One of `limiter lua names`.")
     Example: limiter lua show balance > balance.lua
     """
     if name not in script_names():
-        raise SettingsError(f"there is no script {name!r}: there are {', '.join(script_names())}")
+        raise SettingsError(f"there is no script {name!r}: the scripts are {', '.join(script_names())}")
     typer.echo(compose(name).text, nl=False)
 
 

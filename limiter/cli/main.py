@@ -1,4 +1,4 @@
-"""Puts the commands together, and turns errors into one line on stderr."""
+"""Assembles the commands, and turns errors into one line on stderr."""
 
 import sys
 
@@ -47,7 +47,7 @@ app.add_typer(scripts.app, name="lua")
 
 
 def run() -> None:
-    """Run the command that was typed."""
+    """Run the command of the command line."""
     try:
         app()
     except LimiterError as error:

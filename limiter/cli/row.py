@@ -1,4 +1,4 @@
-"""`limiter row`: one install, as a person reads it."""
+"""`limiter row`: shows the row of one install."""
 
 import time
 from typing import Annotated
@@ -8,7 +8,7 @@ from rich.table import Table
 
 from limiter._util.timestamps import iso_from_ms
 from limiter.bootstrap import open_limiter
-from limiter.cli._console import OUT, ConfigOption, JsonOption, RedisOption, print_json, run, settings_of
+from limiter.cli._console import OUT, ConfigOption, JsonOption, RedisOption, print_json, read_settings, run
 from limiter.config.settings import Settings
 from limiter.credits.models import Balance, Row
 from limiter.errors import LimiterError
@@ -20,11 +20,11 @@ def row(
     config: ConfigOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Print the row of an install, what each tier has left on it, and its live holds.
+    """Print the row of an install, its balance in each tier, and its live holds.
 
     Example: limiter row 5f0c1c1e-8d3a-4a53-9a0e-0d8f2f6f3c11 --redis redis://localhost:6379/0
     """
-    run(_show(settings_of(config, redis=redis), install_id, as_json=json))
+    run(_show(read_settings(config, redis=redis), install_id, as_json=json))
 
 
 async def _show(settings: Settings, install_id: str, *, as_json: bool) -> None:
@@ -68,7 +68,7 @@ def _document(row: Row, balances: list[Balance]) -> dict[str, object]:
 def _print(row: Row, balances: list[Balance]) -> None:
     for name, value in row.as_dict().items():
         OUT.print(f"{name:<25} {value}", markup=False, soft_wrap=True)
-    table = Table("asking as", "credits left", "held", "on gemini", "renews at", box=None, pad_edge=False)
+    table = Table("as tier", "credits left", "held", "on gemini", "renews at", box=None, pad_edge=False)
     for balance in balances:
         table.add_row(
             balance.tier,
@@ -82,7 +82,7 @@ def _print(row: Row, balances: list[Balance]) -> None:
     now_ms = balances[0].now_ms if balances else int(time.time() * 1000)
     for hold in row.holds:
         left_s = (hold.lapses_ms - now_ms) / 1000
-        state = f"lapses in {left_s:.0f} s" if left_s > 0 else "lapsed: a commit is still possible for an hour"
+        state = f"expires in {left_s:.0f} s" if left_s > 0 else "expired: it can still be committed for an hour"
         OUT.print(f"\nhold {hold.hold_id}: {hold.cost} of {hold.tier} on {hold.backend}, {state}", markup=False)
 
 

@@ -1,4 +1,4 @@
-"""`limiter serve`: one relay, or several workers on one port."""
+"""`limiter serve`: runs one relay, or several workers on one port."""
 
 import shlex
 import socket
@@ -10,7 +10,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import orjson
 import typer
 
-from limiter.cli._console import OUT, ConfigOption, RedisOption, log_as, program, run, settings_of
+from limiter.cli._console import OUT, ConfigOption, RedisOption, configure_logging, program_name, read_settings, run
 from limiter.config.settings import RedisSettings, Settings
 from limiter.credits.keys import Keys
 from limiter.redis.embedded import folder_of, socket_path
@@ -24,7 +24,7 @@ def serve(
     redis: RedisOption = None,
     host: Annotated[str | None, typer.Option(help="The address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="The port; 0 takes a free one.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes on the port; 0: one for each core.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes on the port; 0 runs one for each core.")] = None,
     config: ConfigOption = None,
     worker: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
@@ -32,8 +32,8 @@ def serve(
 
     Example: limiter serve --redis redis://localhost:6379/0 --port 8081
     """
-    settings = settings_of(config, redis=redis, relay={"host": host, "port": port, "workers": workers})
-    log_as(settings)
+    settings = read_settings(config, redis=redis, relay={"host": host, "port": port, "workers": workers})
+    configure_logging(settings)
     if worker is not None:
         run(_work(settings, WorkerSlot.from_text(worker)))
         return
@@ -46,7 +46,7 @@ def serve(
 
 
 async def _work(settings: Settings, slot: WorkerSlot) -> None:
-    """Serve as one worker: what it has to say goes to its supervisor. The first one has the persister."""
+    """Serve as one worker, which reports to its supervisor. Only the first one has a persister."""
     if slot.number:
         settings = settings.model_copy(update={"persister": settings.persister.model_copy(update={"file": ""})})
     with socket.socket(fileno=slot.line) as line:
@@ -54,7 +54,7 @@ async def _work(settings: Settings, slot: WorkerSlot) -> None:
 
 
 def _announce(settings: Settings, relay: serving.Serving, same: str) -> None:
-    """Say what runs, where the data is, and what to paste. same: the options that lead a command to the same rows."""
+    """Print what runs, where the data is, and commands to paste. same: the options that select the same rows."""
     install_id = uuid.uuid4()
     row_key = Keys(settings.redis.prefix).install(str(install_id))
     lines = [f"limiter: serving on {relay.url}"]
@@ -77,10 +77,10 @@ def _announce(settings: Settings, relay: serving.Serving, same: str) -> None:
     )
     lines += [
         "",
-        "Try it (this line works as it is):" if relay.echo else "Try it (with a model of yours):",
+        "Try it (this line works as it is):" if relay.echo else "Try it (with one of your models):",
         f"  {curl}",
         "Then look at its row:" + (" (with the password in place of ***)" if url != settings.redis.url else ""),
-        f"  {program()} row {install_id} {same}".rstrip(),
+        f"  {program_name()} row {install_id} {same}".rstrip(),
         f"  redis-cli {_redis_cli_options(settings.redis.url)} HGETALL {row_key}",
         "",
         "Ctrl-C stops it.",
@@ -89,7 +89,7 @@ def _announce(settings: Settings, relay: serving.Serving, same: str) -> None:
 
 
 def _redis_cli_options(url: str) -> str:
-    """Give redis-cli's own words for a server; it knows no unix:// URLs."""
+    """Return the options of redis-cli for a server, as redis-cli does not accept every URL."""
     folder = folder_of(url)
     if folder is not None:
         return shlex.join(["-s", str(socket_path(folder))])
@@ -97,9 +97,9 @@ def _redis_cli_options(url: str) -> str:
     if target is not None and target.kind == "cluster":
         return shlex.join(["-c", "-u", redacted(target.url_of(target.seeds[0]))])
     if target is not None:
-        seed = target.seeds[0]  # the primary changes: it is asked for when the line is run
-        asking = shlex.join(["-h", seed.host, "-p", str(seed.port), "SENTINEL", "GET-MASTER-ADDR-BY-NAME", target.name])
-        return f"$(redis-cli {asking} | xargs printf -- '-h %s -p %s')"
+        seed = target.seeds[0]  # the primary can change: the line looks it up when it is run
+        query = shlex.join(["-h", seed.host, "-p", str(seed.port), "SENTINEL", "GET-MASTER-ADDR-BY-NAME", target.name])
+        return f"$(redis-cli {query} | xargs printf -- '-h %s -p %s')"
     parts = urlsplit(url)
     if parts.scheme != "unix":
         return shlex.join(["-u", redacted(url)])

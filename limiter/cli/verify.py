@@ -1,4 +1,4 @@
-"""`limiter verify`: whether a credits.json is whole."""
+"""`limiter verify`: checks that a credits.json is complete and undamaged."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,12 +11,14 @@ from limiter.ledger.verify import verify as verify_file
 
 
 def verify(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A credits.json, of limiter or of the old ledger.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A credits.json, written by limiter or by the old ledger.")
+    ],
     json: JsonOption = False,
 ) -> None:
-    """Check a credits.json: its checksum, its number of rows, and each row. The exit code is 1 when anything is wrong.
+    """Check a credits.json: its checksum, its number of rows, and each row. The exit code is 1 if there is a fault.
 
-    A file of the old ledger has no checksum: there only its form and its rows are checked.
+    A file of the old ledger has no checksum: only its format and its rows are checked.
 
     Example: limiter verify data/credits.json
     """
@@ -30,10 +32,10 @@ def verify(
 
 
 def print_verified(report: VerifyReport) -> None:
-    """Print what was found: on stdout what it is, on stderr what is wrong with it."""
+    """Print a report: the facts on stdout, the faults on stderr."""
     OUT.print(f"{report.path}: {report.rows:,} rows, {report.size_bytes:,} bytes", markup=False, soft_wrap=True)
     if report.trailer is None:
-        OUT.print("not dumped by limiter: without a checksum")
+        OUT.print("not dumped by limiter: it has no checksum")
     else:
         trailer = report.trailer
         OUT.print(

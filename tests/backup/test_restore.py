@@ -73,7 +73,7 @@ async def test_restore_when_redis_is_empty_then_the_rows_of_the_latest_dump_are_
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout)["new"] == 2
     assert "2 rows of 2026-05-11T23:02:58.123Z" in ran.stderr
-    assert "What was debited since is lost" in ran.stderr
+    assert "Debits since then are lost" in ran.stderr
     assert await consumed(core) == {"a": 3, "b": 4}
     assert (await core.balance("a", tier="pro")).held == 0
     assert (await dump(core.session, path)).unchanged
@@ -90,7 +90,7 @@ async def test_restore_when_the_latest_files_are_spoilt_then_the_latest_good_one
     await redis.flushdb()
     ran = await restore(redis_url, path, "--yes")
     assert ran.returncode == 0, ran.stderr
-    assert f"{path} is passed over: the checksum is not that of the file" in ran.stderr
+    assert f"{path} is skipped: the checksum is not that of the file" in ran.stderr
     assert "credits.json.20260511T230257.123Z: 1 rows" in ran.stderr
     assert await consumed(core) == {"a": 3}
 

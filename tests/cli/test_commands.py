@@ -38,7 +38,7 @@ def test_wrong_usage_exits_2(tmp_path: Path) -> None:
     assert limiter("fly", cwd=tmp_path).returncode == 2
 
 
-def test_config_tells_value_and_origin_and_masks_secrets(tmp_path: Path) -> None:
+def test_config_prints_value_and_origin_and_masks_secrets(tmp_path: Path) -> None:
     (tmp_path / "limiter.toml").write_text('[relay]\nport = 8181\n[backends.gemini]\napi_key = "very-secret"\n')
     settings = {"LIMITER_RELAY__HOST": "0.0.0.0", "LIMITER_REDIS__URL": "redis://me:hush@localhost/0"}
     answer = limiter("config", "--json", cwd=tmp_path, settings=settings)
@@ -51,7 +51,7 @@ def test_config_tells_value_and_origin_and_masks_secrets(tmp_path: Path) -> None
     table = limiter("config", cwd=tmp_path, settings=settings | {"COLUMNS": "80"}).stdout
     assert "very-secret" not in table
     assert "hush" not in table
-    assert {line.split()[0] for line in table.splitlines()} >= set(items)  # not one is cut off
+    assert {line.split()[0] for line in table.splitlines()} >= set(items)  # none is cut off
 
 
 def test_unknown_setting_is_one_line_that_names_the_nearest(tmp_path: Path) -> None:
@@ -62,14 +62,14 @@ def test_unknown_setting_is_one_line_that_names_the_nearest(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_lua_show_and_sha_are_those_that_redis_gets(tmp_path: Path) -> None:
+def test_lua_show_and_sha_match_what_redis_receives(tmp_path: Path) -> None:
     assert limiter("lua", "names", cwd=tmp_path).stdout.split() == script_names()
     assert limiter("lua", "show", "reserve", cwd=tmp_path).stdout == compose("reserve").text
     shas = json.loads(limiter("lua", "sha", "--json", cwd=tmp_path).stdout)
     assert shas == {name: compose(name).sha for name in script_names()}
     unknown = limiter("lua", "show", "nothing", cwd=tmp_path)
     assert unknown.returncode == 1
-    assert "balance, claim, commit" in unknown.stderr
+    assert "balance, commit, create_rows" in unknown.stderr
 
 
 @pytest.mark.slow
@@ -88,9 +88,9 @@ def test_licence_from_keygen_to_show(tmp_path: Path) -> None:
     assert (document["tier"], document["sub"], document["installs"]) == ("pro", "alice", 3)
     assert (document["expired"], document["known_tier"]) == (False, True)
 
-    nobody = limiter("licence", "issue", "--tier", "pro", "--sub", " ", cwd=tmp_path)
-    assert (nobody.returncode, nobody.stdout) == (2, "")
-    assert "--sub must name somebody" in nobody.stderr
+    unnamed = limiter("licence", "issue", "--tier", "pro", "--sub", " ", cwd=tmp_path)
+    assert (unnamed.returncode, unnamed.stdout) == (2, "")
+    assert "--sub must not be empty" in unnamed.stderr
     unknown = limiter("licence", "issue", "--tier", "gold", "--sub", "alice", cwd=tmp_path)
     assert (unknown.returncode, "unknown tier 'gold'" in unknown.stderr) == (1, True)
     broken = limiter("licence", "show", issued.stdout.strip()[:-4] + "AAAA", cwd=tmp_path)
@@ -116,7 +116,7 @@ async def test_row_shows_row_balances_and_live_holds(
     assert document["balances"]["pro"]["remaining"] == 993
     assert [hold["hold_id"] for hold in document["holds"]] == [held.hold_id]
     text = limiter("row", INSTALL, "--redis", redis_url, cwd=tmp_path).stdout
-    assert f"hold {held.hold_id}: 1 of core on gemini, lapses in " in text
+    assert f"hold {held.hold_id}: 1 of core on gemini, expires in " in text
     assert "993 of 1000" in text
 
 

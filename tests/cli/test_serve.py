@@ -1,4 +1,4 @@
-"""`limiter serve` as a stranger runs it: a process on an embedded server in an empty folder."""
+"""`limiter serve` as a new user runs it: a process on an embedded server in an empty folder."""
 
 import json
 import re
@@ -23,7 +23,7 @@ Answer = tuple[int, dict[str, str], dict[str, object]]
 
 @pytest.fixture
 def relays() -> Iterator[list[Relay]]:
-    """What is put in here is stopped afterwards, and the last one stops the embedded server."""
+    """Yield a list: the relays in it are stopped at the end, and the last of them stops the embedded server."""
     started: list[Relay] = []
     yield started
     for relay in started:
@@ -106,7 +106,7 @@ def test_repeated_requests_end_in_a_402_after_the_quota(relays: list[Relay], tmp
     assert (balance["remaining"], balance["held"]) == (0, 0)
 
 
-def test_ctrl_c_stops_all_of_it_and_the_next_start_finds_the_rows(relays: list[Relay], tmp_path: Path) -> None:
+def test_ctrl_c_stops_everything_and_the_next_start_finds_the_rows(relays: list[Relay], tmp_path: Path) -> None:
     install_id = str(uuid.uuid4())
     first = start(relays, tmp_path)
     assert chat(first, install_id)[0] == 200
@@ -122,10 +122,10 @@ def test_ctrl_c_stops_all_of_it_and_the_next_start_finds_the_rows(relays: list[R
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_ctrl_c_when_it_was_started_with_it_ignored_then_it_goes_on_until_sigterm(
+def test_ctrl_c_when_sigint_was_ignored_at_the_start_then_the_relay_runs_until_sigterm(
     relays: list[Relay], tmp_path: Path, workers: str
 ) -> None:
-    """A shell starts a script's job in the background so: a Ctrl-C at the terminal is not meant for it."""
+    """A shell starts a script's background jobs that way: a Ctrl-C at the terminal is not meant for them."""
     relay = Relay(tmp_path, "--workers", workers, launcher=("sh", "-c", "trap '' INT; exec \"$@\"", "sh"))
     relays.append(relay)
     relay.process.send_signal(signal.SIGINT)
@@ -176,7 +176,7 @@ def test_host_that_does_not_resolve_is_a_clear_error(tmp_path: Path) -> None:
     assert "Unknown error" not in answer.stderr
 
 
-def test_redis_that_is_away_at_the_start_is_a_clear_error(tmp_path: Path) -> None:
+def test_redis_that_is_unavailable_at_the_start_is_a_clear_error(tmp_path: Path) -> None:
     answer = limiter("serve", "--port", "0", "--redis", "redis://127.0.0.1:1/0", cwd=tmp_path)
     assert answer.returncode == 1
     assert "no Redis at redis://127.0.0.1:1/0" in answer.stderr

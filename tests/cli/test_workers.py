@@ -60,12 +60,12 @@ def consumed(install_id: str, cwd: Path) -> int:
     return count
 
 
-def test_workers_share_a_port_and_any_of_them_shows_the_metrics_of_all(relay: Relay, tmp_path: Path) -> None:
+def test_workers_share_a_port_and_each_of_them_serves_the_metrics_of_all(relay: Relay, tmp_path: Path) -> None:
     install_id = str(uuid.uuid4())
     served: set[str] = set()
 
     def both_have_served() -> bool:
-        ask(relay, install_id)  # a new connection each time: the kernel gives it to one of them
+        ask(relay, install_id)  # a new connection each time, which the kernel assigns to one of them
         served.update(re.findall(r'limiter_requests_total\{.*"200",worker="(\d)"\}', metrics(relay)))
         return served == {"0", "1"}
 
@@ -74,10 +74,10 @@ def test_workers_share_a_port_and_any_of_them_shows_the_metrics_of_all(relay: Re
     assert sum(map(int, counts)) == consumed(install_id, tmp_path)
 
 
-def test_a_page_of_all_metrics_is_one_that_prometheus_can_read(relay: Relay) -> None:
+def test_the_metrics_of_all_workers_are_a_page_that_prometheus_can_read(relay: Relay) -> None:
     page = metrics(relay)
     types = re.findall(r"^# TYPE (\S+) ", page, re.MULTILINE)
-    assert len(types) == len(set(types)), "each family is told once"
+    assert len(types) == len(set(types)), "each family appears once"
     assert "limiter_build_info{version=" in page
     assert {f'worker="{number}"' in page for number in (0, 1)} == {True}
 
@@ -89,9 +89,9 @@ def test_a_killed_worker_is_replaced_and_no_credit_is_lost(relay: Relay, tmp_pat
     wait_until(lambda: not is_alive(first[0]), what="its end")
     answered = 0
     while len([pid for pid in workers_of(relay) if pid not in first]) == 0 or answered < 4:
-        assert ask(relay, install_id) == 200  # also what the kernel had put into the dead one's queue
+        assert ask(relay, install_id) == 200  # even those that the kernel had queued for the killed one
         answered += 1
-        assert answered < 40, "nobody came in its place"
+        assert answered < 40, "it was not replaced"
     assert workers_of(relay)[0] == first[1]
     assert consumed(install_id, tmp_path) == answered
     assert relay.stop() == 0
@@ -106,14 +106,14 @@ def test_a_killed_supervisor_takes_its_workers_with_it(relay: Relay) -> None:
 
 
 def test_one_worker_persists_and_a_stop_dumps_once_more(relay: Relay, tmp_path: Path) -> None:
-    told: list[bool] = []
+    has_persister: list[bool] = []
 
-    def both_have_told() -> bool:
+    def both_were_seen() -> bool:
         with urlopen(f"{relay.url}/readyz", timeout=20) as answer:  # noqa: S310  our own relay
-            told.append("persister" in json.load(answer))
-        return set(told) == {True, False}
+            has_persister.append("persister" in json.load(answer))
+        return set(has_persister) == {True, False}
 
-    wait_until(both_have_told, within_s=20, what="a worker with the persister, and one without")
+    wait_until(both_were_seen, within_s=20, what="a worker with the persister, and one without")
     install_id = str(uuid.uuid4())
     ask(relay, install_id)
     pids = workers_of(relay)
@@ -126,13 +126,13 @@ def test_one_worker_persists_and_a_stop_dumps_once_more(relay: Relay, tmp_path: 
 
 def test_a_port_of_another_supervisor_is_refused_and_not_shared(relay: Relay, tmp_path: Path) -> None:
     port = relay.url.rpartition(":")[2]
-    told = limiter("serve", "--port", port, "--workers", "2", cwd=tmp_path)
-    assert told.returncode == 1
-    assert told.stderr.count("\n") == 1
-    assert "give another --host or --port" in told.stderr
+    result = limiter("serve", "--port", port, "--workers", "2", cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    assert "give another --host or --port" in result.stderr
 
 
 def test_workers_that_cannot_start_end_the_supervisor_and_say_why_once(tmp_path: Path) -> None:
-    told = limiter("serve", "--port", "0", "--workers", "2", "--redis", "redis://127.0.0.1:1/0", cwd=tmp_path)
-    assert told.returncode == 1
-    assert told.stderr.count("no Redis at") == 1
+    result = limiter("serve", "--port", "0", "--workers", "2", "--redis", "redis://127.0.0.1:1/0", cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.count("no Redis at") == 1
