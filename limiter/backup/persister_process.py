@@ -9,7 +9,6 @@ one last dump.
 import asyncio
 import contextlib
 import logging
-import signal
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Mapping
@@ -20,6 +19,8 @@ from urllib.parse import urlsplit
 import orjson
 import uvloop
 
+from limiter._util.backoff import Backoff
+from limiter._util.stop_signals import on_stop_signal
 from limiter.backup.persister import make_persister
 from limiter.bootstrap import open_session
 from limiter.config.settings import Settings
@@ -27,8 +28,6 @@ from limiter.errors import LimiterError
 from limiter.log_config import set_up_logging
 
 _LOG = logging.getLogger("limiter")
-_FIRST_PAUSE_S = 0.5
-_MAX_PAUSE_S = 15.0
 
 
 class PersisterProcess:
@@ -65,12 +64,14 @@ class PersisterProcess:
 
     async def _keep(self) -> None:
         """Keep a child running until told to stop."""
-        pause_s = _FIRST_PAUSE_S
+        backoff = Backoff(first_s=0.5, max_s=15.0)
         while True:
             reported, code = await self._run()
             if self._stopped.is_set():
                 return
-            pause_s = _FIRST_PAUSE_S if reported else min(pause_s * 2, _MAX_PAUSE_S)
+            if reported:
+                backoff.reset()
+            pause_s = backoff.next_s()
             problem = f"the persister's process ended with code {code}: another starts in {pause_s:g} s"
             _LOG.error("%s", problem)
             self._report = {**self._report, "role": "starting", "error": problem}
@@ -126,7 +127,7 @@ async def _main(settings: Settings) -> None:
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     async with open_session(settings) as session:
         persister = make_persister(session, settings.persister, on_change=_tell)
-        loop.add_signal_handler(signal.SIGTERM, persister.stop)
+        on_stop_signal(persister.stop)
 
         async def stop_with_parent() -> None:
             await reader.read()

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import Literal, Self, TypeVar
 
+from limiter._util.backoff import Backoff
 from limiter.config.settings import OnRedisDown
 from limiter.credits.limiter import CreditLimiter
 from limiter.credits.models import CORE, Balance, Decision
@@ -22,8 +23,6 @@ RedisState = Literal["ok", "away"]
 _LOG = logging.getLogger("limiter.relay")
 _PROBED = "probe"  # an install id that no client can have: it is no UUID
 _IDLE_S = 5.0  # while ok: the probe looks only when no decision has shown it for so long
-_FIRST_PAUSE_S = 0.1
-_MAX_PAUSE_S = 1.0
 
 
 class RedisUnavailable(LimiterUnavailable):
@@ -155,14 +154,13 @@ class RedisAvailability:
         self._state, self._changed_s = state, time.monotonic()
 
     async def _probe_for_ever(self) -> None:
-        pause_s = _FIRST_PAUSE_S
+        backoff = Backoff(first_s=0.1, max_s=1.0)
         while not self._stopping:
             if self._state == "ok":
-                pause_s = _FIRST_PAUSE_S
+                backoff.reset()
                 await self._idle()
             else:
-                await asyncio.sleep(pause_s)
-                pause_s = min(pause_s * 2, _MAX_PAUSE_S)
+                await asyncio.sleep(backoff.next_s())
             await self._look()
 
     async def _look(self) -> None:

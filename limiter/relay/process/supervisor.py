@@ -20,6 +20,7 @@ from dataclasses import replace
 
 import orjson
 
+from limiter._util.backoff import Backoff
 from limiter._util.stop_signals import on_stop_signal
 from limiter.config.settings import Settings
 from limiter.errors import LimiterError, SettingsError
@@ -29,8 +30,6 @@ from limiter.relay.process.worker_metrics import WorkerSlot
 
 _LOG = logging.getLogger("limiter.relay")
 _BACKLOG = 1024
-_FIRST_PAUSE_S = 0.2
-_MAX_PAUSE_S = 15.0
 _LONG_LIFE_S = 30.0  # who lived so long did not die of its start
 _LOG_KEY = "LIMITER_LOGS__KEY"
 
@@ -76,7 +75,7 @@ class _Worker:
         self._process: asyncio.subprocess.Process | None = None
         self._line: socket.socket | None = None
         self._began_s = 0.0
-        self._pause_s = _FIRST_PAUSE_S
+        self._backoff = Backoff(first_s=0.2, max_s=15.0)
 
     async def start(self, stop: asyncio.Event) -> Serving | None:
         """Start the process, and give what it says; None when it was told to stop before. Raises LimiterError."""
@@ -118,19 +117,19 @@ class _Worker:
             if stop.is_set():
                 return
             if time.monotonic() - self._began_s > _LONG_LIFE_S:
-                self._pause_s = _FIRST_PAUSE_S
+                self._backoff.reset()
+            pause_s = self._backoff.next_s()
             _LOG.error(
                 "Worker %d exited with code %d: another starts in %.1f s",
                 self._slot.number,
                 code,
-                self._pause_s,
+                pause_s,
                 extra=event("worker_exited", worker=self._slot.number, code=code),
             )
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._pause_s):
+                async with asyncio.timeout(pause_s):
                     await stop.wait()
                     return
-            self._pause_s = min(self._pause_s * 2, _MAX_PAUSE_S)
             with contextlib.suppress(LimiterError):  # it has said why, and the next round waits longer
                 await self.start(stop)
 
