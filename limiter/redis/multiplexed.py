@@ -1,4 +1,4 @@
-"""Carries packed commands to a server: many calls on one connection.
+"""Carries encoded commands to a server: many calls on one connection.
 
 The calls of one turn of the event loop leave as one write, and answers are matched to them in order. It knows neither
 scripts nor keys nor credits, and sends nothing twice. No command that blocks may go over it: all others would wait.
@@ -14,33 +14,34 @@ import hiredis
 from redis.asyncio.connection import AbstractConnection
 from redis.connection import DefaultParser
 
+from limiter._util.backoff import Backoff
 from limiter.errors import LimiterUnavailable, Overloaded
+from limiter.redis.redis_private import take_over
+from limiter.redis.resp import ASKING, script_load
 
-Argument = str | int | bytes | None
 Answer = asyncio.Future[Any]
 Dial = Callable[[], Awaitable[AbstractConnection]]
 _LOG = logging.getLogger("limiter")
 _TICK_S = 0.01  # how late a call may hear that its time is over
-_FIRST_PAUSE_S = 0.01
-_MAX_PAUSE_S = 0.25
 _MAX_WAITING = 8192  # at 50,000 decisions a second, the last waits a sixth of a second
 _NO_REPLY = object()
 _LATE = "Redis did not answer in time: the outcome is unknown"
 _UNREACHED = "Redis was not reached in time"
-
-# The future of the answer, the command, when it was given to us (loop time), how many seconds it may take.
-_Call = tuple[Answer, bytes, float, float]
 
 
 class CommandChannel(Protocol):
     """Carries each command to a server that has its key, once."""
 
     def send(self, key: str, command: bytes, timeout_s: float) -> Awaitable[Any]:
-        """Send a packed command about this key; the answer ends in time, whatever happens.
+        """Send an encoded command about this key; the answer ends in time, whatever happens.
 
         Raises what the server answered, as redis-py's errors; LimiterUnavailable, with `executed` False when nothing
         was sent; Overloaded. A cancelled call that was sent is executed all the same.
         """
+        ...
+
+    def load_script(self, key: str, text: str, timeout_s: float) -> Awaitable[Any]:
+        """Load a script wherever a call about this key may go. Raises as `send`."""
         ...
 
     async def aclose(self) -> None:
@@ -48,18 +49,16 @@ class CommandChannel(Protocol):
         ...
 
 
-def packed(*words: Argument) -> bytes:
-    """Give words as the elements of a command, without the command's own head; None is the empty word."""
-    parts = []
-    for word in words:
-        raw = word if type(word) is bytes else b"" if word is None else str(word).encode()
-        parts.append(b"$%d\r\n%b\r\n" % (len(raw), raw))
-    return b"".join(parts)
+class _Call:
+    """A command that waits: to be sent, or for its answer."""
 
+    __slots__ = ("answer", "command", "sent_s", "timeout_s")
 
-def command(*words: Argument) -> bytes:
-    """Give a whole command."""
-    return hiredis.pack_command(words)  # type: ignore[arg-type,no-any-return]  # its hints (3.5) mean one word
+    def __init__(self, answer: Answer, command: bytes, sent_s: float, timeout_s: float) -> None:
+        self.answer = answer
+        self.command = command
+        self.sent_s = sent_s  # the loop's time at `send`
+        self.timeout_s = timeout_s
 
 
 class MultiplexedConnection:
@@ -77,7 +76,8 @@ class MultiplexedConnection:
         self._unsent: list[_Call] = []
         self._flush_due = False
         self._dialling: asyncio.Task[None] | None = None
-        self._pause_s = 0.0
+        self._backoff = Backoff(first_s=0.01, max_s=0.25)
+        self._pause_s = 0.0  # before the next attempt to connect
         self._tick: asyncio.TimerHandle | None = None
         self._ticked = 0.0
         self._closed = False
@@ -87,12 +87,12 @@ class MultiplexedConnection:
         self._protocol = _ReplyProtocol(await self._dial(), self._loop, on_ready=self._flush, on_lost=self._lost)
 
     def send(self, key: str, command: bytes, timeout_s: float, *, asking: bool = False) -> Answer:  # noqa: ARG002
-        """Send a packed command, whatever its key. See `CommandChannel`.
+        """Send an encoded command, whatever its key. See `CommandChannel`.
 
         asking: with ASKING just before it, for a cluster's slot that is being moved to this server.
         """
-        protocol = self._protocol
-        if len(self._unsent) + (len(protocol.waiting) if protocol else 0) >= self._max_waiting:
+        protocol, unsent = self._protocol, self._unsent
+        if len(unsent) + (len(protocol.waiting) if protocol is not None else 0) >= self._max_waiting:
             raise Overloaded(self._max_waiting)
         if self._closed:
             raise LimiterUnavailable("the connection was closed", executed=False)
@@ -100,14 +100,18 @@ class MultiplexedConnection:
         now = loop.time()
         answer = loop.create_future()
         if asking:
-            self._unsent.append((cast("Answer", _Asked(answer)), _ASKING, now, timeout_s))
-        self._unsent.append((answer, command, now, timeout_s))
+            unsent.append(_Call(cast("Answer", _Asked(answer)), ASKING, now, timeout_s))
+        unsent.append(_Call(answer, command, now, timeout_s))
         if not self._flush_due:
             self._flush_due = True
             loop.call_soon(self._flush)
             if self._tick is None:
                 self._tick = loop.call_later(_TICK_S, self._check)
         return answer
+
+    def load_script(self, key: str, text: str, timeout_s: float) -> Answer:
+        """Load a script at this server. See `CommandChannel`."""
+        return self.send(key, script_load(text), timeout_s)
 
     def renew(self) -> None:
         """Give the connection up for a new one: another server has taken this one's place."""
@@ -151,11 +155,12 @@ class MultiplexedConnection:
             await asyncio.sleep(self._pause_s)
             await self.open()
         except Exception as error:  # noqa: BLE001  whatever it is, nobody may wait for ever
-            self._pause_s = min(max(2 * self._pause_s, _FIRST_PAUSE_S), _MAX_PAUSE_S)
+            self._pause_s = self._backoff.next_s()
             unsent, self._unsent = self._unsent, []
             _fail(unsent, f"Redis is not reachable: {error}", executed=False)
         else:
             self._pause_s = 0.0
+            self._backoff.reset()
         finally:
             self._dialling = None
         self._flush()
@@ -164,13 +169,12 @@ class MultiplexedConnection:
         """End the calls whose time is over. All of them are looked at, as their times differ."""
         # Over by the last tick, that is: when the loop itself stood still, what has come meanwhile is read first.
         now, self._ticked = self._ticked, self._loop.time()
-        late = [call for call in self._unsent if now - call[2] >= call[3]]
-        if late:
-            self._unsent = [call for call in self._unsent if now - call[2] < call[3]]
+        if late := _late(self._unsent, now):
             _fail(late, _UNREACHED, executed=False)
+            self._unsent = [call for call in self._unsent if not call.answer.done()]
         protocol = self._protocol
         if protocol is not None:
-            _fail([call for call in protocol.waiting if now - call[2] >= call[3]], _LATE, executed=None)
+            _fail(_late(protocol.waiting, now), _LATE, executed=None)
             if protocol.is_silent(now):
                 protocol.drop("it did not answer")
         busy = self._unsent or (self._protocol and self._protocol.waiting)
@@ -195,20 +199,17 @@ class _ReplyProtocol(asyncio.Protocol):
         self._on_ready, self._on_lost = on_ready, on_lost
         self._gone = loop.create_future()
         self._reader = hiredis.Reader(replyError=DefaultParser.parse_error, notEnoughData=_NO_REPLY)
-        # redis-py 8.1 has no public way to hand over a connection.
-        writer = cast("asyncio.StreamWriter", connection._writer)  # noqa: SLF001
-        connection._reader = connection._writer = None  # noqa: SLF001
-        self._writer = writer  # kept, as a collected one closes its transport
-        self._transport = cast("asyncio.Transport", writer.transport)
+        self._writer = take_over(connection)  # kept, as a collected one closes its transport
+        self._transport = cast("asyncio.Transport", self._writer.transport)
         if self._transport.is_closing():
             raise ConnectionResetError("the server closed the connection")
         self._transport.set_protocol(self)
 
     def write(self, calls: list[_Call]) -> None:
         """Send the commands of those calls that were not cancelled meanwhile."""
-        calls = [call for call in calls if not call[0].done()]
+        calls = [call for call in calls if not call.answer.done()]
         self.waiting.extend(calls)
-        self._transport.write(b"".join([call[1] for call in calls]))
+        self._transport.write(b"".join([call.command for call in calls]))
 
     def is_silent(self, now: float) -> bool:
         """Tell whether nothing at all came for as long as the oldest call may take.
@@ -218,8 +219,8 @@ class _ReplyProtocol(asyncio.Protocol):
         """
         if not self.waiting:
             return False
-        _, _, sent, timeout_s = self.waiting[0]
-        return now - max(sent, self._heard) >= timeout_s
+        oldest = self.waiting[0]
+        return now - max(oldest.sent_s, self._heard) >= oldest.timeout_s
 
     def drop(self, reason: str) -> None:
         """Give the connection up."""
@@ -238,7 +239,7 @@ class _ReplyProtocol(asyncio.Protocol):
         try:
             reader.feed(data)
             while (reply := reader.gets()) is not _NO_REPLY:
-                answer = waiting.popleft()[0]
+                answer = waiting.popleft().answer
                 if answer.done():
                     continue
                 if isinstance(reply, Exception):
@@ -265,9 +266,6 @@ class _ReplyProtocol(asyncio.Protocol):
         self._on_ready()
 
 
-_ASKING = command("ASKING")
-
-
 class _Asked:
     """Stands for the answer to ASKING, which nobody wants. It is not sent when the command after it is not."""
 
@@ -281,7 +279,12 @@ class _Asked:
         """Ignore it: the command after it says so too."""
 
 
+def _late(calls: Iterable[_Call], now: float) -> list[_Call]:
+    """Return the calls whose time is over."""
+    return [call for call in calls if now - call.sent_s >= call.timeout_s]
+
+
 def _fail(calls: Iterable[_Call], message: str, *, executed: bool | None) -> None:
     for call in calls:
-        if not call[0].done():
-            call[0].set_exception(LimiterUnavailable(message, executed=executed))
+        if not call.answer.done():
+            call.answer.set_exception(LimiterUnavailable(message, executed=executed))

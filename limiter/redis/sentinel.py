@@ -8,13 +8,15 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from redis.asyncio import BlockingConnectionPool, Connection, SSLConnection
+from redis.asyncio import BlockingConnectionPool, SSLConnection
 from redis.exceptions import AuthenticationError, ReadOnlyError
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from limiter.redis.client import Client
 from limiter.redis.fan_out import FanOut
 from limiter.redis.multiplexed import MultiplexedConnection
+from limiter.redis.redis_private import LocatedConnection
+from limiter.redis.resp import script_load
 from limiter.redis.url import Address
 
 
@@ -62,17 +64,17 @@ class Sentinels:
         return Address(host.decode(), int(port))
 
 
-class PrimaryConnection(Connection):
+class PrimaryConnection(LocatedConnection):
     """A connection to whatever server is the primary at the time."""
 
     def __init__(self, *, sentinels: Sentinels, **options: Any) -> None:
         super().__init__(**options)
         self._sentinels = sentinels
 
-    async def _connect(self) -> None:
+    async def locate(self) -> tuple[str, int]:
+        """Ask the Sentinels."""
         primary = await self._sentinels.primary()
-        self.host, self.port = primary.host, primary.port
-        await super()._connect()  # type: ignore[no-untyped-call]  # redis-py 8.1
+        return primary.host, primary.port
 
     async def on_connect_check_health(self, check_health: bool = True) -> None:
         """Log in, and make sure that it is the primary."""
@@ -116,12 +118,16 @@ class SentinelChannel:
         self._channel = channel
 
     async def send(self, key: str, command: bytes, timeout_s: float) -> Any:
-        """Send a packed command. See `CommandChannel`."""
+        """Send an encoded command. See `CommandChannel`."""
         try:
             return await self._channel.send(key, command, timeout_s)
         except ReadOnlyError:
             self._channel.renew()
             raise
+
+    async def load_script(self, key: str, text: str, timeout_s: float) -> Any:
+        """Load a script at the primary. See `CommandChannel`."""
+        return await self.send(key, script_load(text), timeout_s)
 
     async def aclose(self) -> None:
         """Close the connection."""

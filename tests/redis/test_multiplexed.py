@@ -11,7 +11,8 @@ from redis.asyncio import Connection
 from redis.exceptions import NoScriptError, ResponseError
 
 from limiter.errors import LimiterUnavailable, Overloaded
-from limiter.redis.multiplexed import MultiplexedConnection, command
+from limiter.redis.multiplexed import MultiplexedConnection, _Call
+from limiter.redis.resp import encode
 from tests.support.redis_servers import Server
 from tests.support.wait import eventually
 
@@ -60,7 +61,7 @@ async def recording() -> AsyncIterator[Recorder]:
 
 
 def echo(word: object) -> bytes:
-    return command("ECHO", str(word))
+    return encode("ECHO", str(word))
 
 
 async def test_answers_when_many_calls_are_under_way_then_each_caller_has_its_own(
@@ -133,7 +134,7 @@ async def test_server_when_it_is_slow_but_answers_one_after_the_other_then_it_is
         assert channel._protocol
         protocol = channel._protocol
         assert not protocol.is_silent(1000)
-        protocol.waiting.append((asyncio.get_running_loop().create_future(), b"", 100.0, 1.0))
+        protocol.waiting.append(_Call(asyncio.get_running_loop().create_future(), b"", sent_s=100.0, timeout_s=1.0))
         for heard, now, silent in ((90, 100.9, False), (90, 101, True), (100.5, 101.4, False), (100.5, 101.5, True)):
             protocol._heard = heard
             assert protocol.is_silent(now) is silent
@@ -288,9 +289,9 @@ async def test_errors_when_the_server_answers_one_then_the_caller_has_it_and_nob
 ) -> None:
     channel = await connection_to(own_server().port, closing)
     answers = await asyncio.gather(
-        channel.send("", command("EVALSHA", "0" * 40, 0), PLENTY_S),
+        channel.send("", encode("EVALSHA", "0" * 40, 0), PLENTY_S),
         channel.send("", echo(1), PLENTY_S),
-        channel.send("", command("NONSENSE"), PLENTY_S),
+        channel.send("", encode("NONSENSE"), PLENTY_S),
         return_exceptions=True,
     )
     assert isinstance(answers[0], NoScriptError)
@@ -302,7 +303,7 @@ async def test_wire_when_its_address_names_a_database_then_it_is_that_one(
     own_server: MakeServer, closing: AsyncExitStack
 ) -> None:
     channel = await connection_to(own_server().port, closing, database=3)
-    assert b"db=3 " in await channel.send("", command("CLIENT", "INFO"), PLENTY_S)
+    assert b"db=3 " in await channel.send("", encode("CLIENT", "INFO"), PLENTY_S)
 
 
 async def test_wire_when_closed_then_who_waits_is_told_and_nobody_can_call_any_more(closing: AsyncExitStack) -> None:
