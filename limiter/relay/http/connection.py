@@ -1,5 +1,7 @@
 """The relay's connections: no answer is aiohttp's own, and nobody keeps one by doing nothing.
 
+Every private part of aiohttp's server that is used is used here.
+
 aiohttp answers by itself what it cannot read, and `Expect` headers that it does not know; here both go the way of every
 other request, with the problem noted beforehand. Nothing here knows what is served.
 """
@@ -14,12 +16,28 @@ from aiohttp.http_exceptions import LineTooLong
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from limiter._util.ids import random_id
+from limiter._util.private_names import require
 from limiter.relay.http.problems import REQUEST_ID, Problem, problem_from, problem_response
+
+SUPPORTED = "aiohttp>=3.14,<3.15"
+_REQUIRES = {
+    "aiohttp.web.BaseRunner": ("_make_server",),
+    "aiohttp.web.RequestHandler": ("_current_request", "_loop", "_make_error_handler", "_messages", "_request_handler"),
+    "aiohttp.web.Server": ("_kwargs", "_loop"),
+    "aiohttp.web.StreamResponse": ("_send_headers_immediately",),
+}
+require(SUPPORTED, _REQUIRES)
 
 REFUSED = web.RequestKey("refused", Problem)  # why a request is not to be served, whatever it asks for
 _CONTINUE = "100-continue"
 _LOOKS = 4  # at what is unsent, within the time that a client may take none of it
 _TOO_MANY_HEADERS = "Too many headers received"
+
+
+class LateHeadResponse(web.StreamResponse):
+    """A response whose head leaves in one write with its first bytes, which are there already when it is prepared."""
+
+    _send_headers_immediately = False
 
 
 class RelayRunner(web.AppRunner):

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import msgpack  # type: ignore[import-untyped]  # it has no type hints (1.2)
 from aiohttp import hdrs, web
 
+from limiter.relay.http.connection import LateHeadResponse
+
 _FORMAT = 1  # of a packed answer
 _ANY_TEXT = "surrogateescape"  # aiohttp's form of header bytes that are no UTF-8
 _OF_THE_CONNECTION = frozenset(  # and so of one request, not of its repeats
@@ -60,7 +62,7 @@ class AnswerRecorder:
     def stream(self, *, status: int, headers: Mapping[str, str]) -> web.StreamResponse:
         """Make the response of an answer that passes bit by bit: what is written to it is what a repeat will get."""
         if self._note is None:
-            return _Stream(status=status, headers=headers)
+            return LateHeadResponse(status=status, headers=headers)
         self._tee = _Tee(self, self._limit, status=status, headers=headers)
         return self._tee
 
@@ -94,13 +96,7 @@ class AnswerRecorder:
         return Answer(self.hold_id, response.status, headers, body)
 
 
-class _Stream(web.StreamResponse):
-    """A response whose head leaves in one write with its first bytes, which are there already when it is prepared."""
-
-    _send_headers_immediately = False  # aiohttp (3.14) has no public name for it
-
-
-class _Tee(_Stream):
+class _Tee(LateHeadResponse):
     """A response that remembers what is written to it, up to a limit, whether or not the client still listens."""
 
     def __init__(self, recorder: AnswerRecorder, limit: int, *, status: int, headers: Mapping[str, str]) -> None:

@@ -8,6 +8,7 @@ import asyncio
 import io
 from collections.abc import AsyncIterator, Mapping
 from functools import lru_cache
+from inspect import signature
 from typing import Protocol
 
 import aiohttp
@@ -17,6 +18,19 @@ from aiohttp.http import RawResponseMessage
 from aiohttp.tracing import Trace
 from multidict import CIMultiDictProxy
 from yarl import URL
+
+from limiter._util.private_names import require, unsupported
+from limiter.relay.http.connection import SUPPORTED
+
+_REQUIRES = {  # what aiohttp documents of them is that they exist
+    "aiohttp.client_proto.ResponseHandler": ("read", "set_response_params", "should_close"),
+    "aiohttp.connector.Connection": ("protocol", "transport"),
+}
+require(SUPPORTED, _REQUIRES)
+try:
+    signature(aiohttp.ClientRequest).bind(hdrs.METH_POST, URL(), loop=None)
+except TypeError as cause:
+    raise unsupported(SUPPORTED, "has another aiohttp.ClientRequest than (method, url, loop=…)") from cause
 
 _CONNECTIONS = 1000
 _AT_ONCE = 1 << 16  # a larger body is sent bit by bit: it would block the loop
