@@ -252,7 +252,7 @@ async def test_calls_when_more_wait_than_may_then_the_next_is_overloaded_and_lat
 ) -> None:
     channel = await connection_to(own_server().port, closing, max_waiting=10)
     calls = [channel.send("", echo(number), PLENTY_S) for number in range(10)]
-    with pytest.raises(Overloaded, match="10 calls wait") as refused:
+    with pytest.raises(Overloaded, match="10 calls are waiting") as refused:
         channel.send("", echo(10), PLENTY_S)
     assert refused.value.executed is False
     assert len(await asyncio.gather(*calls)) == 10
