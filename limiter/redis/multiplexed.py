@@ -12,11 +12,10 @@ from typing import Any, Protocol, cast
 
 import hiredis
 from redis.asyncio.connection import AbstractConnection
-from redis.connection import DefaultParser
 
 from limiter._util.backoff import Backoff
 from limiter.errors import LimiterUnavailable, Overloaded
-from limiter.redis.redis_private import take_over
+from limiter.redis.redis_private import error_from_reply, take_over
 from limiter.redis.resp import ASKING, script_load
 
 Answer = asyncio.Future[Any]
@@ -127,7 +126,7 @@ class MultiplexedConnection:
         _fail(unsent, "the connection was closed", executed=False)
         if self._dialling is not None:
             self._dialling.cancel()
-            await asyncio.wait({self._dialling})  # it may connect all the same, see `cancelling.CancelWatch`
+            await asyncio.wait({self._dialling})  # it may connect all the same, see `CancelWatch`
         if self._protocol is not None:
             await self._protocol.close()
 
@@ -198,7 +197,7 @@ class _ReplyProtocol(asyncio.Protocol):
         self._heard = 0.0
         self._on_ready, self._on_lost = on_ready, on_lost
         self._gone = loop.create_future()
-        self._reader = hiredis.Reader(replyError=DefaultParser.parse_error, notEnoughData=_NO_REPLY)
+        self._reader = hiredis.Reader(replyError=error_from_reply, notEnoughData=_NO_REPLY)
         self._writer = take_over(connection)  # kept, as a collected one closes its transport
         self._transport = cast("asyncio.Transport", self._writer.transport)
         if self._transport.is_closing():

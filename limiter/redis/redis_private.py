@@ -5,12 +5,20 @@ from abc import abstractmethod
 from typing import cast
 
 from redis.asyncio.connection import AbstractConnection, Connection
+from redis.connection import DefaultParser
 
 from limiter._util.private_names import require
 
 SUPPORTED = "redis>=8.1,<8.2"
-_REQUIRES = {"redis.asyncio.connection.AbstractConnection": ("_connect", "_reader", "_writer")}
+_REQUIRES = {
+    "redis.asyncio.connection.AbstractConnection": ("_connect", "_reader", "_writer"),
+    "redis.connection.DefaultParser": ("parse_error",),
+}
 require(SUPPORTED, _REQUIRES)
+
+
+# Makes redis-py's error of an error that the server answered.
+error_from_reply = DefaultParser.parse_error
 
 
 def take_over(connection: AbstractConnection) -> asyncio.StreamWriter:
