@@ -24,8 +24,9 @@ from limiter.config.settings import (
     Settings,
 )
 from limiter.doctor import Finding, examine
+from limiter.licences.keys import issue
 from limiter.licences.seats import Seats
-from limiter.licences.tokens import issue, public_key_text
+from limiter.licences.tokens import public_key_text
 from limiter.redis.acl import acl_line, needed_commands, probes
 from limiter.redis.replication import wait_for_replicas
 from limiter.redis.url import Kind

@@ -13,8 +13,9 @@ from limiter.cli._console import OUT, ConfigOption, JsonOption, RedisOption, pri
 from limiter.config.settings import Settings
 from limiter.credits.keys import normalise_install_id
 from limiter.errors import LimiterError, UnknownTier
+from limiter.licences.keys import issue, make_key, read_key
 from limiter.licences.seats import Seat, Seats
-from limiter.licences.tokens import InvalidLicence, Licences, issue, make_key, public_key_text, read_key
+from limiter.licences.tokens import InvalidLicence, Licences, public_key_text
 from limiter.redis.replication import wait_for_replicas
 
 app = typer.Typer(help="Licences: signed tokens that state which tier an install has paid for.", no_args_is_help=True)

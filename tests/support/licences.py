@@ -8,7 +8,8 @@ from typing import Any
 import jwt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from limiter.licences.tokens import issue, public_key_text
+from limiter.licences.keys import issue
+from limiter.licences.tokens import public_key_text
 
 KEY, OTHER_KEY = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
 PUBLIC_KEY = public_key_text(KEY.public_key())

@@ -14,7 +14,7 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, connect
-from limiter.licences.tokens import issue
+from limiter.licences.keys import issue
 from tests.support.licences import DAY_S, KEY, PUBLIC_KEY
 from tests.support.openai_backend import Backend
 from tests.support.openai_sdks import Call, Operation, PythonSdk, Sdk
