@@ -121,5 +121,5 @@ def _read_public_key(text: str) -> Ed25519PublicKey:
         return Ed25519PublicKey.from_public_bytes(raw)
     except (ValueError, binascii.Error):
         raise SettingsError(
-            f"licence.public_keys: {text[:24]!r} is not a public key: give the line that 'limiter licence keygen' prints"
+            f"licence.public_keys: {text[:24]!r} is not a public key: give one that 'limiter licence keygen' prints"
         ) from None
