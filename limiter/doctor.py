@@ -7,10 +7,9 @@ import asyncio
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import aiohttp
 from redis.asyncio import Redis
@@ -23,27 +22,16 @@ from limiter.ledger.file import LedgerFile
 from limiter.licences.tokens import Licences
 from limiter.redis.acl import acl_line, needed_commands, probes
 from limiter.redis.cluster import primaries_of
-from limiter.redis.connect import AWAY, OLDEST_MAJOR, open_client
+from limiter.redis.connect import CLIENT_ERRORS, open_client
+from limiter.redis.server_checks import Finding, inspect, inspect_health
 from limiter.redis.url import Kind, parse_url, redacted
 
-Level = Literal["ok", "warning", "problem"]
 _SLOW_MS = 5.0
 _SKEW_S = 2.0
-_FULL = 0.8
 _SAMPLES = 20
 _BACKEND_S = 10.0
 _BY_THE_LINE = "allow it, by the ACL line below"
 _REFUSED = (401, 402, 403, 407)
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that was looked at. advice: what to do, "" when it is well."""
-
-    level: Level
-    subject: str
-    text: str
-    advice: str = ""
 
 
 def acl_line_for(settings: Settings) -> str | None:
@@ -79,7 +67,7 @@ async def _redis(settings: Settings) -> AsyncIterator[Finding]:
                 yield finding
     except NoPermissionError as error:
         yield Finding("problem", "redis", f"this user may not connect: {error}", _BY_THE_LINE)
-    except AWAY as error:
+    except CLIENT_ERRORS as error:
         advice = "see that it runs, that the URL leads there, and that user and password are right"
         yield Finding("problem", "redis", f"{redacted(settings.redis.url)}: {error}", advice)
     finally:
@@ -94,7 +82,10 @@ async def _server(node: Any, settings: Settings, where: str) -> AsyncIterator[Fi
         info: Mapping[str, Any] = await node.info()
     except NoPermissionError:
         return
-    for finding in _configuration(info, settings, where):
+    kind, _ = _place(settings.redis.url)
+    for finding in inspect(info, subject=where, kind=kind, allow_eviction=settings.redis.allow_eviction):
+        yield finding
+    for finding in inspect_health(info, subject=where, kind=kind, wait_replicas=settings.redis.wait_replicas):
         yield finding
     if missing:
         return
@@ -124,48 +115,6 @@ async def _missing(node: Any, settings: Settings) -> str:
     return f"run {', '.join(missing)}" if missing else ""
 
 
-def _configuration(info: Mapping[str, Any], settings: Settings, where: str) -> list[Finding]:
-    version, name = str(info["redis_version"]), "Redis"
-    if "valkey_version" in info:
-        version, name = str(info["valkey_version"]), "Valkey"
-    findings = [Finding("ok", where, f"{name} {version}")]
-    if int(version.partition(".")[0]) < OLDEST_MAJOR:
-        findings[0] = Finding("problem", where, f"{name} {version} is too old", "use Redis 7 or later, or Valkey")
-    policy = str(info.get("maxmemory_policy", "noeviction"))
-    if policy != "noeviction":
-        level: Level = "warning" if settings.redis.allow_eviction else "problem"
-        advice = "CONFIG SET maxmemory-policy noeviction, and the same in its configuration"
-        findings.append(Finding(level, where, f"it may evict rows (maxmemory-policy {policy})", advice))
-    used, most = int(info.get("used_memory", 0)), int(info.get("maxmemory", 0))
-    if most and used > _FULL * most:
-        text = f"{used / most:.0%} of maxmemory are used; when it is full, requests are refused"
-        findings.append(Finding("warning", where, text, "raise maxmemory, or spread the rows over a cluster"))
-    if not info.get("aof_enabled"):
-        text = "it runs without AOF: a crash loses what was debited since its last snapshot"
-        findings.append(Finding("warning", where, text, "CONFIG SET appendonly yes, and the same in its configuration"))
-    elif info.get("aof_last_write_status", "ok") != "ok":
-        findings.append(Finding("problem", where, "its last write of the AOF failed", "look at its disk and its log"))
-    return [*findings, *_replication(info, settings, where)]
-
-
-def _replication(info: Mapping[str, Any], settings: Settings, where: str) -> Iterator[Finding]:
-    if info.get("role") == "slave":
-        advice = "give the primary's URL, or redis+sentinel://"
-        yield Finding("problem", where, "it is a replica, which takes no writes", advice)
-        return
-    replicas, wanted = int(info.get("connected_slaves", 0)), settings.redis.wait_replicas
-    if _place(settings.redis.url)[0] != "single" and not replicas:
-        text = "it has no replica: nobody takes its place when it fails"
-        yield Finding("warning", where, text, "add one")
-    elif replicas and "min_slaves_good_slaves" not in info:
-        text = "it takes writes also when it is cut off from its replicas, and such writes are lost in a failover"
-        yield Finding("warning", where, text, "CONFIG SET min-replicas-to-write 1")
-    if replicas < wanted:
-        text = f"it has {replicas} replicas, and redis.wait_replicas is {wanted}"
-        advice = "add replicas, or lower it: imports, restores and freed seats wait for them in vain"
-        yield Finding("warning", where, text, advice)
-
-
 async def _appendfsync(node: Any, info: Mapping[str, Any], where: str) -> Finding:
     try:
         found = await node.config_get("appendfsync")
@@ -185,7 +134,7 @@ async def _latency(node: Any, where: str) -> Finding:
         await node.time()
         samples_ms.append((time.perf_counter() - began) * 1000)
     median_ms = statistics.median(samples_ms)
-    text = f"it answers in {median_ms:.2f} ms (median), {max(samples_ms):.2f} ms (slowest of {_SAMPLES})"
+    text = f"answers in {median_ms:.2f} ms (median), {max(samples_ms):.2f} ms (slowest of {_SAMPLES})"
     if median_ms > _SLOW_MS:
         return Finding("warning", where, text, "each request waits for two answers: bring relay and Redis closer")
     return Finding("ok", where, text)

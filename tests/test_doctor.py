@@ -23,12 +23,13 @@ from limiter.config.settings import (
     RedisSettings,
     Settings,
 )
-from limiter.doctor import Finding, examine
+from limiter.doctor import examine
 from limiter.licences.keys import issue
 from limiter.licences.seats import Seats
 from limiter.licences.tokens import public_key_text
 from limiter.redis.acl import acl_line, needed_commands, probes
 from limiter.redis.replication import wait_for_replicas
+from limiter.redis.server_checks import Finding
 from limiter.redis.url import Kind
 from limiter.relay.metering.install_rate_limit import InstallRateLimit, MintStatus
 from tests.support.cli import limiter
@@ -217,18 +218,19 @@ async def test_doctor_when_redis_is_set_up_badly_then_it_says_what_to_do(own_ser
     told(server, "CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
     told(server, "CONFIG", "SET", "maxmemory", "1mb")
     told_of = worst(await found(server.url))["redis"]
-    assert "problem it may evict rows (maxmemory-policy allkeys-lru): CONFIG SET maxmemory-policy noev" in told_of
-    assert "of maxmemory are used" in told_of
+    assert "problem may evict rows (maxmemory-policy allkeys-lru): set it to noeviction" in told_of
+    assert "CONFIG SET maxmemory-policy noeviction" in told_of
+    assert "% of maxmemory; when it is full, requests are refused" in told_of
     accepted = RedisSettings(url=server.url, allow_eviction=True)
-    assert "warning it may evict rows" in worst(await found(server.url, redis=accepted))["redis"]
+    assert "warning may evict rows" in worst(await found(server.url, redis=accepted))["redis"]
     waiting = RedisSettings(url=server.url, wait_replicas=1)
-    assert "warning it has 0 replicas, and redis.wait_replicas is 1" in worst(await found("", redis=waiting))["redis"]
+    assert "warning has 0 replicas, and redis.wait_replicas is 1" in worst(await found("", redis=waiting))["redis"]
     told(server, "CONFIG", "SET", "maxmemory", "0")
     told(server, "CONFIG", "SET", "maxmemory-policy", "noeviction")
     told(server, "CONFIG", "SET", "appendfsync", "no")
     assert "CONFIG SET appendfsync everysec" in worst(await found(server.url))["redis"]
     told(server, "CONFIG", "SET", "appendonly", "no")
-    assert "warning it runs without AOF" in worst(await found(server.url))["redis"]
+    assert "warning runs without AOF" in worst(await found(server.url))["redis"]
     server.kill()
     place = server.url.removeprefix("redis://")
     assert f"problem redis://:***@{place}: " in worst(await found(f"redis://:hidden@{place}"))["redis"]

@@ -8,7 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from limiter.cli._console import OUT, ConfigOption, JsonOption, RedisOption, print_json, read_settings, run
-from limiter.doctor import Finding, acl_line_for, examine
+from limiter.doctor import acl_line_for, examine
+from limiter.redis.server_checks import Finding
 
 _STYLE = {"ok": "green", "warning": "yellow", "problem": "red"}
 

@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 
 from limiter.errors import NotReplicated
 from limiter.redis.cluster import primaries_of
-from limiter.redis.connect import AWAY
+from limiter.redis.connect import CLIENT_ERRORS
 from limiter.redis.errors import translate_error
 
 WITHIN_S = 30.0
@@ -36,7 +36,7 @@ async def wait_for_replicas(redis: "Redis", replicas: int) -> AsyncIterator[None
         return
     try:
         before = {primary.run_id for primary in await _primaries(redis)}
-    except AWAY as error:
+    except CLIENT_ERRORS as error:
         raise translate_error(error, "INFO") from error
     yield
     await _wait(redis, before, replicas)
@@ -63,7 +63,7 @@ async def _wait(redis: "Redis", before: set[str], replicas: int) -> None:
     while True:
         try:
             primaries = await _primaries(redis)
-        except AWAY as error:
+        except CLIENT_ERRORS as error:
             problem = f"Redis cannot be asked how many replicas have it: {error}"
         else:
             if not primaries or before - {primary.run_id for primary in primaries}:

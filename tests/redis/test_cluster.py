@@ -198,7 +198,7 @@ async def test_url_when_it_does_not_say_cluster_or_wrongly_then_the_error_says_w
     with pytest.raises(SettingsError, match=r"is a node of a cluster: give redis\+cluster://"):
         await connect(cluster.servers[0].url)
     single = own_server()
-    with pytest.raises(SettingsError, match="is no cluster: give a redis:// URL"):
+    with pytest.raises(SettingsError, match="is not a cluster: give a redis:// URL"):
         await connect(f"redis+cluster://127.0.0.1:{single.port}")
     with pytest.raises(LimiterUnavailable, match="no node of the cluster answers"):
         await connect(f"redis+cluster://127.0.0.1:{free_port()}")
