@@ -1,4 +1,4 @@
-"""What the handlers share: one `Relay` for the app, and who a request is from."""
+"""The `Relay` that the handlers of one app share."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from limiter.relay.upstream.client import BackendClient
 
 @dataclass(frozen=True, slots=True)
 class Relay:
-    """What requests need. `backends` holds those that are set, or the echo as both."""
+    """Everything that handlers need. `backends` has the configured ones, or the echo server as both."""
 
     tiers: Tiers
     limiter: WatchedLimiter
@@ -42,14 +42,14 @@ class Relay:
         return "hardware" in self.backends
 
     def identify(self, request: web.Request) -> Identity:
-        """Return who a request is from, and record it. Raises ProblemRaised."""
+        """Return the identity of a request's client, and record it. Raises ProblemRaised."""
         identity = identify(request, self.licences, self.tiers)
         record = request_record(request)
         record.install_id, record.tier = identity.install_id, identity.tier
         return identity
 
     def cost(self, request: web.Request) -> int:
-        """Return what a request costs, in credits."""
+        """Return the cost of a request, in credits."""
         return self.costs.get(request.path, self.costs["default"])
 
 

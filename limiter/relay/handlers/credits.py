@@ -1,4 +1,4 @@
-"""The caller's own balance."""
+"""The balance of the client's install."""
 
 from aiohttp import hdrs, web
 
@@ -8,7 +8,7 @@ from limiter.relay.http.ratelimit_headers import ratelimit_headers
 
 
 async def show_credits(request: web.Request) -> web.Response:
-    """Show the caller's balance."""
+    """Serve the balance of the client's install."""
     relay = request.app[RELAY]
     identity = relay.identify(request)
     balance = await relay.limiter.balance(identity.install_id, tier=identity.tier)

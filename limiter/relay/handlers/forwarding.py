@@ -1,4 +1,4 @@
-"""A backend's answer on its way to the client, as a stream or whole; what was held for it is committed here."""
+"""Passes a backend's answer to the client, as a stream or complete, and commits the hold that pays for it."""
 
 import asyncio
 from collections.abc import Mapping
@@ -17,20 +17,22 @@ from limiter.relay.metering.settlement import OpenHold
 from limiter.relay.upstream.response import BackendFailed, BackendResponse
 
 CREDITS_EVENT = "X-Credits-Event"
-_WHOLE_BODY = 1 << 20  # an answer up to this size is read whole, so that a broken one can still become an error
+_WHOLE_BODY = (
+    1 << 20
+)  # an answer up to this size is read completely first, so that a broken one can still become an error
 
 
 class Billing(Protocol):
-    """What pays for one request that is being served, and the recorder of its answer."""
+    """The payment for one request, and the recorder of its answer."""
 
     @property
-    def recorder(self) -> AnswerRecorder: ...  # noqa: D102  the class says it
+    def recorder(self) -> AnswerRecorder: ...  # noqa: D102  documented by the class
     def commit(self, upstream: BackendResponse) -> None: ...  # noqa: D102
-    def told(self, upstream: BackendResponse) -> Mapping[str, object]: ...  # noqa: D102  what is charged and what remains, for X-Credits-Event
+    def summary(self, upstream: BackendResponse) -> Mapping[str, object]: ...  # noqa: D102  charge and balance, for X-Credits-Event
 
 
 class Metered(NamedTuple):
-    """A request that its hold pays for. balance: what was left when it was rebilling."""
+    """A request that is paid for by its hold. balance: the install's when the request was reserved."""
 
     hold: OpenHold
     cost: int
@@ -38,12 +40,12 @@ class Metered(NamedTuple):
     recorder: AnswerRecorder
 
     def commit(self, upstream: BackendResponse) -> None:
-        """Debit the request: no repeat of it is to be debited again."""
+        """Debit the request, so that no repeat of it is debited again."""
         self.hold.commit(upstream.backend)
         self.recorder.debited()
 
-    def told(self, upstream: BackendResponse) -> Mapping[str, object]:
-        """Tell the cost, and the credits that no live hold covers; None for what has no limit."""
+    def summary(self, upstream: BackendResponse) -> Mapping[str, object]:
+        """Return the cost, and the credits that no live hold covers; None where there is no limit."""
         left, gemini_left = spendable(self.balance)
         return {
             "charged": self.cost,
@@ -54,22 +56,29 @@ class Metered(NamedTuple):
 
 
 class Unmetered(NamedTuple):
-    """A request that nobody pays for, while Redis is away."""
+    """A request that is served without payment while Redis is unavailable."""
 
     recorder: AnswerRecorder
 
     def commit(self, upstream: BackendResponse) -> None:
         """Debit nothing."""
 
-    def told(self, upstream: BackendResponse) -> Mapping[str, object]:
-        """Tell that; what remains is not known."""
+    def summary(self, upstream: BackendResponse) -> Mapping[str, object]:
+        """Return a charge of 0; the balance is not known."""
         return {"charged": 0, "backend": upstream.backend, "unmetered": True}
 
 
 async def pass_answer(
     request: web.Request, upstream: BackendResponse, headers: CIMultiDict[str], billing: Billing
 ) -> web.StreamResponse:
-    """Pass an answer on. Raises BackendFailed while the client has seen nothing of it yet."""
+    """Pass an answer to the client. Raises BackendFailed as long as the client has seen none of it.
+
+    Args:
+        request: the client's.
+        upstream: the backend's answer.
+        headers: those of the response.
+        billing: pays for the request, and records the answer.
+    """
     if upstream.succeeded and upstream.streams:
         billing.commit(upstream)
         return await _pass_stream(request, upstream, headers, billing)
@@ -82,7 +91,7 @@ async def _pass_stream(
     response = billing.recorder.stream(status=upstream.status, headers=headers)
     packed = headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity"
     last = upstream.first
-    with suppress(ConnectionError):  # the client left: leaving the caller's block stops the backend
+    with suppress(ConnectionError):  # the client left: the caller's `with` block stops the backend
         await response.prepare(request)
         await response.write(upstream.first)
         try:
@@ -91,7 +100,7 @@ async def _pass_stream(
                 last = chunk
         except BackendFailed as failure:
             if packed:
-                return broken_off(request, response)  # plain text among packed bytes would be taken for damage
+                return abort(request, response)  # plain text within compressed bytes would be taken for damage
             error = orjson.dumps(failure.problem.as_dict(request[REQUEST_ID]))
             last = b"\n\ndata: " + error + b"\n\n"
             await response.write(last)
@@ -102,17 +111,17 @@ async def _pass_stream(
 
 
 def _comment(upstream: BackendResponse, billing: Billing) -> bytes:
-    """Give the comment line that tells what was charged; by the specification of SSE, clients pass over it."""
-    return b": credits " + orjson.dumps(billing.told(upstream)) + b"\n\n"
+    """Return the comment line with the charge; by the specification of SSE, clients ignore comments."""
+    return b": credits " + orjson.dumps(billing.summary(upstream)) + b"\n\n"
 
 
 async def _pass_body(
     request: web.Request, upstream: BackendResponse, headers: CIMultiDict[str], billing: Billing
 ) -> web.StreamResponse:
-    """Pass an answer that is no stream: whole if it is small, else as it comes.
+    """Pass an answer that is not a stream: at once if it is small, else piece by piece.
 
-    Either way it counts when it is complete. A client that leaves a big one before its end pays for it all the same,
-    or all but its last byte would be free.
+    Either way it is debited when it is complete. A client that leaves before the end of a large one pays for it, too:
+    otherwise all but its last byte would be free.
     """
     read, complete = await _read_up_to(upstream, _WHOLE_BODY)
     if complete:
@@ -128,7 +137,7 @@ async def _pass_body(
                 await response.write(chunk)
             await response.write_eof()
     except BackendFailed:
-        return broken_off(request, response)
+        return abort(request, response)
     except asyncio.CancelledError:
         billing.commit(upstream)
         raise
@@ -136,8 +145,8 @@ async def _pass_body(
     return response
 
 
-def broken_off(request: web.Request, response: web.StreamResponse) -> web.StreamResponse:
-    """Break the connection off: the one way to say that half an answer is not the answer."""
+def abort(request: web.Request, response: web.StreamResponse) -> web.StreamResponse:
+    """Abort the connection: nothing else shows the client that its answer is incomplete."""
     if request.transport is not None:
         request.transport.abort()
     return response

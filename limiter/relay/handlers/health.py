@@ -1,4 +1,4 @@
-"""Whether the process runs, and whether it can serve: for load balancers, and for whoever looks. It decides nothing."""
+"""Liveness and readiness, for load balancers and operators. They decide nothing."""
 
 from collections.abc import Callable, Mapping
 
@@ -9,32 +9,32 @@ from limiter.errors import LimiterError
 from limiter.relay.handlers.context import RELAY
 from limiter.relay.http.json_response import json_response
 
-_PROBE = "readyz"  # an install id that no client can have: it is no UUID
+_PROBE = "readyz"  # an install id that no client can have, as it is not a UUID
 Report = Callable[[], Mapping[str, object]]
 REPORTS = web.AppKey("reports", dict[str, Report])
 
 
 async def show_health(_request: web.Request) -> web.Response:
-    """Tell that the process runs, whatever else does."""
+    """Respond that the process runs, whatever the state of Redis and the backends."""
     return json_response({"status": "ok"})
 
 
 async def show_readiness(request: web.Request) -> web.Response:
-    """Tell whether requests can be served for credits: runs the balance script, as a decision would.
+    """Respond whether requests can be served for credits, which is checked by a call of the balance script.
 
-    With `?unmetered=1` it is enough that they can be served at all, as hardware does while Redis is away.
+    With `?unmetered=1` it is enough that hardware serves requests unmetered while Redis is unavailable.
     """
     relay = request.app[RELAY]
     document: dict[str, object] = {
         "backends": {name: client.label for name, client in relay.backends.items()},
         "breakers": {name: client.breaker.state for name, client in relay.backends.items()},
     }
-    status, told = 200, {"status": "ready", "redis": "ok"}
+    status, readiness = 200, {"status": "ready", "redis": "ok"}
     try:
         await relay.limiter.balance(_PROBE, tier=CORE)
     except LimiterError as error:
         unmetered = relay.availability.serves_unmetered and relay.backends["hardware"].breaker.state != "open"
         status = 200 if unmetered and request.query.get("unmetered") == "1" else 503
-        told = {"status": "unmetered" if unmetered else "not ready", "redis": str(error)}
+        readiness = {"status": "unmetered" if unmetered else "not ready", "redis": str(error)}
     reports = {name: dict(report()) for name, report in request.app[REPORTS].items()}
-    return json_response(told | document | reports, status=status)
+    return json_response(readiness | document | reports, status=status)

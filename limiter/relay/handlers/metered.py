@@ -1,8 +1,8 @@
 """The life of a metered request: identify, admit, idempotency, reserve, forward, settle, record.
 
-Commit: a complete 2xx body, or the first body byte of a 2xx stream. Release: the backend refused, failed or timed out
-before that, or the client left before that. After the first byte of a stream the debit stands. While Redis is
-unavailable a request is refused, or served from hardware without any of it.
+A hold is committed at a complete 2xx body, or at the first body byte of a 2xx stream. It is released if, before that,
+the backend refuses, fails or times out, or the client leaves. After the first byte of a stream the debit stands. While
+Redis is unavailable, a request is refused, or served from hardware without any of these steps.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from limiter.relay.handlers.forwarding import Metered, Unmetered, pass_answer
 from limiter.relay.http.problems import REQUEST_ID, ProblemRaised
 from limiter.relay.http.ratelimit_headers import ratelimit_headers
 from limiter.relay.http.request_record import request_record
-from limiter.relay.metering.admission import Wanted
+from limiter.relay.metering.admission import CreditRequest
 from limiter.relay.metering.answer_recorder import AnswerRecorder
 from limiter.relay.metering.refusals import refuse
 from limiter.relay.requests.identity import Identity
@@ -36,40 +36,43 @@ _LOG = logging.getLogger("limiter.relay")
 
 
 class _Call(NamedTuple):
-    """One request for credits: who it is from, what it wants, and its body where that is there whole."""
+    """One metered request: its identity, the request to forward, and its body if that is in memory."""
 
     relay: Relay
     request: web.Request
     identity: Identity
-    wanted: ForwardableRequest
+    forwardable: ForwardableRequest
     body: bytes | None
 
 
 async def serve_json(request: web.Request) -> web.StreamResponse:
-    """Serve one request with a JSON body for credits."""
+    """Serve one metered request with a JSON body."""
     relay = request.app[RELAY]
     identity = relay.identify(request)
-    with relay.memory.counting() as reservation:
-        wanted = await read_json(request, reservation, within_s=relay.uploads.total_s)
-        request_record(request).model = wanted.model
-        return await _serve(_Call(relay, request, identity, wanted, wanted.body))
+    with relay.memory.reservation() as reservation:
+        json = await read_json(request, reservation, within_s=relay.uploads.total_s)
+        request_record(request).model = json.model
+        return await _serve(_Call(relay, request, identity, json, json.body))
 
 
 async def serve_upload(request: web.Request) -> web.StreamResponse:
-    """Serve one request with a multipart body for credits, which are reserved before the body is read."""
+    """Serve one metered request with a multipart body; credits are reserved before the body is read."""
     relay = request.app[RELAY]
     identity = relay.identify(request)
     record = request_record(request)
 
-    def note(model: str) -> None:
+    def record_model(model: str) -> None:
         record.model = model
 
-    with relay.memory.counting() as reservation, closing(Upload(request, relay.uploads, reservation, note)) as upload:
+    with (
+        relay.memory.reservation() as reservation,
+        closing(Upload(request, relay.uploads, reservation, record_model)) as upload,
+    ):
         return await _serve(_Call(relay, request, identity, upload, None))
 
 
 async def _serve(call: _Call) -> web.StreamResponse:
-    """Serve for credits, or while Redis is unavailable unmetered, where the operator wants that."""
+    """Serve a request for credits, or unmetered while Redis is unavailable, if the operator has enabled that."""
     availability = call.relay.availability
     with _failures_as_problems(call):
         try:
@@ -85,7 +88,7 @@ async def _serve(call: _Call) -> web.StreamResponse:
 
 
 async def _serve_metered(call: _Call) -> web.StreamResponse:
-    """Serve for credits: the steps of a request's life, once it is known who it is from."""
+    """Serve an identified request for credits: the steps of its life."""
     relay, request, identity = call.relay, call.request, call.identity
     relay.availability.check()
     await relay.admission.seat(identity.install_id, identity.licence)
@@ -104,25 +107,25 @@ async def _serve_metered(call: _Call) -> web.StreamResponse:
 
 
 async def _serve_unmetered(call: _Call) -> web.StreamResponse:
-    """Serve from hardware, and from nothing else, what needs no Redis: no credits, no seat, no key."""
+    """Serve a request from hardware only, without the steps that need Redis: credits, seat, idempotency."""
     relay, request, identity = call.relay, call.request, call.identity
     record = request_record(request)
     record.status, record.cost, record.backend = UNMETERED, None, "hardware"
-    with await _send(relay.backends["hardware"], call.wanted) as answer:
+    with await _send(relay.backends["hardware"], call.forwardable) as answer:
         headers = _answer_headers(answer, identity, {"X-Credits-Unmetered": "true"})
         return await pass_answer(request, answer, headers, Unmetered(AnswerRecorder(request[REQUEST_ID])))
 
 
 async def _reserve(call: _Call, hold_id: str) -> Decision:
-    """Hold the credits of a request. Raises ProblemRaised when it is refused, LimiterUnavailable."""
+    """Hold the credits of a request. Raises ProblemRaised if it is refused, and LimiterUnavailable."""
     relay, identity = call.relay, call.identity
     record = request_record(call.request)
     record.cost = relay.cost(call.request)
-    wanted = Wanted(identity.install_id, identity.tier, relay.has_hardware, record.cost, hold_id)
+    credit = CreditRequest(identity.install_id, identity.tier, relay.has_hardware, record.cost, hold_id)
     try:
-        decision = await relay.admission.reserve(call.request, identity.licence, wanted)
+        decision = await relay.admission.reserve(call.request, identity.licence, credit)
     except (asyncio.CancelledError, LimiterUnavailable) as error:
-        # The client left while Redis was deciding, or its answer was lost: whatever it decided is undone.
+        # The client left while Redis was deciding, or the reply was lost: whatever was decided is undone.
         if not isinstance(error, LimiterUnavailable) or error.executed is not False:
             relay.settlements.undo(identity.install_id, hold_id)
         raise
@@ -133,23 +136,23 @@ async def _reserve(call: _Call, hold_id: str) -> Decision:
 
 
 async def _forward(call: _Call, decision: Decision) -> BackendResponse:
-    """Send to the planned backend; a Gemini that fails before its first byte falls back to hardware."""
+    """Send a request to the planned backend; if Gemini fails before its first byte, fall back to hardware."""
     relay, record = call.relay, request_record(call.request)
-    # Where Gemini is not set at all, what is planned for it is served, and debited, by hardware.
+    # If Gemini is not configured, hardware serves the requests planned for it, and is debited for them.
     planned: Backend = "gemini" if decision.backend == "gemini" and "gemini" in relay.backends else "hardware"
     record.backend = planned
     try:
-        return await _send(relay.backends[planned], call.wanted)
+        return await _send(relay.backends[planned], call.forwardable)
     except BackendFailed as failure:
-        if planned == "hardware" or not relay.has_hardware or not call.wanted.replayable:
+        if planned == "hardware" or not relay.has_hardware or not call.forwardable.replayable:
             raise
         _warn(decision.hold_id, failure, " Falling back to hardware.")
     record.backend, record.fell_back = "hardware", True
-    return await _send(relay.backends["hardware"], call.wanted)
+    return await _send(relay.backends["hardware"], call.forwardable)
 
 
-async def _send(client: BackendClient, wanted: ForwardableRequest) -> BackendResponse:
-    return await client.send(wanted.path, wanted.headers, wanted.body_for(client))
+async def _send(client: BackendClient, request: ForwardableRequest) -> BackendResponse:
+    return await client.send(request.path, request.headers, request.body_for(client))
 
 
 async def _note_missed(call: _Call) -> None:
@@ -158,7 +161,7 @@ async def _note_missed(call: _Call) -> None:
 
 @contextmanager
 def _failures_as_problems(call: _Call) -> Iterator[None]:
-    """Turn a backend's failure, of which the client has seen nothing, into the error object. Raises ProblemRaised."""
+    """Turn a backend's failure, before the client has seen anything, into the error object. Raises ProblemRaised."""
     try:
         yield
     except BackendFailed as failure:
@@ -167,12 +170,12 @@ def _failures_as_problems(call: _Call) -> Iterator[None]:
 
 
 def _warn(request_id: str, failure: BackendFailed, then: str = "") -> None:
-    if failure.outcome != "breaker_open":  # which was logged when it opened
+    if failure.outcome != "breaker_open":  # the opening of the breaker is logged once
         _LOG.warning("%s%s", failure, then, extra=event("backend_failed", request_id=request_id))
 
 
 def _answer_headers(answer: BackendResponse, identity: Identity, metering: Mapping[str, str]) -> CIMultiDict[str]:
-    """Return the headers of the backend's answer with those of the relay."""
+    """Return the headers of the backend's answer and those of the relay."""
     headers = answer.headers
     headers.update(metering)
     headers.update(identity.headers())

@@ -1,8 +1,8 @@
-"""The list of models: the operator's names first, then what the backends say they have. It costs no credits."""
+"""The list of models: the operator's names first, then those that the backends list. It costs no credits."""
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import orjson
@@ -16,45 +16,45 @@ from limiter.relay.requests.identity import Identity
 from limiter.relay.upstream.client import BackendClient
 from limiter.relay.upstream.response import BackendFailed
 
-_FRESH_S = 30  # whoever asks without end must not make the operator's key ask without end
-_PATIENCE_S = 10
+_FRESH_S = 30  # a client that polls must not make the relay poll with the operator's key
+_TIMEOUT_S = 10
 _MAX_LIST_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One line of the list, in OpenAI's form."""
+    """One entry of the list, in OpenAI's format."""
 
     id: str
     created: int
     owned_by: str
 
     def as_dict(self) -> dict[str, object]:
-        """Give it as OpenAI's API does."""
+        """Return the entry as OpenAI's API has it."""
         return {"id": self.id, "object": "model", "created": self.created, "owned_by": self.owned_by}
 
 
 class Models:
-    """What can be asked for, remembered for a short while: one asks the backends, and who came meanwhile shares it."""
+    """The available models, cached for a short time. Concurrent requests share one query of the backends."""
 
     def __init__(self, backends: Mapping[Backend, BackendClient]) -> None:
         self._backends = backends
         self._lock = asyncio.Lock()
-        self._list: list[Model] = []
+        self._list: Sequence[Model] = ()
         self._fresh_until_s = 0.0
 
-    async def known(self) -> list[Model]:
-        """Give the models. A backend that fails is left out. Raises ProblemRaised (502) when all do."""
+    async def current(self) -> Sequence[Model]:
+        """Return the models. A backend that fails is left out. Raises ProblemRaised (502) if all do."""
         async with self._lock:
             if time.monotonic() >= self._fresh_until_s:
-                self._list = await self._ask()
+                self._list = await self._query()
                 self._fresh_until_s = time.monotonic() + _FRESH_S
             return self._list
 
-    async def _ask(self) -> list[Model]:
-        lists = await asyncio.gather(*(_models_of(client) for client in self._backends.values()))
+    async def _query(self) -> Sequence[Model]:
+        lists = await asyncio.gather(*(_query_models(client) for client in self._backends.values()))
         if all(models is None for models in lists):
-            detail = "No backend tells its models now."
+            detail = "No backend lists its models at the moment."
             raise ProblemRaised(Problem(502, "backend_unavailable", "Backend unavailable", detail, retry_after_s=1))
         mapped = [Model(name, 0, "operator") for client in self._backends.values() for name in client.models]
         merged: dict[str, Model] = {}
@@ -67,18 +67,18 @@ MODELS = web.AppKey("models", Models)
 
 
 async def show_models(request: web.Request) -> web.Response:
-    """List the models as OpenAI does, to whoever could use them."""
+    """Serve the list of models in OpenAI's format."""
     identity = request.app[RELAY].identify(request)
-    models = await request.app[MODELS].known()
+    models = await request.app[MODELS].current()
     document = {"object": "list", "data": [model.as_dict() for model in models]}
     return json_response(document, headers=_headers(identity))
 
 
 async def show_model(request: web.Request) -> web.Response:
-    """Show one of the list. Raises ProblemRaised (404)."""
+    """Serve one entry of the list. Raises ProblemRaised (404)."""
     identity = request.app[RELAY].identify(request)
     name = request.match_info["id"]
-    model = next((model for model in await request.app[MODELS].known() if model.id == name), None)
+    model = next((model for model in await request.app[MODELS].current() if model.id == name), None)
     if model is None:
         fail(404, "model_not_found", "Model not found", "No backend here lists a model of this name.", param="model")
     return json_response(model.as_dict(), headers=_headers(identity))
@@ -88,26 +88,26 @@ def _headers(identity: Identity) -> dict[str, str]:
     return {hdrs.CACHE_CONTROL: "no-store", **identity.headers()}
 
 
-async def _models_of(client: BackendClient) -> list[Model] | None:
-    """Ask one backend; None when it gives no list that can be read."""
+async def _query_models(client: BackendClient) -> Sequence[Model] | None:
+    """Return the models of one backend; None if it fails, or sends anything but a list of models."""
     try:
-        async with asyncio.timeout(_PATIENCE_S):
+        async with asyncio.timeout(_TIMEOUT_S):
             with await client.send("models", {}, b"", method=hdrs.METH_GET) as answer:
                 body = bytearray(answer.first)
                 while chunk := await answer.read():
                     body += chunk
                     if len(body) > _MAX_LIST_BYTES:
                         return None
-                return [*_read(orjson.loads(body))] if answer.succeeded else None
+                return [*_parse(orjson.loads(body))] if answer.succeeded else None
     except (BackendFailed, TimeoutError, ValueError):
         return None
 
 
-def _read(document: object) -> Iterator[Model]:
-    """Read what is a model in a list; whatever else is in there stays here."""
+def _parse(document: object) -> Iterator[Model]:
+    """Yield the models of a list; anything else in it is left out."""
     data = document.get("data") if isinstance(document, dict) else None
     if not isinstance(data, list):
-        raise ValueError("no list of models")  # noqa: TRY004  as orjson says it of what is no JSON
+        raise ValueError("not a list of models")  # noqa: TRY004  as orjson does for invalid JSON
     for item in data:
         if isinstance(item, dict) and isinstance(name := item.get("id"), str):
             created, owner = item.get("created"), item.get("owned_by")

@@ -1,4 +1,4 @@
-"""The OpenAPI 3.1 description of what is served, at /openapi.json: built from the app's own routes and the tables."""
+"""The OpenAPI 3.1 description of the relay, at /openapi.json: built from the app's own routes and `openapi_schema`."""
 
 import re
 from collections.abc import Iterable
@@ -28,7 +28,7 @@ from limiter.relay.handlers.openapi_schema import (
 
 
 def describe(served: Iterable[Route]) -> Schema:
-    """Give the document about these routes, each a method and a path; those that are not known here are left out."""
+    """Return the document for these routes, each a method and a path; those without a description are left out."""
     paths: dict[str, Schema] = {}
     for method, path in sorted(served, key=lambda route: (route[1], route[0])):
         if operation := OPERATIONS.get((method, path)):
@@ -39,8 +39,8 @@ def describe(served: Iterable[Route]) -> Schema:
             "title": "Limiter",
             "version": __version__,
             "summary": "An OpenAI-compatible relay that spends an install's credits.",
-            "description": "Any OpenAI SDK works by its `base_url`. An unknown path is 404 `unknown_path`, a method "
-            "that a path does not take 405 `method_not_allowed`, both with the error object.",
+            "description": "Any OpenAI SDK works with this as its `base_url`. An unknown path is 404 `unknown_path`, a "
+            "method that a path does not accept 405 `method_not_allowed`, both with the error object.",
         },
         "servers": [{"url": "/"}],
         "paths": paths,
@@ -54,7 +54,7 @@ def describe(served: Iterable[Route]) -> Schema:
 
 
 async def show_openapi(request: web.Request) -> web.Response:
-    """Show the description of the app that serves this."""
+    """Serve the description of the app."""
     served = {
         (route.method, route.resource.canonical)
         for route in request.app.router.routes()
@@ -71,7 +71,7 @@ def _rendered(served: tuple[Route, ...]) -> bytes:
 def _described(method: str, path: str, operation: Operation) -> Schema:
     headers = ["X-Request-Id"]
     headers += ["X-Licence"] if operation.identified else []
-    headers += ["RateLimit-Policy", "RateLimit"] if operation.credits_told else []
+    headers += ["RateLimit-Policy", "RateLimit"] if operation.has_ratelimit else []
     if operation.metered:
         headers += ["X-Credits-Backend", "X-Credits-Unmetered"]
     responses: Schema = {"200": _response("Served.", operation.answers, headers)}
@@ -80,7 +80,7 @@ def _described(method: str, path: str, operation: Operation) -> Schema:
     if operation.not_ready:
         responses["503"] = _response("Not ready.", {"application/json": ref("Readiness")}, headers)
     if operation.metered:
-        refusal = "What a backend says against the request, as it said it."
+        refusal = "The backend's own error answer, unchanged."
         responses["4XX"] = _response(refusal, {"*/*": {}}, headers)
     responses["default"] = _response("Any other error.", _as_problem(ref("Error")), ["X-Request-Id"])
     described: Schema = {
@@ -108,7 +108,7 @@ def _error(status: int, operation: Operation) -> Schema:
     if operation.metered and status in ALSO_BACKENDS:
         either: Schema = {"anyOf": [schema, ref("BackendRefusal")]}
         content = {"application/json": either, "application/problem+json": schema, "*/*": {}}
-        meaning += " Or a backend says so, as it said it: then there is `X-Credits-Backend`."
+        meaning += " Or it is the backend's own error answer, unchanged: then `X-Credits-Backend` is present."
         headers.append("X-Credits-Backend")
     return _response(meaning, content, headers)
 
@@ -130,5 +130,5 @@ def _error_schema(status: int) -> Schema:
         "status": {"const": status},
         "error": {"properties": {"code": {"enum": [str(code) for code in CODES[status]]}}},
     }
-    required = ["violated-policies", "renews_at"] if status == 402 else []  # noqa: PLR2004  the one with a policy
+    required = ["violated-policies", "renews_at"] if status == 402 else []  # noqa: PLR2004  only this one has a policy
     return {"allOf": [ref("Error"), {"properties": own, "required": required}]}

@@ -1,7 +1,7 @@
-"""What the OpenAPI description says, as data: error codes, routes, schemas, headers. Nothing is built here.
+"""The content of the OpenAPI description, as data: error codes, routes, schemas, headers.
 
-It is true rather than complete: it says of a body what this relay checks, and leaves the rest to the backends, which
-change more often than this.
+It is correct rather than complete: of a body, it describes only what the relay checks. The rest is up to the backends,
+which change more often than this.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,7 @@ Schema: TypeAlias = dict[str, object]
 Content: TypeAlias = dict[str, Schema]  # a schema by media type
 Route: TypeAlias = tuple[str, str]  # method, path
 
-# Every code that an error object can have, by the status that it comes with. A test compares it with the program.
+# Every code that an error object can have, by its status. A test compares it with the program.
 CODES: Mapping[int, tuple[str, ...]] = {
     400: (
         "missing_install_id",
@@ -46,24 +46,24 @@ CODES: Mapping[int, tuple[str, ...]] = {
     504: ("backend_timeout",),
 }
 MEANING: Mapping[int, str] = {
-    400: "The request cannot be read, or does not say who asks.",
+    400: "The request cannot be read, or does not identify its install.",
     401: "The licence is not valid here.",
-    402: "The credits are used up. Sending it again does not help.",
-    403: "As many installs use the licence as it is for.",
+    402: "The credits are used up. A retry does not help.",
+    403: "Other installs use all seats of the licence.",
     404: "No backend lists a model of this name.",
-    408: "The body did not come in time.",
-    409: "The same request is being served, or was served and its answer not kept.",
-    413: "The body is larger than this relay takes.",
-    415: "The body is of another type than this path takes.",
+    408: "The body did not arrive in time.",
+    409: "The same request is being served, or was served without its answer being kept.",
+    413: "The body is larger than this relay accepts.",
+    415: "This path does not accept a body of this type.",
     422: "The `Idempotency-Key` was sent before with another request.",
-    429: "The credits are enough, but requests under way hold them; or too many requests or new installs at once.",
+    429: "Running requests hold the remaining credits, or there are too many requests or new installs at once.",
     500: "The relay failed.",
     502: "No backend could serve the request.",
-    503: "Redis is away, or too many decisions wait for it; or this relay has no memory left for the body.",
+    503: "Redis is unavailable, or too many decisions wait for it, or the relay has no memory left for the body.",
     504: "The backend did not answer in time.",
 }
 RETRY_AFTER = frozenset({429, 502, 503, 504})
-ALSO_BACKENDS = frozenset({400, 409, 413, 415, 422})  # statuses with which a backend's own refusal passes, too
+ALSO_BACKENDS = frozenset({400, 409, 413, 415, 422})  # a backend's own error answer can have these statuses, too
 _IDENTITY = (400, 401)
 _CREDITS = (*_IDENTITY, 500, 503)
 _METERED = (*_CREDITS, 402, 403, 408, 409, 413, 415, 422, 429, 502, 504)
@@ -71,9 +71,18 @@ _METERED = (*_CREDITS, 402, 403, 408, 409, 413, 415, 422, 429, 502, 504)
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One route. body: content by type. answers: content of the 200. errors: statuses with the error object.
+    """The description of one route.
 
-    parameters: names in `PARAMETERS`. identified: whether it wants to know who asks.
+    Attributes:
+        summary: one sentence.
+        answers: the content of the 200, by media type.
+        errors: the statuses with an error object.
+        body: the content of the request, by media type.
+        parameters: names in `PARAMETERS`.
+        identified: whether it needs the identity of the client.
+        has_ratelimit: whether the answer has the RateLimit headers.
+        metered: whether it costs credits.
+        not_ready: whether a 503 has the readiness document.
     """
 
     summary: str
@@ -82,18 +91,18 @@ class Operation:
     body: Content | None = None
     parameters: tuple[str, ...] = ()
     identified: bool = False
-    credits_told: bool = False
+    has_ratelimit: bool = False
     metered: bool = False
     not_ready: bool = False
 
 
 def ref(name: str) -> Schema:
-    """Point to a schema of `SCHEMAS`."""
+    """Return a reference to a schema of `SCHEMAS`."""
     return {"$ref": f"#/components/schemas/{name}"}
 
 
 def _metered(summary: str, body: Content, answers: Content | None = None) -> Operation:
-    """Describe a route that costs credits; answers: beside JSON and a stream."""
+    """Describe a metered route. answers: more media types than JSON and a stream."""
     of_backend: Content = {"application/json": {"type": "object"}, "text/event-stream": {}}
     return Operation(
         summary,
@@ -102,19 +111,19 @@ def _metered(summary: str, body: Content, answers: Content | None = None) -> Ope
         body=body,
         parameters=("idempotencyKey", "creditsEvent"),
         identified=True,
-        credits_told=True,
+        has_ratelimit=True,
         metered=True,
     )
 
 
 def _object(properties: Schema, *, required: Iterable[str] | None = None) -> Schema:
-    """Describe an object; without `required`, all of its members always are there."""
+    """Describe an object; without `required`, all of its members are always present."""
     names = list(properties) if required is None else list(required)
     return {"type": "object", "properties": properties, "required": names}
 
 
-def _asked(**described: str) -> Content:
-    """Describe a JSON body that must name a model; what the other members may be is the backend's business."""
+def _json_body(**described: str) -> Content:
+    """Describe a JSON body that must name a model; the other members are up to the backend."""
     members: Schema = {name: {"description": text} for name, text in described.items()}
     return {"application/json": _object({"model": _MODEL} | members, required=["model"])}
 
@@ -123,8 +132,8 @@ _TEXT: Schema = {"type": "string"}
 _COUNT: Schema = {"type": "integer", "minimum": 0}
 _COUNT_OR_NONE: Schema = {"type": ["integer", "null"], "minimum": 0}
 _MODEL: Schema = {"type": "string", "description": "A model that `/v1/models` lists."}
-_STREAM = "true: the answer comes as server-sent events."
-_FIELD_NAME = r"^[^\x00-\x1f\x7f]*$"  # a form can carry no others
+_STREAM = "true: the answer is sent as server-sent events."
+_FIELD_NAME = r"^[^\x00-\x1f\x7f]*$"  # the only names that a form can contain
 _TRANSCRIPTION: Content = {
     "multipart/form-data": _object(
         {"model": _MODEL, "file": {"type": "string", "contentMediaType": "application/octet-stream"}},
@@ -135,29 +144,29 @@ _TRANSCRIPTION: Content = {
 SCHEMAS: dict[str, Schema] = {
     "Error": _object(
         {
-            "type": {"type": "string", "format": "uri", "description": "What kind of problem it is (RFC 9457)."},
+            "type": {"type": "string", "format": "uri", "description": "The kind of problem (RFC 9457)."},
             "title": _TEXT,
             "status": {"type": "integer"},
             "detail": _TEXT,
-            "instance": {"type": "string", "description": "Names this request, as `X-Request-Id` does."},
+            "instance": {"type": "string", "description": "Identifies this request, like `X-Request-Id`."},
             "violated-policies": {"type": "array", "items": {"enum": ["credits", "gemini"]}},
-            "renews_at": {"type": ["string", "null"], "description": "When there are credits again; null for never."},
+            "renews_at": {"type": ["string", "null"], "description": "When the credits renew; null: never."},
             "error": _object({"message": _TEXT, "type": _TEXT, "code": _TEXT, "param": {"type": ["string", "null"]}}),
         },
         required=["type", "title", "status", "detail", "instance", "error"],
     ),
-    "BackendRefusal": {"description": "A backend's own error, as it wrote it: not always an object."},
+    "BackendRefusal": {"description": "A backend's own error, unchanged: not always an object."},
     "Credits": _object(
         {
             "object": {"const": "credits"},
             "install_id": {"type": "string", "format": "uuid"},
             "tier": _TEXT,
-            "capped": {"enum": ["lifetime", "monthly"], "description": "Which of its counters the tier goes by."},
+            "capped": {"enum": ["lifetime", "monthly"], "description": "The counter that the tier limits."},
             "quota": _COUNT_OR_NONE | {"description": "null: no limit."},
             "remaining": {"type": ["integer", "null"], "description": "Not yet committed; null: no limit."},
             "gemini_cap": _COUNT_OR_NONE,
             "gemini_remaining": {"type": ["integer", "null"]},
-            "held": _COUNT | {"description": "Credits that requests under way hold."},
+            "held": _COUNT | {"description": "Credits that running requests hold."},
             "renews_at": {"type": ["string", "null"], "description": "null: these credits do not renew."},
         }
     ),
@@ -169,23 +178,26 @@ SCHEMAS: dict[str, Schema] = {
     ),
 }
 HEADERS: Schema = {
-    "X-Request-Id": {"required": True, "schema": _TEXT, "description": "Names the request, and its hold."},
+    "X-Request-Id": {"required": True, "schema": _TEXT, "description": "The id of the request, and of its hold."},
     "X-Credits-Backend": {
         "schema": {"enum": ["gemini", "hardware"]},
         "description": "The backend that answered.",
     },
     "X-Credits-Unmetered": {
         "schema": {"const": "true"},
-        "description": "Only when credits cannot be checked and the operator lets hardware serve all the same.",
+        "description": "Only when credits cannot be checked and the operator lets hardware serve without them.",
     },
-    "X-Licence": {"schema": {"const": "expired"}, "description": "Only when a licence has expired: served as core."},
+    "X-Licence": {
+        "schema": {"const": "expired"},
+        "description": "Only when the licence has expired, so that the install is served as core.",
+    },
     "RateLimit-Policy": {
         "schema": _TEXT,
-        "description": "Quotas, as draft-ietf-httpapi-ratelimit-headers has it. Absent where there is no limit.",
+        "description": "Quotas, in the syntax of draft-ietf-httpapi-ratelimit-headers. Absent if there is no limit.",
     },
-    "RateLimit": {"schema": _TEXT, "description": "What can still be spent, in the same syntax."},
+    "RateLimit": {"schema": _TEXT, "description": "The credits that can still be spent, in the same syntax."},
     "Retry-After": {"required": True, "schema": {"type": "integer", "minimum": 1}, "description": "Seconds."},
-    "x-should-retry": {"schema": {"const": "false"}, "description": "Tells SDKs that another try is no use."},
+    "x-should-retry": {"schema": {"const": "false"}, "description": "Tells SDKs not to retry."},
 }
 PARAMETERS: Schema = {
     "modelId": {
@@ -193,14 +205,14 @@ PARAMETERS: Schema = {
         "in": "path",
         "required": True,
         "schema": {"type": "string", "minLength": 1},
-        "description": "A model's `id` in the list; its slashes may stand as they are.",
+        "description": "A model's `id` in the list; slashes need no escaping.",
     },
     "unmetered": {
         "name": "unmetered",
         "in": "query",
         "required": False,
         "schema": _TEXT,
-        "description": "`1`: 200 also while hardware serves unmetered, as Redis is away.",
+        "description": "`1`: 200 also while Redis is unavailable and hardware serves unmetered.",
     },
     "idempotencyKey": {
         "name": "Idempotency-Key",
@@ -213,39 +225,39 @@ PARAMETERS: Schema = {
                 {"pattern": '^"([ !#-\\[\\]-~]|\\\\["\\\\]){1,255}"$'},
             ],
         },
-        "description": "Names one request of this install, which is then served and paid for once.",
+        "description": "Identifies one request of this install, which is then served and paid for only once.",
     },
     "creditsEvent": {
         "name": "X-Credits-Event",
         "in": "header",
         "required": False,
         "schema": _TEXT,
-        "description": "`1`: a stream ends with a comment line that tells what was charged and what remains.",
+        "description": "`1`: a stream ends with a comment line with the charge and the remaining credits.",
     },
 }
 SECURITY: Schema = {
-    "installId": {"type": "apiKey", "in": "header", "name": "X-Install-Id", "description": "Who asks: a UUID."},
+    "installId": {"type": "apiKey", "in": "header", "name": "X-Install-Id", "description": "The install id: a UUID."},
     "licence": {
         "type": "http",
         "scheme": "bearer",
         "bearerFormat": "JWT",
-        "description": "For another tier than core.",
+        "description": "A licence, for a tier other than core.",
     },
     "installIdAsToken": {
         "type": "http",
         "scheme": "bearer",
-        "description": "The install id, where there is no licence.",
+        "description": "The install id, for clients without a licence.",
     },
 }
 IDENTITIES: list[Schema] = [{"installId": []}, {"installId": [], "licence": []}, {"installIdAsToken": []}]
 OPERATIONS: Mapping[Route, Operation] = {
     ("POST", "/v1/chat/completions"): _metered(
-        "Chat, on whichever backend the credits allow.", _asked(messages="The conversation.", stream=_STREAM)
+        "Chat, on the backend that the credits allow.", _json_body(messages="The conversation.", stream=_STREAM)
     ),
-    ("POST", "/v1/completions"): _metered("Complete a text.", _asked(prompt="The text.", stream=_STREAM)),
-    ("POST", "/v1/responses"): _metered("Make a response.", _asked(input="What to respond to.", stream=_STREAM)),
+    ("POST", "/v1/completions"): _metered("Complete a text.", _json_body(prompt="The text.", stream=_STREAM)),
+    ("POST", "/v1/responses"): _metered("Create a response.", _json_body(input="What to respond to.", stream=_STREAM)),
     ("POST", "/v1/embeddings"): _metered(
-        "Embed texts.", _asked(input="A text, or a list of them.", encoding_format="float or base64.")
+        "Embed texts.", _json_body(input="A text, or a list of them.", encoding_format="float or base64.")
     ),
     ("POST", "/v1/audio/transcriptions"): _metered(
         "Transcribe a recording, which is passed on as it arrives.", _TRANSCRIPTION, {"*/*": {}}
@@ -264,15 +276,15 @@ OPERATIONS: Mapping[Route, Operation] = {
         identified=True,
     ),
     ("GET", "/v1/credits"): Operation(
-        "Tell the caller's own balance. It costs nothing.",
+        "Show the balance of the client's install. It costs nothing.",
         {"application/json": ref("Credits")},
         _CREDITS,
         identified=True,
-        credits_told=True,
+        has_ratelimit=True,
     ),
-    ("GET", "/healthz"): Operation("Tell that the process runs.", {"application/json": ref("Health")}),
+    ("GET", "/healthz"): Operation("Show that the process runs.", {"application/json": ref("Health")}),
     ("GET", "/readyz"): Operation(
-        "Tell whether requests can be served for credits.",
+        "Show whether requests can be served for credits.",
         {"application/json": ref("Readiness")},
         parameters=("unmetered",),
         not_ready=True,

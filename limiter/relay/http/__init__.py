@@ -1,4 +1,4 @@
-"""The error object, headers and the handling of connections. It knows no credits logic.
+"""The error object, response headers and the handling of connections, without any logic of credits.
 
 Begin with `problems.Problem`, `request_record.RequestRecord`, `connection.RelayRunner`.
 

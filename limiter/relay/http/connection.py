@@ -1,9 +1,9 @@
-"""The relay's connections: no answer is aiohttp's own, and nobody keeps one by doing nothing.
+"""The relay's connections: every error response is the relay's, and idle clients are disconnected.
 
-Every private part of aiohttp's server that is used is used here.
+All use of private names of aiohttp's server is in this module.
 
-aiohttp answers by itself what it cannot read, and `Expect` headers that it does not know; here both go the way of every
-other request, with the problem noted beforehand. Nothing here knows what is served.
+aiohttp itself responds to requests that it cannot parse and to `Expect` headers that it does not know. Here both are
+dispatched like any other request, with the problem stored beforehand. Nothing here knows what is served.
 """
 
 import asyncio
@@ -28,14 +28,14 @@ _REQUIRES = {
 }
 require(SUPPORTED, _REQUIRES)
 
-REFUSED = web.RequestKey("refused", Problem)  # why a request is not to be served, whatever it asks for
+REFUSED = web.RequestKey("refused", Problem)  # why a request must be refused, whatever it is for
 _CONTINUE = "100-continue"
-_LOOKS = 4  # at what is unsent, within the time that a client may take none of it
+_CHECKS = 4  # of the unsent bytes, within the time that a client may take to read any
 _TOO_MANY_HEADERS = "Too many headers received"
 
 
 class LateHeadResponse(web.StreamResponse):
-    """A response whose head leaves in one write with its first bytes, which are there already when it is prepared."""
+    """A response that sends its head and first bytes in one write: the latter are there when it is prepared."""
 
     _send_headers_immediately = False
 
@@ -43,17 +43,17 @@ class LateHeadResponse(web.StreamResponse):
 class RelayRunner(web.AppRunner):
     """Runs an app on such connections.
 
-    More options than aiohttp's: write_idle_s: how long a client may take nothing of what is written to it.
-    keepalive_timeout, which aiohttp has, is also how long the head of a request may take.
+    It takes one option more than aiohttp's runner: `write_idle_s`, the seconds after which a client that reads nothing
+    is disconnected. aiohttp's `keepalive_timeout` also limits the time for the head of a request.
     """
 
     async def _make_server(self) -> web.Server:
         made = await super()._make_server()
         return _Server(
             made.request_handler,
-            request_factory=_without_odd_expect(made.request_factory),
+            request_factory=_reject_unknown_expect(made.request_factory),
             handler_cancellation=made.handler_cancellation,
-            **made._kwargs,  # noqa: SLF001  the app makes the options complete, and has no place to name a class
+            **made._kwargs,  # noqa: SLF001  the app completes the options, and cannot be given another class
         )
 
 
@@ -63,25 +63,25 @@ class _Server(web.Server):
 
 
 class _Connection(web.RequestHandler):
-    __slots__ = ("_look_again", "_looks", "_unsent", "_write_idle_s")
+    __slots__ = ("_idle_checks", "_next_check", "_unsent", "_write_idle_s")
 
     def __init__(self, manager: web.Server, *, write_idle_s: float, **options: Any) -> None:
         super().__init__(manager, **options)
         self._write_idle_s = write_idle_s
-        self._look_again: asyncio.TimerHandle | None = None
-        self._looks = self._unsent = 0
+        self._next_check: asyncio.TimerHandle | None = None
+        self._idle_checks = self._unsent = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self._look(cast("asyncio.Transport", transport))
+        self._check_progress(cast("asyncio.Transport", transport))
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        if self._look_again is not None:
-            self._look_again.cancel()
+        if self._next_check is not None:
+            self._next_check.cancel()
         super().connection_lost(exc)
 
     def resume_writing(self) -> None:
-        self._looks = 0
+        self._idle_checks = 0
         super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
@@ -89,24 +89,24 @@ class _Connection(web.RequestHandler):
         request = self._current_request
         if request is None or len(self._messages) != 1 or isinstance(self._messages[0][0], RawRequestMessage):
             return
-        # Its body cannot be read on, which aiohttp's C parser (3.14) tells the request after it, and not this one.
+        # The rest of the body cannot be parsed, which aiohttp's C parser (3.14) reports to the next request only.
         if not request.content.is_eof():
             request.content.set_exception(web.RequestPayloadError("damaged"))
             request.content.feed_eof()
             self.close()
 
-    def _look(self, transport: asyncio.Transport) -> None:
-        """Break the connection off when several looks in a row find the same bytes unsent."""
+    def _check_progress(self, transport: asyncio.Transport) -> None:
+        """Abort the connection when several checks in a row find the same bytes unsent."""
         unsent = transport.get_write_buffer_size()
-        self._looks = self._looks + 1 if unsent and unsent == self._unsent else 0
+        self._idle_checks = self._idle_checks + 1 if unsent and unsent == self._unsent else 0
         self._unsent = unsent
-        if self._looks == _LOOKS:
+        if self._idle_checks == _CHECKS:
             transport.abort()
         else:
-            self._look_again = self._loop.call_later(self._write_idle_s / _LOOKS, self._look, transport)
+            self._next_check = self._loop.call_later(self._write_idle_s / _CHECKS, self._check_progress, transport)
 
     def _make_error_handler(self, err_info: Any) -> Any:
-        """Serve what could not be read as a request that is refused; in place of aiohttp's own page."""
+        """Serve an unreadable request as one that is refused, in place of aiohttp's own error page."""
         serve: Any = self._request_handler
 
         async def refuse(request: web.Request) -> web.StreamResponse:
@@ -123,10 +123,10 @@ class _Connection(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,  # noqa: ARG002  an interface
     ) -> web.StreamResponse:
-        """Answer a request that failed outside of the middleware that answers errors."""
+        """Respond to a request that failed outside of the error middleware."""
         self.logger.error("unexpected", exc_info=exc)
         if request.writer.output_size or not isinstance(request, web.Request):
-            raise ConnectionError("half an answer is not an answer")
+            raise ConnectionError("the response has begun already")
         if REQUEST_ID not in request:
             request[REQUEST_ID] = random_id()
         response = problem_response(request, problem_from(RuntimeError()))
@@ -134,8 +134,8 @@ class _Connection(web.RequestHandler):
         return response
 
 
-def _without_odd_expect(make: Callable[..., Any]) -> Callable[..., web.Request]:
-    """Refuse an `Expect` that is not 100-continue before aiohttp does; HTTP/1.0 has none."""
+def _reject_unknown_expect(make: Callable[..., Any]) -> Callable[..., web.Request]:
+    """Refuse an `Expect` other than 100-continue before aiohttp does, and ignore any of HTTP/1.0, which has none."""
 
     def make_request(message: RawRequestMessage, *rest: Any) -> web.Request:
         expected, is_old = message.headers.get(hdrs.EXPECT, "").lower(), message.version < HttpVersion11
@@ -154,6 +154,6 @@ def _without_odd_expect(make: Callable[..., Any]) -> Callable[..., web.Request]:
 
 def _unreadable(error: BaseException) -> Problem:
     if isinstance(error, LineTooLong) or getattr(error, "message", "") == _TOO_MANY_HEADERS:
-        detail = "The request line and each header can have 8190 bytes, and there can be 128 headers."
+        detail = "The request line and each header are limited to 8190 bytes, and the headers to 128."
         return Problem(431, "head_too_large", "Request head too large", detail)
-    return Problem(400, "malformed_request", "Malformed request", "What came is no HTTP/1.1 request.")
+    return Problem(400, "malformed_request", "Malformed request", "This is not a valid HTTP/1.1 request.")

@@ -1,4 +1,4 @@
-"""What serves a request."""
+"""The type of a request handler."""
 
 from collections.abc import Awaitable, Callable
 

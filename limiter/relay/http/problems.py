@@ -1,6 +1,6 @@
-"""Answers that are not a backend's: the one error object, and the headers of every metered answer.
+"""The error object of the relay's own responses.
 
-An error serves two habits at once: the members of RFC 9457 and the `error` object of OpenAI's API.
+It follows two conventions at once: the members of RFC 9457 and the `error` object of OpenAI's API.
 """
 
 import math
@@ -28,7 +28,7 @@ _SERVER_ERROR = 500
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One error as the client sees it. `code` is a word that programs can rely on; retry_after_s is for Retry-After."""
+    """One error as the client sees it. `code` is stable; `retry_after_s` becomes the header Retry-After."""
 
     status: int
     code: str
@@ -41,7 +41,7 @@ class Problem:
     violated_policies: Sequence[str] = ()
 
     def as_dict(self, request_id: str) -> dict[str, object]:
-        """Give the error object."""
+        """Return the error object."""
         fallback = "server_error" if self.status >= _SERVER_ERROR else "invalid_request_error"
         body: dict[str, object] = {
             "type": _QUOTA_EXCEEDED if self.violated_policies else f"urn:limiter:error:{self.code}",
@@ -62,17 +62,17 @@ class Problem:
         return body
 
     def headers(self) -> dict[str, str]:
-        """Give the headers that go with it."""
+        """Return the headers of the error response."""
         headers: dict[str, str] = {}
         if self.retry_after_s is not None:
             headers[hdrs.RETRY_AFTER] = str(self.retry_after_s)
         if not self.may_retry:
-            headers["x-should-retry"] = "false"  # the OpenAI SDKs ask this header before their own rules
+            headers["x-should-retry"] = "false"  # in the OpenAI SDKs this header overrides their own rules
         return headers
 
 
-class ProblemRaised(Exception):  # noqa: N818  carries a Problem out of a handler; the middleware answers it
-    """A request that ends in an error object, with more headers if there are any."""
+class ProblemRaised(Exception):  # noqa: N818  carries a Problem out of a handler; the middleware responds
+    """A request that ends in an error object. headers: more of them for the response."""
 
     def __init__(self, problem: Problem, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(problem.detail)
@@ -81,23 +81,23 @@ class ProblemRaised(Exception):  # noqa: N818  carries a Problem out of a handle
 
 
 def fail(status: int, code: str, title: str, detail: str, *, param: str | None = None) -> NoReturn:
-    """End the request with an error that the client can mend by sending something else."""
+    """Raise ProblemRaised with an error that the client can avoid by sending another request."""
     raise ProblemRaised(Problem(status, code, title, detail, param=param))
 
 
 def problem_response(request: web.Request, problem: Problem, headers: Mapping[str, str] | None = None) -> web.Response:
-    """Write an error object; as application/problem+json if `Accept` asks for it."""
-    asked = "application/problem+json" in request.headers.get(hdrs.ACCEPT, "")
+    """Return the response with an error object, as application/problem+json if `Accept` has that."""
+    accepts_problem = "application/problem+json" in request.headers.get(hdrs.ACCEPT, "")
     return json_response(
         problem.as_dict(request[REQUEST_ID]),
         status=problem.status,
-        content_type="application/problem+json" if asked else "application/json",
+        content_type="application/problem+json" if accepts_problem else "application/json",
         headers={**(headers or {}), **problem.headers()},
     )
 
 
 def problem_from(error: Exception) -> Problem:  # noqa: PLR0911  a table of cases
-    """Map an exception to what the client is told; nothing of an unexpected one is."""
+    """Return the problem for an exception; that of an unexpected exception reveals nothing about it."""
     match error:
         case ProblemRaised():
             return error.problem
@@ -105,23 +105,31 @@ def problem_from(error: Exception) -> Problem:  # noqa: PLR0911  a table of case
             return Problem(400, "invalid_install_id", "Invalid install id", str(error))
         case Overloaded():
             return Problem(
-                503, "limiter_overloaded", "Limiter overloaded", "Too many decisions wait already.", retry_after_s=1
+                503,
+                "limiter_overloaded",
+                "Limiter overloaded",
+                "Too many decisions are waiting already.",
+                retry_after_s=1,
             )
         case LimiterUnavailable():
             return Problem(
-                503, "limiter_unavailable", "Limiter unavailable", "The credits cannot be checked now.", retry_after_s=2
+                503,
+                "limiter_unavailable",
+                "Limiter unavailable",
+                "Credits cannot be checked at the moment.",
+                retry_after_s=2,
             )
         case BrokenRow():
             return Problem(
                 500, "broken_row", "Broken row", "The record of this install needs its operator's attention."
             )
         case web.HTTPRequestEntityTooLarge():
-            return Problem(413, "request_too_large", "Request too large", "The body is larger than this relay takes.")
+            return Problem(413, "request_too_large", "Request too large", "The body is larger than this relay accepts.")
         case web.HTTPNotFound():
             return Problem(404, "unknown_path", "Not found", "This relay does not serve this path.")
         case web.HTTPMethodNotAllowed():
             allowed = ", ".join(sorted(error.allowed_methods))
-            return Problem(405, "method_not_allowed", "Method not allowed", f"This path takes {allowed}.")
+            return Problem(405, "method_not_allowed", "Method not allowed", f"This path accepts {allowed}.")
         case web.HTTPException():
             return Problem(error.status, "http_error", error.reason, error.text or error.reason)
         case _:
@@ -129,7 +137,7 @@ def problem_from(error: Exception) -> Problem:  # noqa: PLR0911  a table of case
 
 
 def retry_seconds(text: str | None) -> int:
-    """Read a backend's Retry-After in seconds, bounded to an hour; 1 when it gives none that can be read."""
+    """Return a backend's Retry-After in seconds, from 1 to 3600; 1 if it is missing or not a number."""
     try:
         return min(3600, max(1, math.ceil(float(text or ""))))
     except (ValueError, OverflowError):

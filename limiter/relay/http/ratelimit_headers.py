@@ -1,12 +1,12 @@
-"""The RateLimit headers of a balance, and what of it can be spent."""
+"""The RateLimit headers of a balance, and the part of it that can be spent."""
 
 from limiter.credits.models import Balance
 
 
 def ratelimit_headers(balance: Balance) -> dict[str, str]:
-    """Give RateLimit-Policy and RateLimit in the syntax of draft-ietf-httpapi-ratelimit-headers-11.
+    """Return RateLimit-Policy and RateLimit in the syntax of draft-ietf-httpapi-ratelimit-headers-11.
 
-    A lifetime quota has no window and no reset; what has no limit has no item, and without items no header.
+    A lifetime quota has no window and no reset. A policy without a limit has no item; without items there is no header.
     """
     window = "" if balance.period_s is None else f";w={balance.period_s}"
     reset = "" if balance.renews_in_s is None else f";t={balance.renews_in_s}"
@@ -22,9 +22,9 @@ def ratelimit_headers(balance: Balance) -> dict[str, str]:
 
 
 def spendable(balance: Balance) -> tuple[int | None, int | None]:
-    """Give the credits and the Gemini credits that no live hold covers; None for what has no limit.
+    """Return the credits and the Gemini credits that no live hold covers; None where there is no limit.
 
-    A hold counts against both, as it may still be committed on either backend.
+    A hold counts against both, as it can still be committed on either backend.
     """
     credits_left, gemini_left, held = balance.remaining, balance.gemini_remaining, balance.held
     return (

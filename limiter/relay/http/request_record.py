@@ -1,4 +1,4 @@
-"""What is known of a request so far, for whoever watches it. Handlers fill it in; nothing is decided by it."""
+"""The record of a request for its log line and metrics. Handlers fill it in; it decides nothing."""
 
 from dataclasses import dataclass
 
@@ -9,12 +9,19 @@ from limiter.credits.models import Backend
 
 @dataclass(slots=True)
 class RequestRecord:
-    """One request's record; what is not known yet, or never will be, is None.
+    """The record of one request; a field that is not known is None.
 
-    status, reason: the decision's words. backend: the one that answered, or else the last that was tried. cost: credits
-    that were reserved. fell_back: whether hardware was tried after Gemini had failed. from_memory: whether the
-    decision was made without Redis, which had just refused the same. first_byte_s: when the head of a streamed answer
-    left, on the monotonic clock.
+    Attributes:
+        install_id: as the client sent it, in lower case.
+        tier: the one that the request is served as.
+        status: that of the decision.
+        reason: that of a denied decision.
+        backend: the one that answered, or else the last that was tried.
+        cost: reserved credits.
+        model: the name that the client sent.
+        fell_back: whether hardware was tried after Gemini had failed.
+        from_memory: whether the decision came from the cache of denials, without Redis.
+        first_byte_s: when the head of a streamed answer was sent, in seconds on the monotonic clock.
     """
 
     install_id: str | None = None
@@ -33,7 +40,7 @@ REQUEST_RECORD = web.RequestKey("record", RequestRecord)
 
 
 def request_record(request: web.Request) -> RequestRecord:
-    """Give a request's record, empty ones at first."""
+    """Return the record of a request; create it on first use."""
     try:
         return request[REQUEST_RECORD]
     except KeyError:

@@ -1,4 +1,4 @@
-"""Who pays: admission, idempotency, settlement and the availability of Redis.
+"""The payment for requests: admission, idempotency, settlement and the availability of Redis.
 
 Begin with `admission.Admission`, `idempotency.Idempotency`, `settlement.Settlements`,
 `availability.RedisAvailability`.

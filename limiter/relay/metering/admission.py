@@ -1,6 +1,6 @@
-"""Which installs are let in beside their credits: those on a licence's seats, and new ones at a bounded rate.
+"""Admission of installs, apart from their credits: the seats of a licence, and the rate limit for new installs.
 
-An install that has a row needs nothing here but its seat. A refusal creates nothing.
+An install that has a row needs only its seat here. A refusal creates nothing.
 """
 
 import asyncio
@@ -19,12 +19,12 @@ from limiter.relay.http.client_address import Network, client_address
 from limiter.relay.http.problems import Problem, ProblemRaised
 from limiter.relay.metering.install_rate_limit import InstallRateLimit
 
-_SEAT_TRUSTED_S = 60  # a freed install may go on for so long; a seat's last use is as exact
+_SEAT_TRUSTED_S = 60  # a freed install may be served for so long; the last use of a seat is only that exact
 _MAX_SEATS = 10_000  # remembered by this node
 
 
-class Wanted(NamedTuple):
-    """What a request reserves. hold_id: the attempt's own."""
+class CreditRequest(NamedTuple):
+    """The arguments of a request's reserve. hold_id: unique to this attempt."""
 
     install_id: str
     tier: str
@@ -34,7 +34,7 @@ class Wanted(NamedTuple):
 
 
 class Reserver(Protocol):
-    """What reserves: a limiter, or one that watches it."""
+    """A `CreditLimiter`, or a `WatchedLimiter`."""
 
     async def reserve(
         self, install_id: str, *, tier: str, has_hardware: bool, cost: int, hold_id: str, may_create: bool
@@ -44,7 +44,7 @@ class Reserver(Protocol):
 
 
 class Admission:
-    """Seats and new installs of one relay."""
+    """The admission of one relay."""
 
     def __init__(
         self,
@@ -60,17 +60,17 @@ class Admission:
         self._seated: dict[tuple[str, str, int], float] = {}
 
     async def seat(self, install_id: str, licence: Licence | None) -> None:
-        """Let an install use a licence, if a seat is free or it has one. A licence without a bound has no seats.
+        """Take a seat of a licence for an install, unless it has one. An unlimited licence has no seats.
 
-        Raises ProblemRaised (403), LimiterUnavailable.
+        Raises ProblemRaised (403) if no seat is free, and LimiterUnavailable.
         """
         if licence is None or licence.expired or licence.installs is None:
             return
-        known = (licence.subject, install_id, licence.installs)
+        seat = (licence.subject, install_id, licence.installs)
         now_s = time.monotonic()
-        if self._seated.get(known, 0) > now_s:
+        if self._seated.get(seat, 0) > now_s:
             return
-        self._seated.pop(known, None)
+        self._seated.pop(seat, None)
         status = await self._seats.take(
             licence.subject, install_id, seats=licence.installs, expires_s=licence.expires_s
         )
@@ -79,53 +79,54 @@ class Admission:
                 403,
                 "licence_seats_taken",
                 "Licence in use elsewhere",
-                f"This licence is for {licence.installs} installs, and others use it already. "
-                "Ask whoever issued it to free a seat.",
+                f"This licence is for {licence.installs} installs, and others use all of its seats. "
+                "Ask its issuer to free a seat.",
                 may_retry=False,
             )
             raise ProblemRaised(problem)
         while len(self._seated) >= _MAX_SEATS:
             del self._seated[next(iter(self._seated))]
-        self._seated[known] = now_s + _SEAT_TRUSTED_S
+        self._seated[seat] = now_s + _SEAT_TRUSTED_S
 
-    async def reserve(self, request: web.Request, licence: Licence | None, wanted: Wanted) -> Decision:
-        """Reserve for an install that is known, or else count it as a new one and create it.
+    async def reserve(self, request: web.Request, licence: Licence | None, credit: CreditRequest) -> Decision:
+        """Reserve credits for a known install, or else count it as a new one and create it.
 
-        A client that leaves ends it at once, but for a new install only when that is created. An install that is
-        refused as one too many, and so was never served, loses the seat that it was just given.
+        When the client leaves, this is cancelled at once, but for a new install only after that is created. A new
+        install that is refused, and so was never served, loses the seat that it has just taken.
 
-        Raises ProblemRaised (429) when there are too many new installs, and what `CreditLimiter.reserve` raises.
+        Raises ProblemRaised (429) if there are too many new installs, and everything that `CreditLimiter.reserve`
+        raises.
         """
-        decision = await self._reserve(wanted, may_create=False)
+        decision = await self._reserve(credit, may_create=False)
         if decision.status is not Status.UNKNOWN_INSTALL:
             return decision
         return await run_to_completion(
-            self._reserve_new(request, licence, wanted), if_it_fails="The new install was not made"
+            self._reserve_new(request, licence, credit), if_it_fails="The new install was not created"
         )
 
-    async def _reserve_new(self, request: web.Request, licence: Licence | None, wanted: Wanted) -> Decision:
-        # An app's first requests often come together: they are one new install.
-        creating = self._creating.setdefault(wanted.install_id, asyncio.Lock())
-        waits = creating.locked()
+    async def _reserve_new(self, request: web.Request, licence: Licence | None, credit: CreditRequest) -> Decision:
+        # An app often sends its first requests at once: they count as one new install.
+        creating = self._creating.setdefault(credit.install_id, asyncio.Lock())
+        is_concurrent = creating.locked()
         async with creating:
-            if waits:
-                decision = await self._reserve(wanted, may_create=False)
+            if is_concurrent:
+                decision = await self._reserve(credit, may_create=False)
                 if decision.status is not Status.UNKNOWN_INSTALL:
                     return decision
             try:
                 await self._new_installs.count(client_address(request, self._trusted_proxies))
             except ProblemRaised:
-                await self._unseat(wanted.install_id, licence)
+                await self._unseat(credit.install_id, licence)
                 raise
-            return await self._reserve(wanted, may_create=True)
+            return await self._reserve(credit, may_create=True)
 
-    async def _reserve(self, wanted: Wanted, *, may_create: bool) -> Decision:
+    async def _reserve(self, credit: CreditRequest, *, may_create: bool) -> Decision:
         return await self._limiter.reserve(
-            wanted.install_id,
-            tier=wanted.tier,
-            has_hardware=wanted.has_hardware,
-            cost=wanted.cost,
-            hold_id=wanted.hold_id,
+            credit.install_id,
+            tier=credit.tier,
+            has_hardware=credit.has_hardware,
+            cost=credit.cost,
+            hold_id=credit.hold_id,
             may_create=may_create,
         )
 

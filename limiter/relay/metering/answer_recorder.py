@@ -1,6 +1,6 @@
-"""What an answer leaves for the repeats of its request: status, headers and body, as the client was sent them.
+"""Records an answer for the repeats of its request: status, headers and body, as they were sent to the client.
 
-It remembers, up to a limit, and packs. Whether anything is kept, and where, is not decided here.
+The body is recorded up to a limit. Whether and where an answer is stored is not decided here.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,8 +12,8 @@ from aiohttp import hdrs, web
 from limiter.relay.http.connection import LateHeadResponse
 
 _FORMAT = 1  # of a packed answer
-_ANY_TEXT = "surrogateescape"  # aiohttp's form of header bytes that are no UTF-8
-_OF_THE_CONNECTION = frozenset(  # and so of one request, not of its repeats
+_ANY_TEXT = "surrogateescape"  # how aiohttp decodes header bytes that are not UTF-8
+_OF_THE_CONNECTION = frozenset(  # these belong to one request and not to its repeats
     name.lower()
     for name in (hdrs.CONNECTION, hdrs.CONTENT_LENGTH, hdrs.DATE, hdrs.KEEP_ALIVE, hdrs.SERVER, hdrs.TRANSFER_ENCODING)
 ) | {"x-request-id", "access-control-allow-origin", "access-control-expose-headers"}
@@ -21,7 +21,7 @@ _OF_THE_CONNECTION = frozenset(  # and so of one request, not of its repeats
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A whole answer as it was sent, under the hold that paid for it."""
+    """A complete answer as it was sent, with the id of the hold that paid for it."""
 
     hold_id: str
     status: int
@@ -29,14 +29,14 @@ class Answer:
     body: bytes
 
     def packed(self) -> bytes:
-        """Give it as Redis keeps it."""
+        """Return the answer as Redis stores it."""
         members = [_FORMAT, self.hold_id, self.status, self.headers, self.body]
         packed: bytes = msgpack.packb(members, unicode_errors=_ANY_TEXT)
         return packed
 
     @classmethod
     def unpacked(cls, packed: bytes) -> "Answer | None":
-        """Read such an answer; None for one of another version."""
+        """Decode a stored answer; return None if another version of this format wrote it."""
         version, *members = msgpack.unpackb(packed, unicode_errors=_ANY_TEXT)
         if version != _FORMAT:
             return None
@@ -45,44 +45,49 @@ class Answer:
 
 
 class AnswerRecorder:
-    """What one attempt tells of itself: that it was debited, and what it answered.
+    """The record of one attempt: whether it was debited, and its answer.
 
-    An attempt without a key is not recorded, at no cost: everything here works the same.
+    Without `on_begin` nothing is recorded, at no cost, and everything here works the same.
+
+    Args:
+        hold_id: the attempt's.
+        limit: the largest body that is recorded, in bytes.
+        on_begin: called at the first byte of an answer that was debited.
     """
 
-    __slots__ = ("_begun", "_limit", "_note", "_tee", "_whole", "debit_stands", "hold_id")
+    __slots__ = ("_has_begun", "_limit", "_on_begin", "_tee", "_whole", "debit_stands", "hold_id")
 
-    def __init__(self, hold_id: str, limit: int = 0, note: Callable[[], None] | None = None) -> None:
+    def __init__(self, hold_id: str, limit: int = 0, on_begin: Callable[[], None] | None = None) -> None:
         self.hold_id = hold_id
         self.debit_stands = False
-        self._limit, self._note, self._begun = limit, note, False
+        self._limit, self._on_begin, self._has_begun = limit, on_begin, False
         self._tee: _Tee | None = None
         self._whole: web.Response | None = None
 
     def stream(self, *, status: int, headers: Mapping[str, str]) -> web.StreamResponse:
-        """Make the response of an answer that passes bit by bit: what is written to it is what a repeat will get."""
-        if self._note is None:
+        """Return the response for an answer that is sent in pieces, which are recorded as they are written."""
+        if self._on_begin is None:
             return LateHeadResponse(status=status, headers=headers)
         self._tee = _Tee(self, self._limit, status=status, headers=headers)
         return self._tee
 
     def whole(self, *, status: int, headers: Mapping[str, str], body: bytes) -> web.Response:
-        """Make the response of an answer that is sent at once."""
+        """Return the response for an answer that is sent at once."""
         self._whole = web.Response(status=status, headers=headers, body=body)
         return self._whole
 
     def debited(self) -> None:
-        """Say that the hold is being committed: from here on there is no second attempt. Call it at the commit."""
+        """Record that the hold is committed, so that the request is not attempted again."""
         self.debit_stands = True
 
     def begun(self) -> None:
-        """Note at the first byte that the client gets for its debit that there will be no second one."""
-        if self.debit_stands and not self._begun and self._note is not None:
-            self._begun = True
-            self._note()
+        """Call `on_begin`, at the first byte of a debited answer."""
+        if self.debit_stands and not self._has_begun and self._on_begin is not None:
+            self._has_begun = True
+            self._on_begin()
 
     def answer(self) -> Answer | None:
-        """Give the answer, if it is complete and small enough to keep."""
+        """Return the answer, if it is complete and small enough to be stored."""
         if self._whole is not None and isinstance(self._whole.body, bytes):
             return self._answer(self._whole, self._whole.body)
         if self._tee is not None and self._tee.parts is not None and self._tee.complete:
@@ -97,7 +102,7 @@ class AnswerRecorder:
 
 
 class _Tee(LateHeadResponse):
-    """A response that remembers what is written to it, up to a limit, whether or not the client still listens."""
+    """A response that records what is written to it, up to a limit, also after the client has left."""
 
     def __init__(self, recorder: AnswerRecorder, limit: int, *, status: int, headers: Mapping[str, str]) -> None:
         super().__init__(status=status, headers=headers)
@@ -106,18 +111,18 @@ class _Tee(LateHeadResponse):
         self._recorder, self._left = recorder, limit
 
     async def write(self, data: bytes | bytearray | memoryview) -> None:
-        self._remember(bytes(data))
+        self._record(bytes(data))
         await super().write(data)
 
     async def write_eof(self, data: bytes = b"") -> None:
-        self._remember(data)
+        self._record(data)
         self.complete = True
         await super().write_eof(data)
 
-    def _remember(self, data: bytes) -> None:
+    def _record(self, data: bytes) -> None:
         self._recorder.begun()
         self._left -= len(data)
         if self._left < 0:
-            self.parts = None  # too large to be kept: its memory is free at once
+            self.parts = None  # too large to be stored: its memory is released at once
         elif self.parts is not None:
             self.parts.append(data)

@@ -1,7 +1,7 @@
-"""Whether Redis is available, as this node sees it, and what a request gets while it is not.
+"""The availability of Redis as this node sees it, and how requests are served while it is unavailable.
 
-Real calls and a probe that runs for ever decide it; nothing is decided once at start. Only changes are logged. It knows
-nothing of credits, and settles nothing.
+It follows from real calls and from a probe that runs as long as the relay. Only changes are logged. It knows nothing of
+credits, and settles nothing.
 """
 
 import asyncio
@@ -21,22 +21,25 @@ from limiter.log_events import event
 T = TypeVar("T")
 RedisState = Literal["ok", "away"]
 _LOG = logging.getLogger("limiter.relay")
-_PROBED = "probe"  # an install id that no client can have: it is no UUID
-_IDLE_S = 5.0  # while ok: the probe looks only when no decision has shown it for so long
+_PROBED = "probe"  # an install id that no client can have, as it is not a UUID
+_IDLE_S = 5.0  # while Redis is available, it is probed only after so long without a decision
 
 
 class RedisUnavailable(LimiterUnavailable):
-    """Redis was away already: nothing was sent, so nothing can be held."""
+    """Redis was unavailable already: nothing was sent, so nothing can be held."""
 
     def __init__(self) -> None:
-        super().__init__("Redis is away", executed=False)
+        super().__init__("Redis is unavailable", executed=False)
 
 
 class RedisAvailability:
     """The state of Redis on this node. Use it as `async with RedisAvailability(…):`, which runs the probe.
 
-    on_redis_down: "deny" refuses while Redis is away; "hardware" serves unmetered, for relays that have hardware.
-    timed: called with the seconds of each reserve that was answered.
+    Args:
+        limiter: makes the calls of the probe.
+        on_redis_down: "deny" refuses requests while Redis is unavailable; "hardware", for relays that have hardware,
+            serves them unmetered.
+        timed: called with the duration of each answered reserve, in seconds.
     """
 
     def __init__(
@@ -51,10 +54,10 @@ class RedisAvailability:
         self._timed = timed
         self._state: RedisState = "ok"
         self._answered_s = self._changed_s = time.monotonic()
-        self._went, self._back = asyncio.Event(), asyncio.Event()
-        self._back.set()
+        self._lost, self._available = asyncio.Event(), asyncio.Event()
+        self._available.set()
         self._task: asyncio.Task[None] | None = None
-        self._looking: asyncio.Task[None] | None = None
+        self._checking: asyncio.Task[None] | None = None
         self._stopping = False
 
     async def __aenter__(self) -> Self:
@@ -64,83 +67,83 @@ class RedisAvailability:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stopping = True  # a cancellation can get lost in redis-py 8, see `cancelling.CancelWatch`
-        for task in (self._task, self._looking):
+        self._stopping = True  # a cancellation can get lost in redis-py 8, see `cancellation.CancelWatch`
+        for task in (self._task, self._checking):
             if task is not None:
                 task.cancel()
                 await asyncio.wait({task})
 
     @property
     def state(self) -> RedisState:
-        """Whether decisions can be had."""
+        """The state; "away" means unavailable."""
         return self._state
 
     def report(self) -> Mapping[str, object]:
-        """Tell the state, for readiness: since how many seconds, and what a request gets while Redis is away."""
+        """Return the state for /readyz: since how many seconds, and how requests are served while unavailable."""
         since_s = round(time.monotonic() - self._changed_s, 1)
         return {"state": self._state, "since_s": since_s, "on_redis_down": self.on_redis_down}
 
     @property
     def serves_unmetered(self) -> bool:
-        """Whether requests are to be served from hardware, and from nothing else, without credits."""
+        """Whether requests are to be served from hardware only, without credits."""
         return self.on_redis_down == "hardware" and self._state == "away"
 
     async def serves_this_unmetered(self) -> bool:
-        """Tell the same for a request that ended in LimiterUnavailable, after a look at Redis if that is not clear.
+        """Return the same for a request that ended in LimiterUnavailable, after a check of Redis if that is needed.
 
-        Where only this one request got no answer, it is false: nobody is served for nothing while others pay.
+        If only this request got no reply, it is False: no install is served for free while others pay.
         """
         if self.on_redis_down == "hardware" and self._state == "ok":
-            if self._looking is None or self._looking.done():
-                self._looking = asyncio.create_task(self._look(), name="look at Redis")
-            await asyncio.shield(self._looking)
+            if self._checking is None or self._checking.done():
+                self._checking = asyncio.create_task(self._check(), name="check of Redis")
+            await asyncio.shield(self._checking)
         return self.serves_unmetered
 
     async def watch(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Run a call to Redis, and note its failure. Raises RedisUnavailable at once, without a call, while it is.
+        """Make a call to Redis, and record its failure. Raises RedisUnavailable, without a call, while unavailable.
 
-        An answer proves nothing, as a server that takes no writes may give one, too: `answered` says that one does.
+        A reply proves nothing, as a server that accepts no writes may send one: `answered` records one that does.
         """
         self.check()
         return await self._watched(call)
 
     def answered(self, took_s: float | None = None) -> None:
-        """Note that Redis decided a reserve, so that it is available. took_s: how long that took, if it is to count."""
-        self._note_answer()
+        """Record that Redis decided a reserve, so that it is available. took_s: how long that took, for the metrics."""
+        self._record_answer()
         if took_s is not None and self._timed is not None:
             self._timed(took_s)
 
     def check(self) -> None:
-        """Raise RedisUnavailable while away: what is to ask Redis anyway need not begin."""
+        """Raise RedisUnavailable while Redis is unavailable: a request that needs it need not begin."""
         if self._state == "away":
             raise RedisUnavailable
 
-    async def back(self) -> None:
-        """Wait until Redis is not away."""
-        await self._back.wait()
+    async def wait_until_available(self) -> None:
+        """Wait until Redis is available."""
+        await self._available.wait()
 
     async def _watched(self, operation: Callable[[], Awaitable[T]]) -> T:
         began_s = time.monotonic()
         try:
             return await operation()
         except Overloaded:
-            raise  # it is this process that has too much to do
+            raise  # the bottleneck is this process, not Redis
         except LimiterUnavailable as error:
-            self._note_failure(began_s, error)
+            self._record_failure(began_s, error)
             raise
 
-    def _note_answer(self) -> None:
+    def _record_answer(self) -> None:
         self._answered_s = time.monotonic()
         if self._state == "away":
             self._change("ok")
-            self._back.set()
+            self._available.set()
             _LOG.warning("Redis is available again", extra=event("redis_available"))
 
-    def _note_failure(self, began_s: float, error: LimiterUnavailable) -> None:
-        """Believe a failure only if nobody got an answer since the failed call began: else it is late, or alone."""
+    def _record_failure(self, began_s: float, error: LimiterUnavailable) -> None:
+        """Record a failure, unless another call was answered since the failed one began: then it is late, or alone."""
         if self._state == "ok" and self._answered_s < began_s:
             self._change("away")
-            self._back.clear()
+            self._available.clear()
             served = "serving unmetered from hardware" if self.on_redis_down == "hardware" else "refusing requests"
             _LOG.error(
                 "Redis is unavailable: %s until it is available again (%s)",
@@ -148,7 +151,7 @@ class RedisAvailability:
                 error,
                 extra=event("redis_unavailable"),
             )
-            self._went.set()
+            self._lost.set()
 
     def _change(self, state: RedisState) -> None:
         self._state, self._changed_s = state, time.monotonic()
@@ -161,34 +164,34 @@ class RedisAvailability:
                 await self._idle()
             else:
                 await asyncio.sleep(backoff.next_s())
-            await self._look()
+            await self._check()
 
-    async def _look(self) -> None:
+    async def _check(self) -> None:
         try:
             await self._probe()
         except LimiterUnavailable:
             return
         except LimiterError:
-            self._note_answer()  # a fault, but not one of Redis being away: requests tell of it
-        except Exception:  # noqa: BLE001  a fault of ours must not end the probe, and the way back with it
+            self._record_answer()  # an error, but Redis is available: requests report the error
+        except Exception:  # noqa: BLE001  a bug must not end the probe, and with it the recovery
             _LOG.exception("An error of this program ended a probe of Redis", extra=event("redis_probe_failed"))
         else:
-            self._note_answer()
+            self._record_answer()
 
     async def _idle(self) -> None:
-        """Wait until Redis went away, or no decision has been made for a while."""
-        self._went.clear()
+        """Wait until Redis becomes unavailable, or no decision has been made for _IDLE_S."""
+        self._lost.clear()
         while (quiet_s := time.monotonic() - self._answered_s) < _IDLE_S and self._state == "ok":
             try:
                 async with asyncio.timeout(_IDLE_S - quiet_s):
-                    await self._went.wait()
+                    await self._lost.wait()
             except TimeoutError:
                 continue
 
     async def _probe(self) -> None:
-        """Run the very script of a decision, on a row that is not there and is not made.
+        """Run the script of a decision, on a row that does not exist and is not created.
 
-        A balance would do for a server that is gone, but a replica and a server out of memory answer one.
+        A balance would not do: a replica, or a server that is out of memory, still replies to it.
         """
         await self._watched(
             lambda: self._limiter.reserve(_PROBED, tier=CORE, has_hardware=True, hold_id=_PROBED, may_create=False)
@@ -196,10 +199,10 @@ class RedisAvailability:
 
 
 class WatchedLimiter:
-    """A limiter as requests use it: its calls show whether Redis is available, and fail at once while it is not.
+    """The limiter for requests: its calls show whether Redis is available, and fail at once while it is not.
 
-    session: for other calls of requests, which are watched, too. The probe and settlements use the limiter itself: they
-    go on while Redis is unavailable.
+    `session` is for other calls of requests, which are watched, too. The probe and settlements use the limiter itself,
+    as they continue while Redis is unavailable.
     """
 
     __slots__ = ("_availability", "_limiter", "session")
@@ -218,9 +221,9 @@ class WatchedLimiter:
         hold_id: str | None = None,
         may_create: bool = True,
     ) -> Decision:
-        """Reserve, as `CreditLimiter.reserve`. Raises what it raises.
+        """Reserve, like `CreditLimiter.reserve`, with the same errors.
 
-        After LimiterUnavailable something may be held, but not after RedisUnavailable.
+        After LimiterUnavailable credits may be held, but not after RedisUnavailable.
         """
         began_s = time.monotonic()
         try:
@@ -242,5 +245,5 @@ class WatchedLimiter:
         return decision
 
     async def balance(self, install_id: str, *, tier: str) -> Balance:
-        """Return a balance, as `CreditLimiter.balance`. Raises what it raises."""
+        """Return a balance, like `CreditLimiter.balance`, with the same errors."""
         return await self._availability.watch(lambda: self._limiter.balance(install_id, tier=tier))

@@ -1,4 +1,4 @@
-"""Calls to Redis that must be made, in tasks that the app owns: no client that leaves and no outage stops them."""
+"""Calls to Redis in tasks that the app owns, so that neither clients that leave nor an outage prevents them."""
 
 import asyncio
 import logging
@@ -13,13 +13,13 @@ from limiter.relay.metering.availability import RedisAvailability
 from limiter.relay.telemetry.metrics import FAILED, GAVE_UP
 
 _LOG = logging.getLogger("limiter.relay")
-_MIN_DRAIN_S = 2.0  # "do not wait for requests" must not lose the commits of those that were served
+_MIN_DRAIN_S = 2.0  # a drain_s of 0 must not lose the commits of served requests
 
 
 class BackgroundRetries:
-    """Calls that are repeated while Redis is unavailable. End it with `drain` before the connection closes.
+    """Calls that are retried while Redis is unavailable. Call `drain` before the connection closes.
 
-    give_up_s: after so many seconds a call is given up: what it was about has expired by then.
+    give_up_s: the seconds after which a call is given up, as its hold has expired by then.
     """
 
     def __init__(self, availability: RedisAvailability, *, give_up_s: float) -> None:
@@ -37,9 +37,9 @@ class BackgroundRetries:
         """Make a call in the background.
 
         Args:
-            what: names it in the log.
-            request_id: of the request that it belongs to.
-            call: one attempt, which may be repeated after LimiterUnavailable.
+            what: the name of the call in the log.
+            request_id: that of the request that it belongs to.
+            call: one attempt, which can be retried after LimiterUnavailable.
             on_end: called with what the call returned, or with FAILED or GAVE_UP.
         """
         running = self._run(what, request_id, call, on_end)
@@ -48,11 +48,11 @@ class BackgroundRetries:
         task.add_done_callback(self._tasks.discard)
 
     def under_way(self) -> int:
-        """Return how many calls are under way."""
+        """Return the number of calls under way."""
         return len(self._tasks)
 
     async def drain(self, within_s: float) -> None:
-        """Wait for the calls under way. Those that remain are given up and logged: their holds expire by themselves."""
+        """Wait for the calls under way, and give up and log those that remain: their holds expire by themselves."""
         if self._tasks:
             _, left = await asyncio.wait(self._tasks, timeout=max(within_s, _MIN_DRAIN_S))
             for task in left:
@@ -68,7 +68,7 @@ class BackgroundRetries:
     ) -> None:
         outcome: object = FAILED
         try:
-            outcome = await self._repeat(call)
+            outcome = await self._retry(call)
         except LimiterUnavailable as error:
             _LOG.error(
                 "The %s did not succeed before the hold expired: %s",
@@ -88,7 +88,7 @@ class BackgroundRetries:
             if on_end is not None:
                 on_end(outcome)
 
-    async def _repeat(self, call: Callable[[], Awaitable[object]]) -> object:
+    async def _retry(self, call: Callable[[], Awaitable[object]]) -> object:
         ends_s = time.monotonic() + self._give_up_s
         backoff = Backoff(first_s=0.05, max_s=2.0)
         while True:
@@ -101,4 +101,4 @@ class BackgroundRetries:
                 await asyncio.sleep(backoff.next_s())
             with suppress(TimeoutError):
                 async with asyncio.timeout(max(0, ends_s - time.monotonic())):
-                    await self._availability.back()
+                    await self._availability.wait_until_available()

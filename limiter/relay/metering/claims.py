@@ -1,6 +1,6 @@
-"""One typed method per script about the claims of Idempotency-Keys. Every key has a TTL.
+"""One typed method for each script about the claims of Idempotency-Keys. Every key has a TTL.
 
-Nothing here touches a row, or decides what a client is told.
+Nothing here touches a row, or decides how a client is answered.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from limiter.credits.session import Session
 
 
 class ClaimStatus(StrEnum):
-    """What the scripts idempotency_claim, idempotency_record and idempotency_drop did or found."""
+    """The status that idempotency_claim, idempotency_record or idempotency_drop returns."""
 
     CLAIMED = "CLAIMED"
     RUNNING = "RUNNING"
@@ -25,7 +25,7 @@ class ClaimStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """What idempotency_claim.lua answered; `answer` is as `record` was given it, empty but for KEPT."""
+    """The reply of idempotency_claim.lua; `answer` is the recorded one if the status is KEPT, else empty."""
 
     status: ClaimStatus
     answer: bytes
@@ -51,15 +51,15 @@ class Claims:
         attempt: int | None = None,
         missed_ms: int | None = None,
     ) -> Claimed:
-        """Run idempotency_claim.lua: claim a key for an attempt. A repeat by the same owner gets the same answer again.
+        """Run idempotency_claim.lua: claim a key for an attempt. A repeat by the same owner gets the same reply again.
 
         Args:
             claim_key: from `Keys`.
             owner: the attempt's id.
-            fingerprint: of what is requested; another one under the same key is REUSED or BUSY.
+            fingerprint: that of the request; another one under the same key is REUSED or BUSY.
             claim_ms: how long the claim lives, in milliseconds.
-            attempt: its number, where clients count them; 0 is always a new request.
-            missed_ms: how long ago the first one ended without a claim: what began before that is another request's.
+            attempt: its number, if the client counts them; 0 is always a new request.
+            missed_ms: how long ago the first attempt ended without a claim: an earlier record is another request's.
         """
         reply = await self._session.retry(
             lambda: self._scripts.call(
@@ -71,9 +71,15 @@ class Claims:
     async def record(
         self, claim_key: str, owner: str, fingerprint: str, *, keep_ms: int, answer: bytes = b"", busy_ms: int = 0
     ) -> ClaimStatus:
-        """Run idempotency_record.lua: record that an attempt was served. KEPT, or LOST when another has the claim.
+        """Run idempotency_record.lua: record that an attempt was served. Return KEPT, or LOST if another has the claim.
 
-        A record without `busy_ms` is final.
+        Args:
+            claim_key: from `Keys`.
+            owner: the attempt's id.
+            fingerprint: that of the request.
+            keep_ms: how long the record is kept, in milliseconds.
+            answer: the packed answer; empty if it is not kept.
+            busy_ms: how long the attempt may still run, in milliseconds; 0 for a final record.
         """
         reply = await self._session.retry(
             lambda: self._scripts.call(
@@ -83,6 +89,6 @@ class Claims:
         return ClaimStatus(reply[0].decode())
 
     async def drop(self, claim_key: str, owner: str) -> ClaimStatus:
-        """Run idempotency_drop.lua for an attempt that was not served: DROPPED, GONE, or KEPT when it was served."""
+        """Run idempotency_drop.lua for an attempt that was not served: DROPPED, GONE, or KEPT if it was served."""
         reply = await self._session.retry(lambda: self._scripts.call("idempotency_drop", claim_key, owner))
         return ClaimStatus(reply[0].decode())

@@ -1,16 +1,17 @@
-"""Serves a request once, however often it is sent: by its `Idempotency-Key`, or as the repeat that an SDK makes itself.
+"""Idempotency: a request is served once, however often it is sent, by its `Idempotency-Key` or as an SDK's own retry.
 
-An attempt claims its key before anything is reserved; the claim names its hold, and lapses after it, so that a node
-that dies blocks nothing for long. An attempt that was debited leaves its answer, to be replayed, or the note that it
-was served: a client that leaves half-way, and an answer that is too large to keep, are never debited a second time. An
-attempt that was not debited leaves nothing. The answer never waits for any of it.
+An attempt claims its key before credits are reserved. The claim names the attempt's hold and expires after it, so that
+a node that dies does not block the key for long. An attempt that was debited records its answer for replay, or, if that
+is too large or its client left, just that it was served: no retry is debited again. An attempt that was not debited
+leaves nothing. The answer never waits for any of this.
 
-An SDK's repeats are told from other requests that ask the same by their number: a record is told once to each number
-above its own. A first attempt that found Redis away left no record, so this node remembers it: its repeats are not to
-be answered with what came before it. What no node saw, or another, can still be taken for the request before.
+An SDK's retries are distinguished from other requests with the same body by the number that the SDK counts: a record is
+replayed once for each number above its own. A first attempt that met an unavailable Redis left no record, so this node
+remembers it: its retries must not be answered with an earlier request's record. A first attempt that no node, or
+another node, saw can still be mistaken for the earlier request.
 
-The hold's id is the attempt's, not the key's: the release of a first attempt may come late, and with one id for both it
-would give back the hold of the second. Nothing here reserves or settles.
+The hold's id is the attempt's, not the key's: the release of a first attempt may arrive late, and with a common id it
+would release the hold of the second one. Nothing here reserves or settles.
 """
 
 import asyncio
@@ -33,12 +34,12 @@ from limiter.relay.metering.claims import Claimed, Claims, ClaimStatus
 
 KEY_HEADER = "Idempotency-Key"
 REPLAYED_HEADER = "Idempotency-Replayed"
-_RETRY_HEADER = "x-stainless-retry-count"  # the OpenAI SDKs count in it: "0" for a first attempt
+_RETRY_HEADER = "x-stainless-retry-count"  # the OpenAI SDKs count retries in it: "0" for a first attempt
 _MAX_KEY_LENGTH = 255
 _PRINTABLE = frozenset(string.ascii_letters + string.digits + string.punctuation + " ")
 _QUOTED = re.compile(r'"((?:[^"\\]|\\["\\])*)"')  # a string of RFC 9651
-_CLAIM_OUTLIVES_HOLD_MS = 60_000  # or an attempt that takes its whole time would be joined by another
-_PATIENCE_S = (0.02, 0.05, 0.1, 0.2)  # an answer may reach its client before the note of it, or its drop, reaches Redis
+_CLAIM_OUTLIVES_HOLD_MS = 60_000  # otherwise a second attempt could join one that takes its full time
+_RETRY_PAUSES_S = (0.02, 0.05, 0.1, 0.2)  # an answer may reach its client before its record or drop reaches Redis
 _UNDECIDED = frozenset((ClaimStatus.RUNNING, ClaimStatus.BUSY))
 _MAX_UNDOS = 256  # at once: each keeps asking a Redis that is away
 _MAX_MISSED = 10_000  # remembered by this node
@@ -48,7 +49,7 @@ _BIG_BODY = 1 << 20  # hashed in a thread
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """Where an attempt leaves its record. attempt: its number, where an SDK counts and nothing names the request."""
+    """The place of an attempt's record. attempt: its number, for requests without a key whose SDK counts retries."""
 
     key: str
     fingerprint: str
@@ -59,8 +60,10 @@ class _Slot:
 class Attempt:
     """One attempt at a request, until its `with` block ends: then its answer is recorded, or its claim is dropped.
 
-    hold_id: what it reserves with, which is the request's id too. recorder: of its answer. replay: the answer of the
-    attempt before it, which is to be sent in place of serving.
+    Attributes:
+        hold_id: the id for its hold, which is also the request's id.
+        recorder: records its answer.
+        replay: the answer of an earlier attempt, which is to be sent instead of serving the request.
     """
 
     __slots__ = ("_on_end", "hold_id", "recorder", "replay")
@@ -81,21 +84,21 @@ class Attempt:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._on_end is not None:  # without an await: it is the same for a client that left
+        if self._on_end is not None:  # no await, so that it works also when the client has left
             self._on_end()
 
 
 class Idempotency:
-    """Keeps requests from being served twice, on any number of nodes.
+    """Prevents requests from being served twice, on any number of nodes.
 
     Args:
-        claims: the keys in Redis.
-        retries: makes calls in the background, repeated while Redis is unavailable.
+        claims: the claims in Redis.
+        retries: makes calls in the background, and retries them while Redis is unavailable.
         hold_ms: how long a hold lives, in milliseconds; a claim outlives it.
-        keep_s: for how long a key is remembered, in seconds.
-        keep_bytes: the largest body that is kept.
-        retry_window_s: for how many seconds after its end a request is known to an SDK's retry that has no key; 0 for
-            never.
+        keep_s: how long the record of a key is kept, in seconds.
+        keep_bytes: the largest body that is recorded.
+        retry_window_s: how long after its end a request without a key can be recognised by an SDK's retry, in seconds;
+            0 for never.
     """
 
     def __init__(
@@ -116,13 +119,13 @@ class Idempotency:
         self._missed_s: dict[str, float] = {}  # in the order of their times
 
     async def begin(self, request: web.Request, install_id: str, body: bytes | None) -> Attempt:
-        """Begin an attempt: claim its key, if it has one, or find the answer of the attempt before it.
+        """Begin an attempt: claim its key, if it has one, or find the answer of an earlier attempt.
 
-        body: as it came, whole; None for an upload that passes by: its key is then checked against the length only, and
-        no retry without a key is known.
+        body: the complete body; None for an upload, whose key is checked against its length only, and whose retries
+        are not recognised without a key.
 
-        Raises ProblemRaised: 400 for a key that is not valid, 409 while another attempt runs, or when its answer was
-        not kept, 422 for a key that was used for another request; LimiterUnavailable.
+        Raises ProblemRaised: 400 for an invalid key, 409 while another attempt runs or if its answer was not kept, 422
+        for a key that was used for another request; and LimiterUnavailable.
         """
         owner = request[REQUEST_ID]
         slot = await self._slot(request, install_id, body)
@@ -131,14 +134,14 @@ class Idempotency:
         claimed = await self._claim(slot, owner)
         if claimed.status is not ClaimStatus.CLAIMED:
             return Attempt(AnswerRecorder(owner), replay=_replayed(request, claimed))
-        recorder = AnswerRecorder(owner, self._keep_bytes, lambda: self._note_begun(slot, owner))
-        return Attempt(recorder, on_end=lambda: self._note_end(slot, owner, recorder))
+        recorder = AnswerRecorder(owner, self._keep_bytes, lambda: self._record_begin(slot, owner))
+        return Attempt(recorder, on_end=lambda: self._record_end(slot, owner, recorder))
 
     async def missed(self, request: web.Request, install_id: str, body: bytes | None) -> None:
-        """Note that a request ends without a claim, as Redis is unavailable; arguments as for `begin`.
+        """Remember that a request ends without a claim, as Redis is unavailable; arguments as for `begin`.
 
-        Its SDK will send it again, and what an earlier request left in the same place must not be taken for its own.
-        Raises ProblemRaised (400) for a key that is none.
+        Its SDK will retry it, and must not receive the answer of an earlier request with the same body.
+        Raises ProblemRaised (400) for an invalid key.
         """
         if idempotency_key(request) is not None or _attempt(request) != 0:
             return
@@ -160,7 +163,7 @@ class Idempotency:
         return _Slot(self._claims.keys.sdk_retry(install_id, fingerprint), fingerprint, self._window_ms, attempt)
 
     async def _claim(self, slot: _Slot, owner: str) -> Claimed:
-        for pause_s in (*_PATIENCE_S, 0):
+        for pause_s in (*_RETRY_PAUSES_S, 0):
             claiming = asyncio.ensure_future(
                 self._claims.claim(
                     slot.key,
@@ -178,18 +181,18 @@ class Idempotency:
                     self._undo(slot, owner, claiming)
                 raise
             if claimed.status not in _UNDECIDED:
-                self._missed_s.pop(slot.key, None)  # from here on the record knows of it
+                self._missed_s.pop(slot.key, None)  # from now on the record has it
                 break
             await asyncio.sleep(pause_s)
         return claimed
 
     def _since_missed_ms(self, slot: _Slot) -> int | None:
-        """Tell how long ago this node had to turn away the first attempt of what may be this request."""
+        """Return how long ago this node refused what may be the first attempt of this request, in milliseconds."""
         at_s = self._missed_s.get(slot.key)
         return None if at_s is None else int((time.monotonic() - at_s) * 1000)
 
     def _undo(self, slot: _Slot, owner: str, claiming: "asyncio.Future[Claimed]") -> None:
-        """Drop a claim whose answer nobody has; with too many such, it lapses by itself."""
+        """Drop a claim whose reply was lost; if there are too many such claims, let it expire."""
         if self._undos == _MAX_UNDOS:
             return
         self._undos += 1
@@ -198,25 +201,25 @@ class Idempotency:
             await asyncio.wait({claiming})
             await self._claims.drop(slot.key, owner)
 
-        def undone(_outcome: object) -> None:
+        def count_down(_outcome: object) -> None:
             self._undos -= 1
 
-        self._retries.start("drop of what may be a claim", owner, drop, on_end=undone)
+        self._retries.start("drop of what may be a claim", owner, drop, on_end=count_down)
 
-    def _note_begun(self, slot: _Slot, owner: str) -> None:
+    def _record_begin(self, slot: _Slot, owner: str) -> None:
         self._retries.start(
             "note of a stream",
             owner,
             lambda: self._claims.record(
-                slot.key, owner, slot.fingerprint, keep_ms=self._lasting_ms(slot), busy_ms=self._claim_ms
+                slot.key, owner, slot.fingerprint, keep_ms=self._stream_keep_ms(slot), busy_ms=self._claim_ms
             ),
         )
 
-    def _lasting_ms(self, slot: _Slot) -> int:
-        """Give how long the note of a stream must live: at least as long as the stream may."""
+    def _stream_keep_ms(self, slot: _Slot) -> int:
+        """Return how long to keep the record of a running stream: at least as long as the stream may take."""
         return max(slot.keep_ms, self._claim_ms)
 
-    def _note_end(self, slot: _Slot, owner: str, recorder: AnswerRecorder) -> None:
+    def _record_end(self, slot: _Slot, owner: str, recorder: AnswerRecorder) -> None:
         if not recorder.debit_stands:
             self._retries.start("drop of a claim", owner, lambda: self._claims.drop(slot.key, owner))
             return
@@ -230,15 +233,15 @@ class Idempotency:
 
 
 def idempotency_key(request: web.Request) -> str | None:
-    """Read `Idempotency-Key`, quoted as a string of RFC 9651 or bare; None without one. Raises ProblemRaised (400)."""
-    given = request.headers.getall(KEY_HEADER, [])
-    if not given:
+    """Return the `Idempotency-Key`, quoted as a string of RFC 9651 or bare, or None. Raises ProblemRaised (400)."""
+    values = request.headers.getall(KEY_HEADER, [])
+    if not values:
         return None
-    key = given[0].strip(" \t")
+    key = values[0].strip(" \t")
     if key.startswith('"'):
         quoted = _QUOTED.fullmatch(key)
         key = re.sub(r"\\(.)", r"\1", quoted[1]) if quoted else ""
-    if len(given) > 1 or not 1 <= len(key) <= _MAX_KEY_LENGTH or not _PRINTABLE.issuperset(key):
+    if len(values) > 1 or not 1 <= len(key) <= _MAX_KEY_LENGTH or not _PRINTABLE.issuperset(key):
         fail(
             400,
             "invalid_idempotency_key",
@@ -249,13 +252,13 @@ def idempotency_key(request: web.Request) -> str | None:
 
 
 def _attempt(request: web.Request) -> int | None:
-    """Tell how often an SDK says that it sent this before; None when no SDK counts."""
+    """Return the number of earlier attempts that an SDK has counted, or None if the client does not count."""
     text = request.headers.get(_RETRY_HEADER, "")
     return int(text) if text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS else None
 
 
 async def _fingerprint(request: web.Request, body: bytes | None) -> str:
-    """Tell what is asked for: method, path and body."""
+    """Return a digest of method, path and body."""
     head = f"{request.method} {request.path_qs} "
     if body is None:
         text = f"{head}{request.content_type} {request.content_length}".encode()
@@ -275,7 +278,7 @@ def _replayed(request: web.Request, claimed: Claimed) -> web.Response:
             409,
             "idempotency_in_progress",
             "Request in progress",
-            "The same request is being served now: send it again when that is done.",
+            "The same request is being served now: send it again when that has finished.",
             retry_after_s=1,
         )
         raise ProblemRaised(problem)
@@ -296,7 +299,7 @@ def _replayed(request: web.Request, claimed: Claimed) -> web.Response:
     headers = [*answer.headers, (REPLAYED_HEADER, "true")]
     response = web.Response(status=answer.status, headers=headers, body=answer.body)
     if not request.content.at_eof():
-        response.force_close()  # an upload that nobody will read
+        response.force_close()  # the rest of an upload will not be read
     return response
 
 

@@ -1,4 +1,4 @@
-"""New installs at a bounded rate, counted in Redis over all nodes: for each network, and for all clients together."""
+"""The rate limit for new installs, counted in Redis for all nodes: by network, and for all clients together."""
 
 import math
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from limiter.relay.http.client_address import Address, Network
 from limiter.relay.http.problems import Problem, ProblemRaised
 
 PERIOD_MS = 3_600_000
-_SITE_BITS = 56  # what one customer of an IPv6 provider usually has
+_SITE_BITS = 56  # the usual prefix of one customer of an IPv6 provider
 
 
 class MintStatus(StrEnum):
-    """What install_mint.lua did."""
+    """The status that install_mint.lua returns."""
 
     MINTED = "MINTED"
     LIMITED = "LIMITED"
@@ -23,22 +23,21 @@ class MintStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Mint:
-    """What install_mint.lua answered. wait_ms: until the next new install is let through, 0 unless LIMITED."""
+    """The reply of install_mint.lua. wait_ms: until the next new install is allowed; 0 unless LIMITED."""
 
     status: MintStatus
     wait_ms: int
 
 
 class InstallRateLimit:
-    """Counts new installs.
+    """Limits the rate of new installs.
 
     Args:
-        session: where they are counted.
+        session: for the counters in Redis.
         per_ip: new installs an hour for one IPv4 address or IPv6 /56; 0 for no limit.
-        overall: and for all clients together; 0 for no limit.
-        limit_loopback: whether this machine's own addresses have the first limit, too. By default they do not: who
-            comes from there tries the relay out, or is a proxy that trusted_proxies forgot, behind which all clients
-            look alike.
+        overall: new installs an hour for all clients together; 0 for no limit.
+        limit_loopback: whether per_ip applies to loopback addresses, too. By default it does not: such a client is
+            somebody trying the relay out, or a proxy missing in trusted_proxies, behind which all clients look alike.
     """
 
     def __init__(
@@ -51,7 +50,7 @@ class InstallRateLimit:
 
     async def count(self, address: Address) -> None:
         """Count a new install from an address. Raises ProblemRaised (429), LimiterUnavailable."""
-        network = str(_network_of(address))
+        network = str(_network(address))
         per_ip = self._per_ip if self._limit_loopback or not address.is_loopback else 0
         if per_ip:
             mint = await self.mint(network, limit=per_ip)
@@ -65,11 +64,11 @@ class InstallRateLimit:
                 raise _limited("all clients together", mint.wait_ms)
 
     async def mint(self, network: str | None, *, limit: int, period_ms: int = PERIOD_MS) -> Mint:
-        """Run install_mint.lua for one new install of a network, or of all. Never repeated once it may have counted."""
+        """Run install_mint.lua to count a new install, of a network or of all. Not retried if it may have counted."""
         return await self._mint(network, limit, period_ms, 0)
 
     async def return_mint(self, network: str | None, *, limit: int, period_ms: int = PERIOD_MS) -> Mint:
-        """Run install_mint.lua to give back what `mint` counted."""
+        """Run install_mint.lua to undo a `mint`."""
         return await self._mint(network, limit, period_ms, 1)
 
     async def _mint(self, network: str | None, limit: int, period_ms: int, returns: int) -> Mint:
@@ -81,20 +80,20 @@ class InstallRateLimit:
         return Mint(MintStatus(status.decode()), wait_ms)
 
 
-def _limited(whose: str, wait_ms: int) -> ProblemRaised:
+def _limited(source: str, wait_ms: int) -> ProblemRaised:
     return ProblemRaised(
         Problem(
             429,
             "install_mint_limited",
             "Too many new installs",
-            f"Too many new installs came from {whose}. Those that are known already are served.",
+            f"There are too many new installs from {source}. Known installs are still served.",
             retry_after_s=max(1, math.ceil(wait_ms / 1000)),
         )
     )
 
 
-def _network_of(address: Address) -> Address | Network:
-    """Return what one client can be held to: an IPv4 address, an IPv6 /56."""
+def _network(address: Address) -> Address | Network:
+    """Return the unit that is limited: an IPv4 address, or an IPv6 /56."""
     if isinstance(address, IPv4Address):
         return address
-    return IPv6Network((int(address), _SITE_BITS), strict=False)  # by number: without a scope
+    return IPv6Network((int(address), _SITE_BITS), strict=False)  # as a number, it has no scope id

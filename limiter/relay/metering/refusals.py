@@ -1,4 +1,4 @@
-"""What a denied decision means in HTTP: one error object for each reason."""
+"""Denied decisions as HTTP errors: one error object for each reason."""
 
 from collections.abc import Mapping
 from typing import NoReturn
@@ -9,7 +9,7 @@ from limiter.relay.http.ratelimit_headers import ratelimit_headers
 
 
 def refuse(decision: Decision, headers: Mapping[str, str]) -> NoReturn:
-    """End the request with what a denied decision means in HTTP."""
+    """Raise ProblemRaised for a denied decision."""
     balance = decision.balance
     problem = _REFUSALS[decision.reason or Reason.OUT_OF_CREDITS](balance)
     raise ProblemRaised(problem, {**ratelimit_headers(balance), **headers})
@@ -45,7 +45,7 @@ def _credits_in_flight(balance: Balance) -> Problem:
         429,
         Reason.CREDITS_IN_FLIGHT,
         "Credits in flight",
-        f"{balance.held} credits are held by requests that still run: send this one again when they are done.",
+        f"{balance.held} credits are held by requests that are still running: send this one again when they are done.",
         retry_after_s=1,
     )
 
@@ -55,7 +55,7 @@ def _too_many_in_flight(balance: Balance) -> Problem:
         429,
         Reason.TOO_MANY_IN_FLIGHT,
         "Too many requests in flight",
-        f"This install runs as many requests at once as its tier {balance.tier!r} allows.",
+        f"This install already runs as many requests at once as its tier {balance.tier!r} allows.",
         retry_after_s=1,
     )
 

@@ -1,4 +1,4 @@
-"""Commit and release of what requests hold, each once, by whatever ends the request first."""
+"""Settlement of holds: each is committed or released once, by whatever ends its request first."""
 
 import logging
 from collections.abc import Awaitable, Callable
@@ -13,7 +13,7 @@ from limiter.relay.metering.background_retries import BackgroundRetries
 from limiter.relay.telemetry.metrics import GAVE_UP, Metrics, SettlementKind
 
 _LOG = logging.getLogger("limiter.relay")
-_MAX_UNDOS = 8192  # at once, as many as reserves can wait for an answer: each is repeated while Redis is unavailable
+_MAX_UNDOS = 8192  # at once, as many as reserves can wait for a reply: each is retried while Redis is unavailable
 
 
 class Settlements:
@@ -24,22 +24,22 @@ class Settlements:
         self._undos = 0
 
     def open(self, install_id: str, hold_id: str) -> "OpenHold":
-        """Take charge of a hold that was just placed, as `with settlements.open(…) as hold:`."""
+        """Return a hold that was just placed, for `with settlements.open(…) as hold:`."""
         return OpenHold(self._limiter, self, install_id, hold_id)
 
     def settle(self, kind: SettlementKind, hold_id: str, call: Callable[[], Awaitable[object]]) -> None:
-        """Settle a hold in the background, repeated while Redis is unavailable until the hold expires."""
+        """Settle a hold in the background, and retry while Redis is unavailable, until the hold expires."""
         self._retries.start(f"{kind} of a hold", hold_id, call, on_end=partial(self._count, kind))
 
     def undo(self, install_id: str, hold_id: str) -> None:
-        """Release what a reserve may hold that was not answered; with too many such, the hold expires by itself.
+        """Release the hold of a reserve that was not answered; if there are too many such holds, let it expire.
 
-        The release cannot overtake the reserve: commands about one row leave in order, on one connection. When that
-        broke in between, the hold may still be placed after it, and expires.
+        The release cannot overtake the reserve: commands about one row are sent in order, on one connection. If that
+        broke in between, the hold may still be placed after the release, and then expires.
         """
         if self._undos == _MAX_UNDOS:
             _LOG.warning(
-                "A hold, if there is one, is left to expire: too many like it are being released",
+                "A hold whose reserve was not answered is left to expire: too many such holds are being released",
                 extra=event("settlement_skipped", request_id=hold_id),
             )
             self._metrics.settled("undo", GAVE_UP)
@@ -48,11 +48,11 @@ class Settlements:
         self._retries.start(
             "release of what may be a hold",
             hold_id,
-            lambda: self._limiter.release(install_id, hold_id),  # of nothing, it is nothing
-            on_end=self._undone,
+            lambda: self._limiter.release(install_id, hold_id),  # without a hold, it does nothing
+            on_end=self._end_undo,
         )
 
-    def _undone(self, outcome: object) -> None:
+    def _end_undo(self, outcome: object) -> None:
         self._undos -= 1
         self._count("undo", outcome)
 
@@ -64,7 +64,7 @@ class Settlements:
 
 
 class OpenHold:
-    """One request's hold: settled once, by whatever happens first, and at the end of its `with` block at the latest."""
+    """The hold of one request: settled once, by the first event that ends it, or at the end of its `with` block."""
 
     __slots__ = ("_hold_id", "_install_id", "_limiter", "_owner", "_settled")
 
@@ -81,11 +81,11 @@ class OpenHold:
         self.release()
 
     def commit(self, backend: Backend) -> None:
-        """Debit what the hold covers, of the backend that served."""
+        """Commit the hold: debit its credits, for the backend that served."""
         self._settle("commit", lambda limiter: limiter.commit(self._install_id, self._hold_id, backend=backend))
 
     def release(self) -> None:
-        """Release the hold, unless it was settled."""
+        """Release the hold, unless it has been settled."""
         self._settle("release", lambda limiter: limiter.release(self._install_id, self._hold_id))
 
     def _settle(

@@ -1,4 +1,4 @@
-"""Around every handler: errors, the access log, CORS.
+"""Middleware around every handler: errors, the access log, CORS.
 
 Begin with `errors.error_middleware`, `access_log.add_access_log`, `cors.add_cors`.
 

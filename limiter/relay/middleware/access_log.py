@@ -1,7 +1,7 @@
-"""Watches every request: one log line at its end, and its metrics. It changes no answer.
+"""The access log: one line for each request at its end, and its metrics. It changes no response.
 
-The line holds what this program knows of a request, never what a client wrote: no body, no header, no query string,
-no path but the pattern of a known route.
+The line never contains text that a client wrote: no body, no header, no query string, and in place of the path the
+pattern of the route.
 """
 
 import asyncio
@@ -21,16 +21,16 @@ _UNKNOWN_ROUTE = "unknown"
 
 
 def add_access_log(app: web.Application, metrics: Metrics, short_name: Callable[[str], str]) -> None:
-    """Watch the requests of an app, from outside of all its other middlewares.
+    """Log and count the requests of an app, outside of all its other middleware.
 
-    short_name: turns an install id into what the log may hold (`limiter.logs.short_names`).
+    short_name: maps an install id to the name that the log may contain (`limiter.log_config.short_names`).
     """
 
     @web.middleware
-    async def watch(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def log_request(request: web.Request, handler: Handler) -> web.StreamResponse:
         began_s = time.monotonic()
         request[REQUEST_RECORD] = RequestRecord()
-        status = 500  # of an error that nobody answers
+        status = 500  # of an error that no middleware handles
         metrics.under_way += 1
         try:
             response = await handler(request)
@@ -45,22 +45,22 @@ def add_access_log(app: web.Application, metrics: Metrics, short_name: Callable[
             return response
         finally:
             metrics.under_way -= 1
-            _note(request, status, began_s, metrics, short_name)
+            _record(request, status, began_s, metrics, short_name)
 
-    async def note_first_byte(request: web.Request, _response: web.StreamResponse) -> None:
+    async def record_first_byte(request: web.Request, _response: web.StreamResponse) -> None:
         request_record(request).first_byte_s = time.monotonic()
 
     app[METRICS] = metrics
-    app.middlewares.insert(0, watch)
-    app.on_response_prepare.append(note_first_byte)
+    app.middlewares.insert(0, log_request)
+    app.on_response_prepare.append(record_first_byte)
 
 
-def _note(
+def _record(
     request: web.Request, status: int, began_s: float, metrics: Metrics, short_name: Callable[[str], str]
 ) -> None:
     record = request[REQUEST_RECORD]
     resource = request.match_info.route.resource
-    # Whole answers are sent after all middlewares: only a stream has begun by now.
+    # Complete answers are sent after all middleware: only a stream has begun by now.
     first_byte_s = None if record.first_byte_s is None else record.first_byte_s - began_s
     answered = Answered(
         method=request.method if request.method in METHODS else "other",

@@ -1,4 +1,4 @@
-"""Cross-origin requests, for the origins that the operator names. Without any, no answer mentions them."""
+"""CORS, for the origins that the operator configures. Without any, no response has a CORS header."""
 
 import re
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ _EXPOSED = (
 
 
 def add_cors(app: web.Application, origins: Sequence[str]) -> None:
-    """Let pages of these origins, compared exactly, call the app and read its headers. Cookies are never allowed."""
+    """Allow pages of these exact origins to call the app and read its headers. Cookies are never allowed."""
     if origins:
         app[_ORIGINS] = frozenset(origins)
         app.on_response_prepare.append(_add_headers)
 
 
 def preflight(request: web.Request) -> web.Response | None:
-    """Answer a preflight of an allowed origin for a path that is served; None for any other request."""
+    """Return the response to a preflight request of an allowed origin for a served path; None for other requests."""
     if request.method != hdrs.METH_OPTIONS or not _allowed(request):
         return None
     unserved = request.match_info.http_exception
@@ -36,9 +36,9 @@ def preflight(request: web.Request) -> web.Response | None:
         hdrs.ACCESS_CONTROL_MAX_AGE: _MAX_AGE_S,
         hdrs.VARY: f"{hdrs.ACCESS_CONTROL_REQUEST_HEADERS}, {hdrs.ACCESS_CONTROL_REQUEST_METHOD}",
     }
-    wanted = request.headers.get(hdrs.ACCESS_CONTROL_REQUEST_HEADERS, "")
-    if len(wanted) <= _MAX_NAMES_LENGTH and _NAMES.fullmatch(wanted):
-        headers[hdrs.ACCESS_CONTROL_ALLOW_HEADERS] = wanted  # which headers pass to a backend is decided elsewhere
+    requested = request.headers.get(hdrs.ACCESS_CONTROL_REQUEST_HEADERS, "")
+    if len(requested) <= _MAX_NAMES_LENGTH and _NAMES.fullmatch(requested):
+        headers[hdrs.ACCESS_CONTROL_ALLOW_HEADERS] = requested  # the backend client decides which are forwarded
     return web.Response(status=204, headers=headers)
 
 

@@ -1,4 +1,4 @@
-"""The one place where a request that failed becomes an answer, and where those that no route takes are refused."""
+"""The one place where an exception becomes an error response, and where unsupported requests are refused."""
 
 import logging
 from collections.abc import Mapping
@@ -15,51 +15,51 @@ from limiter.relay.metering.availability import RedisUnavailable
 from limiter.relay.middleware.cors import preflight
 
 _LOG = logging.getLogger("limiter.relay")
-_WORTH_READING = 64 << 10  # bytes of what a refused client still sends
+_WORTH_READING = 64 << 10  # bytes that a refused client still sends
 _SERVER_ERROR = 500
 
 
 @web.middleware
 async def error_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Give each request its id, refuse what no route takes, and turn every exception into the error object."""
+    """Assign the request id, refuse unsupported requests, and turn every exception into the error object."""
     request[REQUEST_ID] = random_id()
     try:
         if refused := request.get(REFUSED):
-            return _answer(request, refused)
+            return _respond(request, refused)
         if request.version < HttpVersion10:
             fail(400, "unsupported_http_version", "Unsupported HTTP version", "This relay speaks HTTP/1.0 and 1.1.")
         if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
-            fail(415, "packed_body", "Packed body", "Send the body as it is, without a Content-Encoding.")
+            fail(415, "packed_body", "Packed body", "Send the body uncompressed, without a Content-Encoding.")
         if _wants_upgrade(request):
             return _refuse_upgrade(request)
         return preflight(request) or await handler(request)
     except ProblemRaised as raised:
-        return _answer(request, raised.problem, raised.headers)
+        return _respond(request, raised.problem, raised.headers)
     except (LimiterError, web.HTTPException) as error:
         problem = problem_from(error)
-        if problem.status >= _SERVER_ERROR and not isinstance(error, RedisUnavailable):  # which was logged when it went
+        if problem.status >= _SERVER_ERROR and not isinstance(error, RedisUnavailable):  # the outage is logged once
             _LOG.error("%s", error, extra=event("request_failed", request_id=request[REQUEST_ID]))
         headers = {"Allow": error.headers["Allow"]} if isinstance(error, web.HTTPMethodNotAllowed) else None
-        return _answer(request, problem, headers)
-    except Exception as error:  # the last resort: the client gets an answer, the log the traceback
-        if request.writer.output_size:  # a second answer within the first could be taken for a part of it
+        return _respond(request, problem, headers)
+    except Exception as error:  # the last resort: the client gets a response, the log the traceback
+        if request.writer.output_size:  # a second response within the first could be taken for a part of it
             raise
         _LOG.exception(
             "An error of this program ended a request", extra=event("unexpected_error", request_id=request[REQUEST_ID])
         )
-        return _answer(request, problem_from(error))
+        return _respond(request, problem_from(error))
 
 
-def _answer(request: web.Request, problem: Problem, headers: Mapping[str, str] | None = None) -> web.Response:
+def _respond(request: web.Request, problem: Problem, headers: Mapping[str, str] | None = None) -> web.Response:
     response = problem_response(request, problem, headers)
     length = request.content_length
     if not request.content.at_eof() and (length is None or length > _WORTH_READING):
-        response.force_close()  # the connection would have to carry all the rest before the next request
+        response.force_close()  # the client would have to send all the rest before its next request
     return response
 
 
 def _wants_upgrade(request: web.Request) -> bool:
-    """Tell whether another protocol is asked for. h2c does not count: some clients offer it with each first request."""
+    """Return whether the client requests another protocol. Not h2c, which some clients offer on each connection."""
     if request.headers.get(hdrs.UPGRADE, "").strip().lower() in ("", "h2c"):
         return False
     tokens = [token.strip().lower() for token in request.headers.get(hdrs.CONNECTION, "").split(",")]
@@ -67,14 +67,14 @@ def _wants_upgrade(request: web.Request) -> bool:
 
 
 def _refuse_upgrade(request: web.Request) -> web.Response:
-    detail = "This relay speaks HTTP/1.1 and upgrades to nothing."
+    detail = "This relay speaks HTTP/1.1 and offers no upgrade."
     response = problem_response(request, Problem(400, "upgrade_not_offered", "Upgrade not offered", detail))
-    response.force_close()  # its body was not read as one: whatever it holds is not to be taken for requests
+    response.force_close()  # its body was not parsed as one: it must not be taken for more requests
     return response
 
 
 async def add_request_id(request: web.Request, response: web.StreamResponse) -> None:
-    """Name the request in its answer, whatever that is, and not the program that aiohttp would name."""
+    """Add X-Request-Id to every response, and remove the Server header that aiohttp adds."""
     response.headers.popall(hdrs.SERVER, None)
     if REQUEST_ID in request:
         response.headers["X-Request-Id"] = request[REQUEST_ID]

@@ -1,4 +1,4 @@
-"""What a client sent: identity, JSON body, upload.
+"""The parts of a client's request: identity, JSON body, upload.
 
 Begin with `identity.identify`, `json_body.read_json`, `upload.Upload`.
 

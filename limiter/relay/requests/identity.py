@@ -1,4 +1,4 @@
-"""Who asks: the install id and the tier, from the headers alone. A client's own word for its tier is never believed."""
+"""Identification of the client: install id and tier, from the headers. A tier that a client claims is never trusted."""
 
 from typing import NamedTuple
 
@@ -14,26 +14,28 @@ _DOTS = 2  # in a signed token
 
 
 class Identity(NamedTuple):
-    """An install, the tier to plan for, and the licence behind it if there is one."""
+    """An install, the tier that it is served as, and its licence if it has one."""
 
     install_id: str
     tier: str
     licence: Licence | None
 
     def headers(self) -> dict[str, str]:
-        """Give the header that tells a client that its licence has expired and it is served as core."""
+        """Return the header that tells a client that it is served as core, as its licence has expired."""
         return {"X-Licence": "expired"} if self.licence is not None and self.licence.expired else {}
 
 
 def identify(request: web.Request, licences: Licences, tiers: Tiers) -> Identity:
-    """Read `X-Install-Id` and `Authorization: Bearer`, which holds a licence or, without a licence, the install id.
+    """Return the identity in `X-Install-Id` and `Authorization: Bearer`.
 
-    Raises ProblemRaised: 400 for a missing or odd install id, 401 for a token that is no licence of ours.
+    The Bearer token is a licence, or, for clients without one, may be the install id.
+
+    Raises ProblemRaised: 400 for a missing or invalid install id, 401 for a token that is not a valid licence.
     """
     token = _bearer(request)
     install_ids = {each.strip().lower() for each in request.headers.getall("X-Install-Id", ())}
     if len(install_ids) > 1:
-        fail(400, "invalid_install_id", "Invalid install id", "Send one X-Install-Id: these are different ones.")
+        fail(400, "invalid_install_id", "Invalid install id", "Send only one X-Install-Id: there are several.")
     install_id = install_ids.pop() if install_ids else ""
     licence: Licence | None = None
     if token and is_uuid(token):
@@ -42,12 +44,12 @@ def identify(request: web.Request, licences: Licences, tiers: Tiers) -> Identity
         try:
             licence = licences.check(token)
         except InvalidLicence as error:
-            what = error if token.count(".") == _DOTS else "The Bearer token is neither a UUID nor a licence"
+            cause = error if token.count(".") == _DOTS else "The Bearer token is neither a UUID nor a licence"
             fail(
                 401,
                 "invalid_licence",
                 "Invalid licence",
-                f"{what}. Send a licence, or your install id, as the Bearer token.",
+                f"{cause}. Send a licence, or your install id, as the Bearer token.",
             )
     if not install_id:
         fail(400, "missing_install_id", "Missing install id", "Send your install id, a UUID, as X-Install-Id.")

@@ -1,4 +1,4 @@
-"""What a client asks for: a JSON body, read whole and checked. It reserves nothing and sends nothing."""
+"""Reads and checks a JSON body. It reserves nothing and sends nothing."""
 
 import asyncio
 from collections.abc import Mapping
@@ -14,9 +14,9 @@ from limiter.relay.upstream.client import BackendClient, Streamed
 
 
 class ForwardableRequest(Protocol):
-    """What is to be forwarded: the path below /v1/, the client's headers, and a body for each backend.
+    """A request to forward: the path below /v1/, the client's headers, and a body for each backend.
 
-    replayable: whether all of the body can be sent a second time.
+    replayable: whether the complete body can be sent a second time.
     """
 
     @property
@@ -29,9 +29,9 @@ class ForwardableRequest(Protocol):
 
 
 class ForwardableJson(NamedTuple):
-    """A JSON object that names a model, with its bytes as they came.
+    """A JSON body that names a model, as the bytes that the client sent.
 
-    What they say is not kept: as objects, `[[],[],…]` is twenty times its bytes.
+    The parsed objects are not kept: those of `[[],[],…]` take twenty times its bytes.
     """
 
     path: str
@@ -41,28 +41,28 @@ class ForwardableJson(NamedTuple):
     replayable: bool = True  # it is in memory anyway
 
     def body_for(self, client: BackendClient) -> bytes:
-        """Give the body with the backend's own name of the model; its own bytes where the name is the same."""
+        """Return the body with the backend's name for the model; the original bytes if the name is the same."""
         model = client.model(self.model)
         if model == self.model:
             return self.body
         try:
             return orjson.dumps({**orjson.loads(self.body), "model": model})
-        except orjson.JSONEncodeError:  # orjson reads 1024 levels, and writes 254
+        except orjson.JSONEncodeError:  # orjson parses 1024 levels but writes only 254
             fail(400, "invalid_json", "Invalid JSON", "The body is nested too deeply.")
 
 
 async def read_json(request: web.Request, reservation: Reservation, *, within_s: float) -> ForwardableJson:
-    """Read the body of a JSON route. Raises ProblemRaised, HTTPRequestEntityTooLarge."""
+    """Read the body of a JSON route within a number of seconds. Raises ProblemRaised, HTTPRequestEntityTooLarge."""
     if request.content_type != "application/json":
         fail(415, "unsupported_media_type", "Unsupported media type", "Send the body as application/json.")
     try:
-        if request.content.is_eof():  # it came with its head, as most do
+        if request.content.is_eof():  # it arrived with the head, as most bodies do
             body = await _whole(request, reservation)
         else:
             async with asyncio.timeout(within_s):
                 body = await _whole(request, reservation)
     except TimeoutError:
-        fail(408, "request_timeout", "Request timeout", f"The body did not come within {within_s:g} s.")
+        fail(408, "request_timeout", "Request timeout", f"The body did not arrive within {within_s:g} s.")
     except (web.RequestPayloadError, HttpProcessingError):
         fail(400, "invalid_body", "Invalid body", "The body cannot be read: its chunks are damaged.")
     try:
@@ -78,7 +78,7 @@ async def read_json(request: web.Request, reservation: Reservation, *, within_s:
 
 
 async def _whole(request: web.Request, reservation: Reservation) -> bytes:
-    """Read what comes, counted as it comes: a length that is only claimed takes nobody's room."""
+    """Read the whole body, reserving memory as it arrives: a length that is only claimed reserves nothing."""
     limit_b = request.client_max_size
     size_b = request.content_length or 0
     parts: list[bytes] = []

@@ -1,4 +1,4 @@
-"""How much of its clients' bodies this process holds in memory, all together. Each by itself has other limits."""
+"""A limit on the memory that all request bodies of this process take together. Each body has limits of its own, too."""
 
 from types import TracebackType
 from typing import Self
@@ -7,12 +7,12 @@ from limiter.relay.http.problems import Problem, ProblemRaised
 
 
 class Reservation:
-    """What is held for one request, in bytes, until its `with` block ends."""
+    """The memory reserved for one request, in bytes, until its `with` block ends."""
 
-    __slots__ = ("_bodies", "_has_ended", "size_b")
+    __slots__ = ("_budget", "_has_ended", "size_b")
 
-    def __init__(self, bodies: "MemoryBudget") -> None:
-        self._bodies = bodies
+    def __init__(self, budget: "MemoryBudget") -> None:
+        self._budget = budget
         self._has_ended = False
         self.size_b = 0
 
@@ -24,33 +24,33 @@ class Reservation:
     ) -> None:
         self.end()
 
-    def fits(self, size_b: int) -> bool:
-        """Count so many bytes more, if there is room for them and the request is not over."""
-        if self._has_ended or self._bodies.held_b + size_b > self._bodies.limit_b:
+    def try_add(self, size_b: int) -> bool:
+        """Reserve size_b more bytes and return True, if the budget allows it and the request has not ended."""
+        if self._has_ended or self._budget.held_b + size_b > self._budget.limit_b:
             return False
-        self._bodies.held_b += size_b
+        self._budget.held_b += size_b
         self.size_b += size_b
         return True
 
     def add(self, size_b: int) -> None:
-        """Count so many bytes more. Raises ProblemRaised (503) when there is no room for them."""
-        if not self.fits(size_b):
-            detail = "The requests that this relay is serving fill the memory it has for them: send this one again."
+        """Reserve size_b more bytes. Raises ProblemRaised (503) if the budget does not allow it."""
+        if not self.try_add(size_b):
+            detail = "The requests that this relay is serving fill the memory for their bodies: send this one again."
             raise ProblemRaised(Problem(503, "relay_busy", "Relay busy", detail, retry_after_s=1))
 
-    def give_back(self) -> None:
-        """Hold nothing for now."""
-        self._bodies.held_b -= self.size_b
+    def release(self) -> None:
+        """Release the reserved memory; more can be reserved afterwards."""
+        self._budget.held_b -= self.size_b
         self.size_b = 0
 
     def end(self) -> None:
-        """Hold nothing any more."""
-        self.give_back()
+        """Release the reserved memory for good."""
+        self.release()
         self._has_ended = True
 
 
 class MemoryBudget:
-    """The bodies of all requests under way. held_b: what they are together."""
+    """The memory for the bodies of all running requests: limit_b bytes, of which held_b are reserved."""
 
     __slots__ = ("held_b", "limit_b")
 
@@ -58,6 +58,6 @@ class MemoryBudget:
         self.limit_b = limit_b
         self.held_b = 0
 
-    def counting(self) -> Reservation:
-        """Count what is held for one request, as `with bodies.counting() as reservation:`."""
+    def reservation(self) -> Reservation:
+        """Return the reservation of one request, for `with budget.reservation() as reservation:`."""
         return Reservation(self)

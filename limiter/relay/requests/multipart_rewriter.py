@@ -1,6 +1,6 @@
-"""A multipart form on its way through: the `model` field gets another name, every other byte stays as it is.
+"""Rewrites the `model` field of a multipart form while it passes; every other byte stays as it is.
 
-Nothing of a file is held back but the few bytes that may begin a boundary. No I/O.
+Of a file, only the few bytes that may begin a boundary are held back. No I/O.
 """
 
 import re
@@ -14,42 +14,42 @@ _PARAMETER = re.compile(rb';\s*([^=;\s]+)\s*=\s*("(?:[^"\\]|\\.)*"|[^;\s]*)')
 
 
 class _Place(Enum):
-    BODY = auto()  # of a part that passes as it is, or before the first boundary
-    HEAD = auto()  # just behind a boundary
-    MODEL = auto()  # the body of the part that names the model
-    END = auto()  # behind the last boundary, or in what is no form: all passes
+    BODY = auto()  # in a part that passes unchanged, or before the first boundary
+    HEAD = auto()  # just after a boundary
+    MODEL = auto()  # in the body of the part that names the model
+    END = auto()  # after the last boundary, or the body is not a valid form: the rest passes unchanged
 
 
 class ModelField:
-    """Renames the model of one form. rename: gives the name to send for the one that came, which it may note."""
+    """Rewrites the model of one form. rename: returns the name to send in place of the client's."""
 
     def __init__(self, boundary: str, rename: Callable[[str], str]) -> None:
         self._delimiter = b"\r\n--" + boundary.encode("ascii", "surrogateescape")
         self._rename = rename
-        self._held = b"\r\n"  # the first boundary has no line before it
+        self._held = b"\r\n"  # the first boundary has no line break before it
         self._place = _Place.BODY
-        self._unsent = 2  # of the two bytes that are not the client's
+        self._unsent = 2  # of those two bytes, which are not the client's
 
     def feed(self, chunk: bytes) -> bytes:
-        """Take the next bytes and give those that can go on; at the end feed b"" and take `rest`."""
+        """Process the next bytes and return those that can be forwarded; `rest` returns the last ones."""
         self._held += chunk
         out = bytearray()
         while (step := self._step()) is not None:
             out += step
-        return self._without_ours(bytes(out))
+        return self._drop_prefix(bytes(out))
 
     def rest(self) -> bytes:
-        """Give what is still held, at the end of the form."""
+        """Return the bytes that are still held back, at the end of the form."""
         held, self._held = self._held, b""
-        return self._without_ours(held)
+        return self._drop_prefix(held)
 
-    def _without_ours(self, out: bytes) -> bytes:
+    def _drop_prefix(self, out: bytes) -> bytes:
         skipped = min(self._unsent, len(out))
         self._unsent -= skipped
         return out[skipped:]
 
     def _step(self) -> bytes | None:
-        """Pass a piece on and move to the next place; None when more bytes are needed."""
+        """Return the next piece to forward, having moved to the next place; None when more bytes are needed."""
         match self._place:
             case _Place.BODY:
                 return self._body()
@@ -97,5 +97,5 @@ class ModelField:
 
 def _names_model(head: bytes) -> bool:
     line = _DISPOSITION.search(head.replace(b"\r\n", b"\n"))
-    given = {name.lower(): value.strip(b'"') for name, value in _PARAMETER.findall(line[1])} if line else {}
-    return given.get(b"name") == b"model" and not given.keys() & {b"filename", b"filename*"}
+    parameters = {name.lower(): value.strip(b'"') for name, value in _PARAMETER.findall(line[1])} if line else {}
+    return parameters.get(b"name") == b"model" and not parameters.keys() & {b"filename", b"filename*"}

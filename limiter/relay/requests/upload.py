@@ -1,6 +1,6 @@
-"""A multipart body on its way to a backend: read as the backend takes it, counted, and kept only up to a limit.
+"""A multipart body on its way to a backend: read at the backend's pace, counted, and kept only up to a limit.
 
-What is kept can be sent again, to the other backend. Nothing here knows of credits.
+A kept body can be sent again to the other backend. Nothing here knows of credits.
 """
 
 import asyncio
@@ -21,7 +21,14 @@ _MAX_BOUNDARY_LENGTH = 70  # RFC 2046
 
 @dataclass(frozen=True, slots=True)
 class UploadLimits:
-    """Bounds of one upload. kept_b: bytes kept for the fallback. idle_s: without a byte of the client's."""
+    """The limits of one upload.
+
+    Attributes:
+        size_b: the largest body, in bytes.
+        kept_b: how many bytes are kept for the fallback.
+        total_s: how long the whole upload may take, in seconds.
+        idle_s: how long the client may pause, in seconds.
+    """
 
     size_b: int
     kept_b: int
@@ -30,42 +37,48 @@ class UploadLimits:
 
 
 class Upload:
-    """The body of one request. Raises ProblemRaised when its head already says that it cannot be served.
+    """The body of one request. Raises ProblemRaised if its head shows already that it cannot be served.
 
-    reservation: of the memory for what is kept. named: is called with each model name that passes. End it with `close`.
+    Args:
+        request: its body is read here.
+        limits: those of one upload.
+        reservation: for the memory of the kept bytes.
+        on_model: called with each model name that passes.
+
+    End it with `close`.
     """
 
     def __init__(
-        self, request: web.Request, limits: UploadLimits, reservation: Reservation, named: Callable[[str], None]
+        self, request: web.Request, limits: UploadLimits, reservation: Reservation, on_model: Callable[[str], None]
     ) -> None:
         self.path = request.path.removeprefix("/v1/")
         self.headers: Mapping[str, str] = request.headers
-        self._boundary = _boundary_of(request)
+        self._boundary = _boundary(request)
         self._length = request.content_length
         if self._length is not None and self._length > limits.size_b:
             raise _too_large()
-        self._content, self._limits, self._named = request.content, limits, named
+        self._content, self._limits, self._on_model = request.content, limits, on_model
         self._writer = request.writer if hdrs.EXPECT in request.headers else None
         self._ends_s = asyncio.get_running_loop().time() + limits.total_s
         self._kept: list[bytes] = []
-        self._counted, self._keeps = reservation, True
+        self._reservation, self._keeps = reservation, True
         self._size = 0
         self._fault: ProblemRaised | None = None
         self._reading: asyncio.Task[bytes] | None = None
 
     @property
     def replayable(self) -> bool:
-        """Whether all that was read so far is kept."""
+        """Whether everything that was read so far is kept."""
         return self._keeps and self._fault is None
 
     def body_for(self, client: BackendClient) -> Streamed:
-        """Give the body from its start, with the backend's own name of the model wherever in the form it stands.
+        """Return the body from its start, with the backend's name for the model, wherever in the form it is.
 
-        Chunked where names are mapped, as the length is then not known; else with the client's Content-Length.
+        It is chunked if names are mapped, as its length is then not known; else it has the client's Content-Length.
         """
 
         def rename(name: str) -> str:
-            self._named(name)
+            self._on_model(name)
             return client.model(name)
 
         chunks = self._renamed(ModelField(self._boundary, rename))
@@ -86,7 +99,7 @@ class Upload:
             yield out
 
     async def _next(self) -> bytes:
-        """Read on; one read at a time, also when a backend that failed still waits for the bytes."""
+        """Read the next chunk; one read at a time, even if the call to a failed backend still waits for it."""
         if self._reading is None:
             self._reading = asyncio.create_task(self._read())
         chunk = await asyncio.shield(self._reading)
@@ -95,7 +108,7 @@ class Upload:
         return chunk
 
     async def _read(self) -> bytes:
-        """Read and keep what has come; b"" at the end, or when there is a fault."""
+        """Read and keep what has arrived; b"" at the end, or after a fault."""
         try:
             chunk = await self._received()
         finally:
@@ -104,10 +117,10 @@ class Upload:
         if self._size > self._limits.size_b:
             self._fault = _too_large()
             return b""
-        self._keeps = self._keeps and self._size <= self._limits.kept_b and self._counted.fits(len(chunk))
+        self._keeps = self._keeps and self._size <= self._limits.kept_b and self._reservation.try_add(len(chunk))
         if not self._keeps:
             self._kept.clear()
-            self._counted.give_back()
+            self._reservation.release()
         elif chunk and self._fault is None:
             self._kept.append(chunk)
         return chunk
@@ -119,10 +132,10 @@ class Upload:
                 if self._writer is not None:
                     writer, self._writer = self._writer, None
                     await writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-                    writer.output_size = 0  # it is no part of the answer; aiohttp's own handler does the same
+                    writer.output_size = 0  # it is not part of the answer; aiohttp's own handler does the same
                 return await self._content.readany()
         except TimeoutError:
-            detail = f"No byte came for {limits.idle_s:g} s, or not all came within {limits.total_s:g} s."
+            detail = f"No byte arrived for {limits.idle_s:g} s, or not all of them within {limits.total_s:g} s."
             self._fault = ProblemRaised(Problem(408, "request_timeout", "Request timeout", detail))
         except (web.RequestPayloadError, ClientError, HttpProcessingError, OSError):
             detail = "The body cannot be read: it broke off, or its encoding is damaged."
@@ -131,15 +144,15 @@ class Upload:
 
 
 async def expect_later(_request: web.Request) -> None:
-    """Leave an `Expect: 100-continue` to the first read: who is refused before it need not send the body at all."""
+    """Leave an `Expect: 100-continue` to the first read: a client that is refused before it need not send the body."""
 
 
 def _too_large() -> ProblemRaised:
-    detail = "The file is larger than this relay takes."
+    detail = "The file is larger than this relay accepts."
     return ProblemRaised(Problem(413, "request_too_large", "Request too large", detail))
 
 
-def _boundary_of(request: web.Request) -> str:
+def _boundary(request: web.Request) -> str:
     message = Message()
     message[hdrs.CONTENT_TYPE] = request.headers.get(hdrs.CONTENT_TYPE, "")
     boundary = message.get_boundary()

@@ -1,4 +1,4 @@
-"""What is counted and timed, for Prometheus.
+"""The metrics, for Prometheus.
 
 Begin with `metrics.Metrics`.
 

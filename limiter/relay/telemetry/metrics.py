@@ -1,6 +1,6 @@
-"""What is counted and measured, by prometheus-client and tallies that it reads. It decides nothing.
+"""The metrics of a relay process. They decide nothing.
 
-Every label has a bounded set of values: what a client or a backend makes up is counted as "other".
+Every label has a bounded set of values: any value that a client or a backend makes up is counted as "other".
 """
 
 import time
@@ -27,12 +27,12 @@ from limiter.relay.telemetry.fast_metrics import FastCounter, FastHistogram
 from limiter.relay.upstream.circuit_breaker import State as BreakerState
 from limiter.relay.upstream.response import Outcome
 
-SettlementKind = Literal["commit", "release", "undo"]  # the last: release of what an unanswered reserve may hold
-FAILED, GAVE_UP = "FAILED", "GAVE_UP"  # a settlement that cannot be made, or not before its hold lapses
-UNMETERED = "UNMETERED"  # served from hardware while Redis is away
-UNAVAILABLE = "UNAVAILABLE"  # not decided: Redis is away
-METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"})  # any other is a client's own word
-CLIENT_LEFT = 499  # nginx' word for a request whose client did not wait for the answer
+SettlementKind = Literal["commit", "release", "undo"]  # undo: the release of a hold whose reserve was not answered
+FAILED, GAVE_UP = "FAILED", "GAVE_UP"  # a settlement that failed, or that was not made before its hold expired
+UNMETERED = "UNMETERED"  # served from hardware while Redis is unavailable
+UNAVAILABLE = "UNAVAILABLE"  # not decided, as Redis is unavailable
+METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"})  # any other is counted as "other"
+CLIENT_LEFT = 499  # nginx' status for a request whose client did not wait for the answer
 _OTHER = "other"
 _DECISIONS = frozenset({*Status, UNMETERED, UNAVAILABLE})
 _REASONS = frozenset({*Reason, ""})
@@ -45,7 +45,7 @@ _TOTAL_BUCKETS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300,
 
 
 class Answered(NamedTuple):
-    """One request that is over. first_byte_s: of a stream, from the request's head to the answer's."""
+    """One finished request. first_byte_s: of a streamed answer, the seconds until its head was sent."""
 
     method: str
     route: str
@@ -55,20 +55,20 @@ class Answered(NamedTuple):
 
 
 class Metrics:
-    """The metrics of one relay process. under_way: how many requests are; whoever serves them counts it up and down.
+    """The metrics of one relay process. `under_way`, the number of running requests, is kept by the access log.
 
-    tiers, routes: the configured names and the table's patterns; any other is counted as "other".
+    tiers, routes: the configured names and the patterns of the routes; any other is counted as "other".
     """
 
     def __init__(self, *, tiers: Iterable[str], routes: Iterable[str]) -> None:
-        # Else each counter has a second series, which nobody asks for.
+        # Otherwise each counter would have a second series for the time of its creation.
         disable_created_metrics()  # type: ignore[no-untyped-call]  # it has no hints (0.26)
         self._tiers, self._routes = frozenset(tiers), frozenset(routes)
         self.under_way = 0
         self._registry = registry = CollectorRegistry()
         ProcessCollector(namespace="limiter", registry=registry)
         self._requests = FastCounter(
-            "limiter_requests", "Requests that are over.", ["route", "method", "status"], registry=registry
+            "limiter_requests", "Finished requests.", ["route", "method", "status"], registry=registry
         )
         in_flight = Gauge("limiter_requests_in_flight", "Requests under way.", registry=registry)
         in_flight.set_function(lambda: self.under_way)
@@ -76,33 +76,35 @@ class Metrics:
             "limiter_decisions", "Decisions on credits.", ["status", "reason", "tier"], registry=registry
         )
         self._from_memory = Counter(
-            "limiter_decisions_from_memory", "Decisions that Redis was not asked for.", registry=registry
+            "limiter_decisions_from_memory", "Decisions made without a call to Redis.", registry=registry
         )
         self._settlements = FastCounter(
-            "limiter_settlements", "Commits and releases that are over.", ["kind", "outcome"], registry=registry
+            "limiter_settlements", "Finished commits and releases.", ["kind", "outcome"], registry=registry
         )
         self._debited = FastCounter("limiter_credits_debited", "Credits debited.", ["backend"], registry=registry)
         self._settling = Gauge(
             "limiter_settlements_in_flight",
-            "Commits and releases under way, with those that wait for Redis.",
+            "Commits and releases under way, including those that wait for Redis.",
             registry=registry,
         )
         self._calls = FastCounter(
-            "limiter_backend_calls", "Calls to a backend that are over.", ["backend", "outcome"], registry=registry
+            "limiter_backend_calls", "Finished calls to a backend.", ["backend", "outcome"], registry=registry
         )
         self._breakers = Gauge(
             "limiter_breaker_state",
-            "1 for the state that a backend's circuit breaker is in.",
+            "1 for the current state of a backend's circuit breaker, 0 for the others.",
             ["backend", "state"],
             registry=registry,
         )
-        self._redis_up = Gauge("limiter_redis_up", "1 while decisions can be had, 0 while not.", registry=registry)
+        self._redis_up = Gauge(
+            "limiter_redis_up", "1 while Redis is available for decisions, else 0.", registry=registry
+        )
         self._dump_age_s = Gauge(
             "limiter_dump_age_seconds", "Age of the last good credits.json; NaN before the first.", registry=registry
         )
         self._decision_s = FastHistogram(
             "limiter_decision_seconds",
-            "Time of a decision, at Redis and back.",
+            "Duration of a decision, including the round trip to Redis.",
             [],
             _DECISION_BUCKETS_S,
             registry=registry,
@@ -115,12 +117,16 @@ class Metrics:
             registry=registry,
         )
         self._total_s = FastHistogram(
-            "limiter_request_seconds", "Time of a request to its end.", ["route"], _TOTAL_BUCKETS_S, registry=registry
+            "limiter_request_seconds",
+            "Duration of a request, to the end of its answer.",
+            ["route"],
+            _TOTAL_BUCKETS_S,
+            registry=registry,
         )
         Gauge("limiter_build_info", "1, with the version.", ["version"], registry=registry).labels(__version__).set(1)
 
     def answered(self, request: Answered) -> None:
-        """Count a request that is over."""
+        """Count a finished request."""
         route = request.route if request.route in self._routes else _OTHER
         method = request.method if request.method in METHODS else _OTHER
         status = str(request.status) if request.status in _STATUSES else f"{request.status // 100}xx"
@@ -140,21 +146,28 @@ class Metrics:
         )
 
     def decision_took(self, seconds: float) -> None:
-        """Measure a decision that Redis made."""
+        """Record the duration of a decision that Redis made."""
         self._decision_s.observe(seconds)
 
     def settled(self, kind: SettlementKind, outcome: str, *, backend: Backend | None = None, credits_: int = 0) -> None:
-        """Count a settlement: outcome is a `Status`, FAILED or GAVE_UP; the rest is what a commit debited."""
+        """Count a settlement.
+
+        Args:
+            kind: commit, release or undo.
+            outcome: a `Status`, FAILED or GAVE_UP.
+            backend: the one that a commit debited.
+            credits_: how many credits a commit debited.
+        """
         self._settlements.add(kind, outcome if outcome in _OUTCOMES else _OTHER)
         if backend is not None:
             self._debited.add(backend, count=credits_)
 
     def backend_called(self, backend: Backend, outcome: Outcome) -> None:
-        """Count a call to a backend; `refused` is an answer against the request, that the client gets to see."""
+        """Count a call to a backend; `refused` is an error answer that is passed to the client."""
         self._calls.add(backend, outcome)
 
     def watch_settlements(self, under_way: Callable[[], int]) -> None:
-        """Show how many settlements are under way, as a function tells it."""
+        """Show the number of settlements under way, which a function returns."""
         self._settling.set_function(under_way)
 
     def watch_breaker(self, backend: Backend, state: Callable[[], BreakerState]) -> None:
@@ -167,11 +180,11 @@ class Metrics:
             self._breakers.labels(backend, one).set_function(partial(is_in, one))
 
     def watch_redis(self, is_up: Callable[[], bool]) -> None:
-        """Show whether decisions can be had."""
+        """Show whether Redis is available for decisions."""
         self._redis_up.set_function(lambda: float(is_up()))
 
     def watch_dumps(self, last_good_at: Callable[[], str | None]) -> None:
-        """Show the age of the last good dump, of which a function tells the time as ISO text."""
+        """Show the age of the last good dump, whose time a function returns as ISO text."""
 
         def age_s() -> float:
             at = last_good_at()
@@ -180,7 +193,7 @@ class Metrics:
         self._dump_age_s.set_function(age_s)
 
     def render(self) -> bytes:
-        """Write all in Prometheus' text format 0.0.4."""
+        """Return all metrics in Prometheus' text format 0.0.4."""
         return generate_latest(self._registry)
 
 
@@ -188,11 +201,11 @@ Page = Callable[[], Awaitable[bytes]]
 METRICS = web.AppKey("metrics", Metrics)
 METRICS_PAGE: web.AppKey[Callable[[], Awaitable[bytes]]] = web.AppKey(
     "metrics_page"
-)  # of all workers, if there are any
+)  # the metrics of all workers, if there are several
 
 
 async def show_metrics(request: web.Request) -> web.Response:
-    """Show the metrics. In one format whatever is asked for: the library fails on an odd `Accept` (0.26)."""
+    """Serve the metrics, always in one format: the library fails on an unusual `Accept` header (0.26)."""
     page = request.app.get(METRICS_PAGE)
     body = request.app[METRICS].render() if page is None else await page()
     return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})

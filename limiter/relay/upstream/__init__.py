@@ -1,4 +1,4 @@
-"""The backends: client, circuit breaker and transport.
+"""Calls to the backends: client, circuit breaker and transport.
 
 Begin with `client.BackendClient`, `response.BackendResponse`, `circuit_breaker.CircuitBreaker`.
 

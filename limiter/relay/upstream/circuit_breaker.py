@@ -1,6 +1,6 @@
-"""A circuit breaker: a backend that keeps failing is left alone for a while, then tried with one request at a time.
+"""A circuit breaker: a backend that keeps failing gets no calls for a while, then one probe at a time.
 
-It only counts and remembers; what a failure is, its caller says. No I/O, no tasks.
+Its caller decides which calls have failed. No I/O, no tasks.
 """
 
 import math
@@ -14,8 +14,8 @@ State = Literal["closed", "open", "half_open"]
 WINDOW_S = 30
 
 
-class CircuitOpen(Exception):  # noqa: N818  reads as what is the case
-    """The backend is left alone. retry_after_s: whole seconds until it may be worth trying."""
+class CircuitOpen(Exception):  # noqa: N818  names the state
+    """The breaker is open: no call was made. retry_after_s: whole seconds until the next probe may be allowed."""
 
     def __init__(self, retry_after_s: int) -> None:
         super().__init__(f"not before {retry_after_s} s")
@@ -30,9 +30,14 @@ class _Second:
 
 
 class CircuitBreaker:
-    """Opens after `failures` failed calls within WINDOW_S seconds, if they are no fewer than the good ones in it.
+    """Opens after `failures` failed calls within WINDOW_S seconds, if at least half of the calls within it failed.
 
-    A busy backend that fails now and then stays in use. `failures` of 0: never opens. clock: `() -> seconds`.
+    So a busy backend that fails now and then stays in use.
+
+    Args:
+        failures: how many failed calls open it; 0 for a breaker that never opens.
+        reset_s: how long it stays open before a probe, in seconds.
+        clock: returns seconds.
     """
 
     def __init__(self, *, failures: int, reset_s: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -40,11 +45,11 @@ class CircuitBreaker:
         self._seconds: deque[_Second] = deque()  # at most one for each second of the window
         self._opens_until: float | None = None
         self._probe: Attempt | None = None
-        self._period = 0  # attempts from before the last change say nothing about now
+        self._period = 0  # attempts that began before the last change of state do not count
 
     @property
     def state(self) -> State:
-        """The state now: `half_open` when the next request, or one that runs, is the probe."""
+        """The current state: `half_open` if the next call, or a running one, is the probe."""
         if self._opens_until is None:
             return "closed"
         return "half_open" if self._clock() >= self._opens_until else "open"
@@ -59,8 +64,8 @@ class CircuitBreaker:
         self._probe = Attempt(self, self._period)
         return self._probe
 
-    def _tell(self, attempt: "Attempt", *, good: bool) -> bool:
-        """Count a call; tell whether the breaker opened or closed by it, and not whether it stays open."""
+    def _record(self, attempt: "Attempt", *, good: bool) -> bool:
+        """Count a call and return whether that opened or closed the breaker; staying open does not count."""
         if attempt.period != self._period:
             return False
         if attempt is self._probe:
@@ -88,31 +93,31 @@ class CircuitBreaker:
 
     def _leave(self, attempt: "Attempt") -> None:
         if attempt is self._probe:
-            self._probe = None  # it told nothing, as when its client left: the next request is the probe
+            self._probe = None  # without a result, as when its client left: the next call is the probe
 
 
 class Attempt:
-    """One call. Without `succeed` or `fail` it says nothing about the backend."""
+    """One call. Without `succeed` or `fail` it does not count."""
 
-    __slots__ = ("_breaker", "_told", "period")
+    __slots__ = ("_breaker", "_is_recorded", "period")
 
     def __init__(self, breaker: CircuitBreaker, period: int) -> None:
-        self._breaker, self.period, self._told = breaker, period, False
+        self._breaker, self.period, self._is_recorded = breaker, period, False
 
     def succeed(self) -> bool:
-        """Tell that the backend works. Gives whether that closed the breaker."""
-        return self._tell(good=True)
+        """Record that the call succeeded, and return whether that closed the breaker."""
+        return self._record(good=True)
 
     def fail(self) -> bool:
-        """Tell that the backend failed. Gives whether that opened the breaker."""
-        return self._tell(good=False)
+        """Record that the call failed, and return whether that opened the breaker."""
+        return self._record(good=False)
 
     def end(self) -> None:
-        """Give the probe's place free, if this was the probe."""
+        """End the call: if it was the probe and has no result, the next call is the probe."""
         self._breaker._leave(self)  # noqa: SLF001  one class in two parts
 
-    def _tell(self, *, good: bool) -> bool:
-        if self._told:
+    def _record(self, *, good: bool) -> bool:
+        if self._is_recorded:
             return False
-        self._told = True
-        return self._breaker._tell(self, good=good)  # noqa: SLF001  one class in two parts
+        self._is_recorded = True
+        return self._breaker._record(self, good=good)  # noqa: SLF001  one class in two parts

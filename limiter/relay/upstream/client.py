@@ -1,6 +1,6 @@
-"""The two backends, as the relay sees them: a URL that speaks OpenAI's API, a key, timeouts and model names.
+"""The client of a backend: a URL that speaks OpenAI's API, a key, timeouts and model names.
 
-A backend's credentials stay in here, and so do a client's out there: headers pass by a list of names, both ways.
+Credentials never pass, neither a client's to the backend nor the backend's to a client: only listed headers do.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ from limiter.relay.upstream.transport import Answer, HttpTransport
 
 _LOG = logging.getLogger("limiter.relay")
 _REQUEST_HEADERS = (hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.CONTENT_TYPE, "OpenAI-Beta")
-_TRACE_HEADERS = ("traceparent", "tracestate")  # for the operator's own server; a third party has no use for them
+_TRACE_HEADERS = ("traceparent", "tracestate")  # only for the operator's own server
 _RESPONSE_HEADERS = (
     hdrs.CACHE_CONTROL,
     hdrs.CONTENT_ENCODING,
@@ -52,9 +52,12 @@ _MAX_REFUSAL_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Streamed:
-    """A body that comes bit by bit. length: in bytes, None when nobody knows.
+    """A body that is sent in pieces.
 
-    fault: why it ended before its end, when that is the client's doing; it is then no failure of the backend.
+    Attributes:
+        chunks: its pieces.
+        length: in bytes, or None if it is not known.
+        fault: returns why the client broke it off, which is then not a failure of the backend.
     """
 
     chunks: AsyncIterator[bytes]
@@ -68,32 +71,32 @@ def _base(name: BackendName, url: str) -> URL:
     except ValueError:
         base = URL()
     if base.scheme not in ("http", "https") or not base.host:
-        raise SettingsError(f"backends.{name}.url is no http:// or https:// URL")
+        raise SettingsError(f"backends.{name}.url is not an http:// or https:// URL")
     return base
 
 
 def _basic(name: BackendName, base: URL) -> str:
-    """Give the Authorization of a URL's user and password; empty when it has none."""
+    """Return the Authorization header for the user and password of a URL; empty if it has none."""
     if base.user is None and base.password is None:
         return ""
     try:
         return aiohttp.encode_basic_auth(base.user or "", base.password or "", encoding="latin-1")
     except ValueError:
-        raise SettingsError(f"backends.{name}.url has a user or a password that no header can carry") from None
+        raise SettingsError(f"backends.{name}.url has a user or a password that a header cannot contain") from None
 
 
 def _may_pass(value: str) -> bool:
-    """Tell whether a header's value can be sent on: what is no ASCII would fail when it is written."""
+    """Return whether a header value can be forwarded: one that is not ASCII could not be written."""
     return value.isascii() and value.isprintable()
 
 
 def _unpacked(text: bytes, packing: str) -> bytes | None:
-    """Unpack a short text; None when it is damaged, too long, or packed in a way that the standard library lacks."""
+    """Decompress a short text; return None if it is damaged, too long, or in an encoding that is not supported."""
     if packing == "identity":
         return text
     if packing not in ("gzip", "deflate"):
         return None
-    unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # either of the two, by its head
+    unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # detects which of the two it is
     try:
         plain = unpacker.decompress(text, _MAX_REFUSAL_BYTES)
     except zlib.error:
@@ -102,11 +105,19 @@ def _unpacked(text: bytes, packing: str) -> bytes | None:
 
 
 class BackendClient:
-    """One backend. Make it inside the running event loop and close it with `aclose`.
+    """One backend. Create it inside the running event loop and close it with `aclose`.
 
-    connect_s: until there is a connection. timeout_s: until the first byte of the answer, counted from the last byte
-    of the request. idle_s: between two pieces of the answer. total_s: for all of it. Without a breaker, each request
-    is tried.
+    Args:
+        name: gemini or hardware.
+        url: the base URL of its API. Raises SettingsError if it is not valid.
+        timeout_s: until the first byte of the answer, from the last byte of the request, in seconds.
+        connect_s: until there is a connection.
+        idle_s: between two pieces of the answer; timeout_s by default.
+        total_s: for the complete call.
+        label: its name in logs and in /readyz; by default the URL.
+        api_key: sent as a Bearer token.
+        models: the backend's names for models, by the client's names.
+        breaker: by default one that never opens.
     """
 
     def __init__(
@@ -126,9 +137,11 @@ class BackendClient:
         self.name = name
         base = _base(name, url)
         if api_key and base.user is not None:
-            raise SettingsError(f"backends.{name} has an api_key and a user in its url: give one of them")
+            raise SettingsError(f"backends.{name} has an api_key and a user in its url: set one of them only")
         if not _may_pass(api_key):
-            raise SettingsError(f"backends.{name}.api_key has a character that no header can carry, as a line's end")
+            raise SettingsError(
+                f"backends.{name}.api_key has a character that a header cannot contain, such as a newline"
+            )
         self.label = label or str(base.with_user(None).with_query(None)).rstrip("/")
         self.models: Mapping[str, str] = models or {}
         self.breaker = breaker or CircuitBreaker(failures=0, reset_s=0)
@@ -136,28 +149,28 @@ class BackendClient:
         self._authorization = f"Bearer {api_key}" if api_key else _basic(name, base)
         self._first_s, self._idle_s, self._total_s = timeout_s, idle_s or timeout_s, total_s
         self._passed = _REQUEST_HEADERS + (_TRACE_HEADERS if name == "hardware" else ())
-        self._called: Callable[[Outcome], None] = _tell_nobody
+        self._on_call: Callable[[Outcome], None] = _ignore
         self._origin = HttpTransport(base.with_user(None), connect_s=connect_s)
 
-    def watch(self, called: Callable[[Outcome], None]) -> None:
-        """Have a function told how each call ended, one that the breaker kept back included."""
-        self._called = called
+    def watch(self, on_call: Callable[[Outcome], None]) -> None:
+        """Call a function with the outcome of each call, including those that the breaker prevented."""
+        self._on_call = on_call
 
     def model(self, name: str) -> str:
-        """Give what this backend calls a model."""
+        """Return this backend's name for a model."""
         return self.models.get(name, name)
 
     async def send(
         self, path: str, headers: Mapping[str, str], body: bytes | Streamed, *, method: str = hdrs.METH_POST
     ) -> BackendResponse:
-        """Make a request to a path below /v1/, and wait for the first bytes of the answer. Use it as `with …:`.
+        """Send a request to a path below /v1/, and wait for the first bytes of the answer. Use it as `with …:`.
 
-        Raises BackendFailed, at once when the breaker is open; ProblemRaised when a streamed body broke off.
+        Raises BackendFailed, at once if the breaker is open; ProblemRaised if the client broke a streamed body off.
         """
         try:
-            upstream = await self._tried(method, path, headers, body)
+            upstream = await self._attempt(method, path, headers, body)
         except BaseException as error:
-            self._called(error.outcome if isinstance(error, BackendFailed) else "cancelled")
+            self._on_call(error.outcome if isinstance(error, BackendFailed) else "cancelled")
             raise
         if not upstream.succeeded:
             try:
@@ -171,51 +184,53 @@ class BackendClient:
         """Close the connections."""
         await self._origin.aclose()
 
-    async def _tried(
+    async def _attempt(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes | Streamed
     ) -> BackendResponse:
-        """Make a request, if the breaker lets it, and tell the breaker what came of it."""
+        """Send a request if the breaker allows it, and record the result with the breaker."""
         try:
             attempt = self.breaker.enter()
         except CircuitOpen as circuit:
-            problem = self._problem("has failed lately and rests", circuit.retry_after_s)
+            problem = self._problem("has failed repeatedly and is not called for now", circuit.retry_after_s)
             raise BackendFailed(problem, outcome="breaker_open") from None
         try:
-            upstream = await self._asked(method, path, headers, body)
+            upstream = await self._request(method, path, headers, body)
         except BackendFailed as failure:
             if failure.alive:
-                self._works(attempt)
+                self._succeed(attempt)
             elif attempt.fail():
                 _LOG.error(
-                    "No calls to the backend %r for now, it keeps failing: %s",
+                    "Circuit breaker opened: the backend %r keeps failing and is not called for now: %s",
                     self.name,
                     failure,
                     extra=event("circuit_breaker_opened", backend=self.name),
                 )
             raise
         else:
-            self._works(attempt)
+            self._succeed(attempt)
             return upstream
         finally:
             attempt.end()
 
-    def _works(self, attempt: Attempt) -> None:
+    def _succeed(self, attempt: Attempt) -> None:
         if attempt.succeed():
             _LOG.warning(
-                "The backend %r answers again", self.name, extra=event("circuit_breaker_closed", backend=self.name)
+                "Circuit breaker closed: the backend %r works again",
+                self.name,
+                extra=event("circuit_breaker_closed", backend=self.name),
             )
 
-    async def _asked(
+    async def _request(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes | Streamed
     ) -> BackendResponse:
         outgoing = self._outgoing(headers, body)
         began_s = asyncio.get_running_loop().time()
         response: Answer | None = None
         try:
-            # The timeouts are ours: aiohttp's sock_read ends, and tells nobody, at a chunk that its C parser
-            # refuses (3.14), and a head that dribbles in must end, too.
-            async with asyncio.timeout_at(began_s + min(self._first_s, self._total_s)) as patience:
-                sent = body if isinstance(body, bytes) else self._paced(body, patience)
+            # aiohttp's sock_read timeout (3.14) ends silently at a chunk that its C parser rejects, and would not
+            # limit a head that arrives byte by byte.
+            async with asyncio.timeout_at(began_s + min(self._first_s, self._total_s)) as timeout:
+                sent = body if isinstance(body, bytes) else self._paced(body, timeout)
                 response = await self._origin.ask(method, path, outgoing, sent)
                 self._refuse(response)
                 first = await self._first(response)
@@ -235,17 +250,17 @@ class BackendClient:
             idle_s=self._idle_s,
             ends_s=began_s + self._total_s,
             may_stay=isinstance(body, bytes),
-            over=self._called,
+            on_end=self._on_call,
         )
 
     async def _first(self, response: Answer) -> bytes:
         first = await next_piece(response.content)
         if not first and response.status in SUCCESS:
-            raise BackendFailed(self._problem("answered with nothing"))
+            raise BackendFailed(self._problem("sent an empty answer"))
         return first
 
     def _outgoing(self, headers: Mapping[str, str], body: bytes | Streamed) -> dict[str, str]:
-        """Give the headers that pass to the backend, and our own."""
+        """Return the headers for the backend: those of the client that pass, and the relay's own."""
         outgoing = {}
         for name in self._passed:
             value = headers.get(name)
@@ -262,7 +277,7 @@ class BackendClient:
         return outgoing
 
     def _incoming(self, headers: Mapping[str, str]) -> CIMultiDict[str]:
-        """Give the headers that pass to the client."""
+        """Return the headers that pass to the client."""
         passed = CIMultiDict[str]()
         for name in _RESPONSE_HEADERS:
             value = headers.get(name)
@@ -270,13 +285,13 @@ class BackendClient:
                 passed[name] = value
         return passed
 
-    def _paced(self, body: Streamed, patience: asyncio.Timeout) -> AsyncIterator[bytes]:
-        """Give the body as it comes; while the client's bytes are awaited, no time of the backend's runs."""
+    def _paced(self, body: Streamed, timeout: asyncio.Timeout) -> AsyncIterator[bytes]:
+        """Return the body as it arrives; the backend's timeout is suspended while waiting for the client."""
         loop = asyncio.get_running_loop()
 
         def grant(more_s: float | None) -> None:
-            with suppress(RuntimeError, AssertionError):  # it has answered before the end of the body
-                patience.reschedule(None if more_s is None else loop.time() + more_s)
+            with suppress(RuntimeError, AssertionError):  # the backend responded before the end of the body
+                timeout.reschedule(None if more_s is None else loop.time() + more_s)
 
         async def paced() -> AsyncIterator[bytes]:
             while True:
@@ -290,28 +305,28 @@ class BackendClient:
         return paced()
 
     async def _clean(self, upstream: BackendResponse) -> None:
-        """Read and unpack what a backend says against the request: it may quote the operator's key, a secret."""
+        """Read and decompress an error answer, and mask the operator's key, which it may quote."""
         packing = upstream.headers.pop(hdrs.CONTENT_ENCODING, "identity").lower()
         text = bytearray(upstream.first)
         while chunk := await upstream.read():
             text += chunk
             if len(text) > _MAX_REFUSAL_BYTES:
-                problem = self._problem(f"answered {upstream.status} at too great a length")
+                problem = self._problem(f"answered {upstream.status} with a body that is too long")
                 raise BackendFailed(problem, alive=True)
         plain = _unpacked(bytes(text), packing)
         if plain is None:
-            problem = self._problem(f"answered {upstream.status} in a way that cannot be read")
+            problem = self._problem(f"answered {upstream.status} with a body that cannot be decompressed")
             raise BackendFailed(problem, alive=True)
         upstream.first = plain.replace(self._api_key.encode(), b"***") if self._api_key else plain
 
     def _refuse(self, response: Answer) -> None:
-        """Keep to ourselves what is between the backend and its operator; the rest is the client's to read."""
+        """Raise BackendFailed for an answer that concerns the operator and not the client."""
         status = response.status
         if status in _OPERATORS_FAULT:
-            # Its text is for the operator: about a key, an account or a place. The next try will end the same way.
+            # Its text is about the operator's key, account or region. The next call would fail, too.
             raise BackendFailed(self._problem(f"refuses this relay ({status})"))
         if status in _REDIRECT or status < SUCCESS.start:
-            problem = self._problem(f"answered {status}, which leads elsewhere")
+            problem = self._problem(f"answered {status}, a redirect")
             raise BackendFailed(problem, alive=True)
         if status in _PASSING or status >= _SERVER_ERROR:
             retry_after_s = retry_seconds(response.headers.get(hdrs.RETRY_AFTER))
@@ -322,5 +337,5 @@ class BackendClient:
         return backend_problem(self.name, 502, "backend_unavailable", what, retry_after_s)
 
 
-def _tell_nobody(outcome: Outcome) -> None:
-    """Stand for who does not watch."""
+def _ignore(outcome: Outcome) -> None:
+    """Do nothing, until `watch` is called."""

@@ -1,6 +1,6 @@
 """The built-in echo backend: a small OpenAI-compatible server on a loopback port, for trying the relay out.
 
-It stands in for both backends when none is set, and is reached like them, over HTTP.
+It replaces both backends if none is configured, and is called like them, over HTTP.
 """
 
 import base64
@@ -21,7 +21,7 @@ _MAX_BODY = 1 << 40
 
 @asynccontextmanager
 async def echo_server() -> AsyncIterator[str]:
-    """Run the echo until the block ends; gives its base URL."""
+    """Run the echo server until the block ends; yields its base URL."""
     app = web.Application(client_max_size=_MAX_BODY)  # the relay has limits of its own
     app.router.add_post("/v1/chat/completions", _chat)
     app.router.add_post("/v1/completions", _completions)
@@ -123,7 +123,7 @@ async def _transcriptions(request: web.Request) -> web.Response:
                 while chunk := await part.read_chunk():
                     size += len(chunk)
     except (ValueError, HttpProcessingError) as error:
-        raise web.HTTPBadRequest(text="The body is no form.") from error
+        raise web.HTTPBadRequest(text="The body is not a valid form.") from error
     return _json({"text": f"{size} bytes"})
 
 
@@ -154,7 +154,7 @@ def _words(text: str) -> list[str]:
 
 
 def _last_text(document: dict[str, object]) -> str:
-    """Give the text of the last message; of its parts, if it comes in parts."""
+    """Return the text of the last message, joined if it is in parts."""
     messages = document.get("messages")
     last = messages[-1] if isinstance(messages, list) and messages else None
     content = last.get("content") if isinstance(last, dict) else None
@@ -178,7 +178,7 @@ async def _embeddings(request: web.Request) -> web.Response:
 
 
 def _vector(text: str) -> list[float]:
-    """Make a unit vector of a text: the same text gives the same vector."""
+    """Return a unit vector that depends on the text only."""
     raw = [byte - 127.5 for byte in hashlib.sha256(text.encode()).digest()[:_DIMENSIONS]]
     length = sum(value * value for value in raw) ** 0.5
     return [value / length for value in raw]

@@ -1,4 +1,4 @@
-"""What a backend answers, bit by bit, or why it does not. Who is asked, and with what, is not known here."""
+"""The response of a backend, read piece by piece, or the reason why there is none. Requests are not known here."""
 
 import asyncio
 from collections.abc import Callable
@@ -15,14 +15,19 @@ from limiter.relay.http.problems import Problem
 from limiter.relay.upstream.transport import Answer
 
 Outcome = Literal["served", "refused", "failed", "timeout", "cancelled", "breaker_open"]
-FAILURES = (TimeoutError, aiohttp.ClientError, HttpProcessingError, OSError)  # the third: a body that is no HTTP
+FAILURES = (
+    TimeoutError,
+    aiohttp.ClientError,
+    HttpProcessingError,
+    OSError,
+)  # HttpProcessingError: a body that is not valid HTTP
 SUCCESS = range(200, 300)
 
 
 class BackendFailed(Exception):  # noqa: N818  reads as what happened
-    """A backend gave nothing that the client should see.
+    """A backend sent no response that the client should see.
 
-    alive: it answered, if not well, so that nothing speaks against the next try. outcome: what the call is counted as.
+    alive: it did respond, so that the call does not count against its circuit breaker. outcome: for the metrics.
     """
 
     def __init__(self, problem: Problem, *, alive: bool = False, outcome: Outcome = "failed") -> None:
@@ -33,23 +38,32 @@ class BackendFailed(Exception):  # noqa: N818  reads as what happened
 
 
 async def next_piece(content: aiohttp.StreamReader) -> bytes:
-    """Give what has come of a body, or else wait for it; nothing at its end. Raises one of FAILURES."""
+    """Return the next bytes of a body, waiting for them if necessary; b"" at its end. Raises one of FAILURES."""
     try:
         return await content.readany()
     except RuntimeError as error:
-        # So says aiohttp (3.14) of a body that it forgot, as its parser refused a chunk, when the connection closed.
+        # aiohttp (3.14) raises it for a body whose chunk its parser rejected, once the connection has closed.
         raise aiohttp.ClientPayloadError("the connection closed within the body") from error
 
 
 class BackendResponse:
-    """A backend's answer whose first bytes have come. `first` and what `read` gives are as the backend sent them.
+    """A backend's response whose first bytes have arrived. `first` and `read` return the bytes that the backend sent.
 
-    Use it as `with upstream:`. Leaving the block before the end of the answer closes the connection, which stops the
-    backend's work. idle_s: between two pieces of the answer. ends_s: when all of it must have come, in loop time.
-    may_stay: whether the connection can be used again. over: told how the call ended.
+    Use it as `with upstream:`. Leaving the block before the end of the response closes the connection, which stops the
+    backend's work.
+
+    Args:
+        backend: its name.
+        response: the response as the transport returned it.
+        first: the first bytes of the body.
+        headers: those that pass to the client.
+        idle_s: the longest pause between two pieces of the body, in seconds.
+        ends_s: when the body must be complete, in loop time.
+        may_stay: whether the connection can be reused.
+        on_end: called with the outcome of the call.
     """
 
-    __slots__ = ("_ends_s", "_idle_s", "_may_stay", "_outcome", "_over", "_response", "backend", "first", "headers")
+    __slots__ = ("_ends_s", "_idle_s", "_may_stay", "_on_end", "_outcome", "_response", "backend", "first", "headers")
 
     def __init__(
         self,
@@ -61,12 +75,12 @@ class BackendResponse:
         idle_s: float,
         ends_s: float,
         may_stay: bool,
-        over: Callable[[Outcome], None],
+        on_end: Callable[[Outcome], None],
     ) -> None:
         self.backend, self.first, self.headers = backend, first, headers
         self._response, self._idle_s, self._ends_s, self._may_stay = response, idle_s, ends_s, may_stay
-        self._over = over
-        self._outcome: Outcome = "cancelled"  # as by a client that leaves, until it comes to another end
+        self._on_end = on_end
+        self._outcome: Outcome = "cancelled"  # as when the client disconnects, unless another outcome follows
 
     def __enter__(self) -> Self:
         return self
@@ -78,7 +92,7 @@ class BackendResponse:
 
     @property
     def status(self) -> int:
-        """The status of the answer."""
+        """The status of the response."""
         return self._response.status
 
     @property
@@ -88,20 +102,20 @@ class BackendResponse:
 
     @property
     def streams(self) -> bool:
-        """Whether the answer is a stream of server-sent events."""
+        """Whether the response is a stream of server-sent events."""
         return self.headers.get(hdrs.CONTENT_TYPE, "").lower().startswith("text/event-stream")
 
     async def read(self) -> bytes:
-        """Give the next bytes after `first`; none at the end. Raises BackendFailed."""
+        """Return the next bytes after `first`; b"" at the end. Raises BackendFailed."""
         content = self._response.content
         try:
-            # What is there already needs no timer: most answers have come whole by now.
+            # Bytes that have arrived need no timer: most responses are complete by now.
             if content.at_eof() and content.exception() is None:
                 chunk = b""
             else:
                 loop = asyncio.get_running_loop()
                 now_s = loop.time()
-                if now_s >= self._ends_s:  # of one that always has more no timer would ever be heard
+                if now_s >= self._ends_s:  # no timer would ever fire for a body that always has more
                     raise TimeoutError
                 ends_s = min(now_s + self._idle_s, self._ends_s)
                 timer = loop.call_at(ends_s, content.set_exception, TimeoutError())
@@ -111,30 +125,32 @@ class BackendResponse:
                     timer.cancel()
         except FAILURES as error:
             failure = failed(self.backend, error)
-            self._outcome = failure.outcome  # a stream's client is told of it, and the block ends as if it were well
+            self._outcome = failure.outcome  # for a stream, the `with` block ends without an error
             raise failure from error
         if not chunk:
             self._outcome = "served" if self.succeeded else "refused"
         return chunk
 
     def end(self, error: BaseException | None) -> None:
-        """End the call, with what broke it off."""
+        """End the call. error: the exception that interrupted it."""
         if self._may_stay and self._response.content.at_eof():
             self._response.release()
         else:
             self._response.close()
-        self._over(error.outcome if isinstance(error, BackendFailed) else self._outcome)
+        self._on_end(error.outcome if isinstance(error, BackendFailed) else self._outcome)
 
 
 def backend_problem(name: Backend, status: int, code: str, what: str, retry_after_s: int = 1) -> Problem:
-    """Say what is wrong with a backend."""
+    """Return the problem of a backend. what: the predicate of the sentence about it."""
     title = "Backend timeout" if code == "backend_timeout" else "Backend unavailable"
     return Problem(status, code, title, f"The backend {name!r} {what}.", retry_after_s=retry_after_s)
 
 
 def failed(name: Backend, error: BaseException) -> BackendFailed:
-    """Say what one of FAILURES means."""
+    """Return the error for one of FAILURES."""
     if isinstance(error, TimeoutError):
         problem = backend_problem(name, 504, "backend_timeout", "did not answer in time")
         return BackendFailed(problem, outcome="timeout")
-    return BackendFailed(backend_problem(name, 502, "backend_unavailable", "cannot be reached, or broke off"))
+    return BackendFailed(
+        backend_problem(name, 502, "backend_unavailable", "cannot be reached, or the connection broke")
+    )

@@ -21,7 +21,7 @@ from limiter.errors import SettingsError
 from limiter.licences.seats import Seats
 from limiter.licences.tokens import Licence
 from limiter.relay.http.client_address import client_address, trusted_networks
-from limiter.relay.metering.admission import Admission, Wanted
+from limiter.relay.metering.admission import Admission, CreditRequest
 from limiter.relay.metering.install_rate_limit import InstallRateLimit
 from tests.relay.metering.test_idempotency import Answer, add_request_id, error_middleware
 from tests.support.cli import limiter
@@ -52,8 +52,8 @@ class Node:
             seats = int(request.headers["X-Seats"]) or None
             licence = Licence("core", SUBJECT, expires_s, seats, "", expired="X-Expired" in request.headers)
         await self.admission.seat(install_id, licence)
-        wanted = Wanted(install_id, tier="core", has_hardware=False, cost=1, hold_id=uuid.uuid4().hex)
-        decision = await self.admission.reserve(request, licence, wanted)
+        credit = CreditRequest(install_id, tier="core", has_hardware=False, cost=1, hold_id=uuid.uuid4().hex)
+        decision = await self.admission.reserve(request, licence, credit)
         await self.limiter.commit(install_id, decision.hold_id)
         return web.json_response({"status": decision.status})
 

@@ -147,9 +147,9 @@ async def test_redis_when_it_is_away_then_requests_are_unmetered_until_it_is_bac
 
 async def test_back_when_redis_is_away_then_it_waits_for_its_return(start_node: StartNode) -> None:
     node = await start_node()
-    await node.availability.back()
+    await node.availability.wait_until_available()
     await node.lose_redis("kill")
-    waiting = asyncio.ensure_future(node.availability.back())
+    waiting = asyncio.ensure_future(node.availability.wait_until_available())
     await asyncio.wait({waiting}, timeout=0.05)
     assert not waiting.done()
     node.bring_back("kill")

@@ -190,17 +190,20 @@ async def test_breaker_when_it_opens_and_closes_then_each_is_logged_once_with_it
     gemini.always = "status:403"
     failed = "The backend 'gemini' refuses this relay (403)."
     fell_back = ("backend_failed", f"{failed} Falling back to hardware.")
-    opened = ("circuit_breaker_opened", f"No calls to the backend 'gemini' for now, it keeps failing: {failed}")
+    opened = (
+        "circuit_breaker_opened",
+        f"Circuit breaker opened: the backend 'gemini' keeps failing and is not called for now: {failed}",
+    )
     assert await logged(5) == [fell_back, opened, fell_back]  # and nothing for those that were not sent
     seconds.now_s += 10
     assert await logged(3) == [fell_back]  # a probe
     gemini.always = ""
     seconds.now_s += 10
-    assert await logged(3) == [("circuit_breaker_closed", "The backend 'gemini' answers again")]
+    assert await logged(3) == [("circuit_breaker_closed", "Circuit breaker closed: the backend 'gemini' works again")]
 
 
 @ONE_SERVER
-async def test_backend_when_it_is_the_only_one_and_rests_then_502_at_once_with_retry_after(
+async def test_backend_when_it_is_the_only_one_and_its_breaker_is_open_then_502_at_once_with_retry_after(
     start_relay: StartRelay, seconds: Seconds
 ) -> None:
     breaker = CircuitBreaker(failures=1, reset_s=7, clock=seconds)
@@ -208,7 +211,7 @@ async def test_backend_when_it_is_the_only_one_and_rests_then_502_at_once_with_r
     await relay.ask()
     answer = await relay.ask()
     assert (answer.status, answer.code, answer.headers["Retry-After"]) == (502, "backend_unavailable", "7")
-    assert "rests" in answer.document["detail"]
+    assert "is not called for now" in answer.document["detail"]
     assert await relay.spent() == (0, 0)
     assert (await relay.send("GET", "/readyz")).status == 200
 
