@@ -85,7 +85,8 @@ class Fleet:
     def close(self) -> None:
         for name in ("load-balancer", "relay-1", "relay-2", "persister", "redis"):
             if name in self.processes:
-                self.end(name, signal.SIGKILL)
+                # A killed nginx leaves its workers, which go on listening.
+                self.end(name, signal.SIGTERM if name == "load-balancer" else signal.SIGKILL)
 
     def _here(self, name: str, value: str) -> str:
         """Put this machine's addresses and folders in the place of the containers'."""
