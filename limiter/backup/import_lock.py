@@ -5,12 +5,11 @@ It is for order, not for safety: each row is stored whole, whoever else stores r
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
 from limiter._util.cancellation import CancelWatch
-from limiter.backup.lease import Lease
+from limiter.backup.lease import Lease, LeaseLost
 from limiter.credits.session import Session
 from limiter.errors import LedgerFileError, LimiterUnavailable
 
@@ -24,8 +23,8 @@ _LOG = logging.getLogger("limiter")
 async def exclusive_import(session: Session, *, lease_s: float = LEASE_S) -> AsyncIterator[StillOurs]:
     """Wait until no other import runs, and keep others waiting until the block ends.
 
-    Gives a check, for right before each writing, that raises LedgerFileError once another import had the lease, be it
-    over by then, as after a pause of this process. Both raise LimiterUnavailable.
+    Yields a check to call right before each write. It raises LedgerFileError if another import has had the lease, even
+    one that is over, as after a pause of this process. Both raise LimiterUnavailable.
     """
     lease = Lease(session, lease_s=lease_s, key=session.keys.import_lease())
     cancel = CancelWatch()
@@ -36,45 +35,19 @@ async def exclusive_import(session: Session, *, lease_s: float = LEASE_S) -> Asy
         await asyncio.sleep(_ASK_S)
         cancel.check()
         leased = await lease.take()
-    keeper = _Keeper(lease, leased.epoch)
-    keeping = asyncio.create_task(keeper.keep())
     try:
-        yield keeper.check
+        # An outage is no matter for the keeper: the import's own calls fail by it.
+        async with lease.kept(renew_every_s=lease_s / 4, since=leased) as keeper:
+
+            async def check() -> None:
+                try:
+                    await keeper.check()
+                except LeaseLost as lost:
+                    raise LedgerFileError(
+                        f"another import began ({lost.owner or 'it is over'}), for this one was silent too long"
+                    ) from None
+
+            yield check
     finally:
-        keeping.cancel()
-        await asyncio.wait({keeping})
-        with suppress(LimiterUnavailable):  # it lapses
+        with suppress(LimiterUnavailable):  # it expires
             await lease.give_back()
-
-
-class _Keeper:
-    """Keeps a lease of one epoch, and notes when another import had it."""
-
-    def __init__(self, lease: Lease, epoch: int) -> None:
-        self._lease, self._epoch = lease, epoch
-        self._kept_s = time.monotonic()
-        self._lost_to = ""
-
-    async def check(self) -> None:
-        # It was to be kept before that: this process stood still.
-        if time.monotonic() - self._kept_s > self._lease.lease_s / 2:
-            await self._keep_once()
-        if self._lost_to:
-            raise LedgerFileError(f"another import began ({self._lost_to}), for this one was silent too long")
-
-    async def keep(self) -> None:
-        cancel = CancelWatch()
-        while not self._lost_to:
-            await asyncio.sleep(self._lease.lease_s / 4)
-            cancel.check()
-            with suppress(LimiterUnavailable):  # the import's own calls tell that
-                await self._keep_once()
-
-    async def _keep_once(self) -> None:
-        asked_s = time.monotonic()
-        leased = await self._lease.take()
-        self._kept_s = asked_s
-        if not leased.is_mine:
-            self._lost_to = leased.owner
-        elif leased.epoch != self._epoch:
-            self._lost_to = "it is over"

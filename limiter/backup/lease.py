@@ -1,16 +1,25 @@
 """Who may replace the ledger's file: one persister of the fleet, by a lease in Redis with a growing epoch.
 
-It knows no file. A lease alone does not keep a paused process from writing: `publishing` asks for it again at the
-last moment, under the lock of the file's folder.
+It knows no file. A lease alone does not keep a paused process from writing: `publish` renews it once more at the last
+moment, under the lock of the file's folder.
 """
 
+import asyncio
+import logging
 import os
 import socket
+import time
 import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 
+from limiter._util.cancellation import CancelWatch
 from limiter.credits.session import Session
+from limiter.errors import LimiterError
+
+_LOG = logging.getLogger("limiter")
 
 
 class LeaseStatus(StrEnum):
@@ -25,8 +34,12 @@ class LeaseStatus(StrEnum):
 class LeaseState:
     """What lease.lua answered.
 
-    owner: who has the lease. checksum: of the file that was published last, or was about to be. good_at: the time of
-    the fleet's last good dump, or "".
+    Args:
+        status: what it did.
+        epoch: grows each time that the lease gets a new owner.
+        owner: who has the lease.
+        checksum: of the file that was published last, or was about to be.
+        good_at: the time of the fleet's last good dump, or "".
     """
 
     status: LeaseStatus
@@ -37,12 +50,20 @@ class LeaseState:
 
     @property
     def is_mine(self) -> bool:
-        """Whether the caller has it."""
+        """Whether the caller has the lease."""
         return self.status is LeaseStatus.LEASED
 
 
+class LeaseLost(LimiterError):  # noqa: N818  names the thing, as UnknownTier does
+    """Another owner had the lease meanwhile. owner: who has it now, "" if it is free again."""
+
+    def __init__(self, owner: str) -> None:
+        super().__init__(f"the lease was lost to {owner}" if owner else "the lease expired, and another had it")
+        self.owner = owner
+
+
 class Lease:
-    """The way to a lease; without `key` the persisters'. Methods raise LimiterUnavailable, and may be repeated."""
+    """A lease by its key; by default that of the persisters. Methods raise LimiterUnavailable, and may be repeated."""
 
     def __init__(self, session: Session, *, lease_s: float, owner: str | None = None, key: str | None = None) -> None:
         self.lease_s = lease_s
@@ -52,12 +73,39 @@ class Lease:
         self._key = key or session.keys.lease()
 
     async def take(self, *, least_epoch: int = 0, checksum: str = "", good_at: str = "") -> LeaseState:
-        """Take the lease or keep it, for another `lease_s`. Run lease.lua."""
+        """Take the lease or renew it, for another `lease_s`. Run lease.lua."""
         return await self._call(least_epoch, max(1, round(self.lease_s * 1000)), checksum, good_at)
 
     async def give_back(self) -> LeaseState:
-        """Let another take it at once; without any effect when it is another's."""
+        """Let others take it at once. Has no effect if another has it."""
         return await self._call(0, 0, "", "")
+
+    @asynccontextmanager
+    async def kept(
+        self,
+        *,
+        renew_every_s: float,
+        since: LeaseState | None = None,
+        renew: Callable[[], Awaitable[LeaseState | None]] | None = None,
+    ) -> AsyncIterator["LeaseKeeper"]:
+        """Renew the lease in a task of its own until the block ends. It neither takes it nor gives it back.
+
+        A renewal that fails is only logged, for the next one may succeed: a lease that has expired is missed when it is
+        needed, by `LeaseKeeper.check` or by whoever takes it again.
+
+        Args:
+            renew_every_s: seconds between renewals; several should fit into `lease_s`.
+            since: what taking it returned. With it, the keeper stops when another has had the lease, and `check` says
+                so; without, it goes on.
+            renew: renews it; by default `take`.
+        """
+        keeper = LeaseKeeper(self, since, renew or self.take)
+        keeping = asyncio.create_task(keeper.keep(renew_every_s))
+        try:
+            yield keeper
+        finally:
+            keeping.cancel()
+            await asyncio.wait({keeping})
 
     async def _call(self, least_epoch: int, lease_ms: int, checksum: str, good_at: str) -> LeaseState:
         status, epoch, owner, noted, good = await self._session.retry(
@@ -73,3 +121,47 @@ class Lease:
             )
         )
         return LeaseState(LeaseStatus(status.decode()), epoch, owner.decode(), noted.decode(), good.decode())
+
+
+class LeaseKeeper:
+    """Renews a lease, and notes when another owner has had it. Made by `Lease.kept`."""
+
+    def __init__(
+        self, lease: Lease, since: LeaseState | None, renew: Callable[[], Awaitable[LeaseState | None]]
+    ) -> None:
+        self._lease, self._since, self._renew = lease, since, renew
+        self._renewed_s = time.monotonic()
+        self._lost_to: str | None = None
+
+    async def check(self) -> None:
+        """Raise LeaseLost if another has had the lease since it was taken, even if it is free again.
+
+        Raises LimiterUnavailable if that cannot be known.
+        """
+        # It was to be renewed before that: this process stood still.
+        if time.monotonic() - self._renewed_s > self._lease.lease_s / 2:
+            await self._renew_once()
+        if self._lost_to is not None:
+            raise LeaseLost(self._lost_to)
+
+    async def keep(self, every_s: float) -> None:
+        """Renew it until it is lost."""
+        cancel = CancelWatch()
+        while self._lost_to is None:
+            await asyncio.sleep(every_s)
+            try:
+                await self._renew_once()
+            except LimiterError as error:
+                _LOG.debug("The lease was not renewed: %s", error)
+            cancel.check()
+
+    async def _renew_once(self) -> None:
+        asked_s = time.monotonic()
+        state = await self._renew()
+        self._renewed_s = asked_s
+        if self._since is None or state is None:
+            return
+        if not state.is_mine:
+            self._lost_to = state.owner
+        elif state.epoch != self._since.epoch:
+            self._lost_to = ""

@@ -1,6 +1,6 @@
 """The task that dumps all rows every interval: the writer of the fleet, or one that stands by to take over.
 
-It decides when to dump and who may; how is `dumping`'s.
+It decides when to dump and who may; `dump` decides how.
 """
 
 import asyncio
@@ -24,14 +24,14 @@ from limiter.ledger.trailer import DumpedFile, Trailer, read_trailer
 OnChange = Callable[[Mapping[str, object]], None]
 _LOG = logging.getLogger("limiter")
 LEASE_S = 30.0
-_ASKS = 3  # a lease's time: two may fail before it lapses
+_RENEWALS = 3  # within a lease's time: two may fail before it expires
 
 
 class Persister:
     """Dumps at once and then every interval, counted from the end of a dump, until it is stopped; then once more.
 
     While another has the lease it stands by. Use it as `async with Persister(…):`, or run `run()` as a task and call
-    `stop()`. An error is logged, and told by `report`; the next interval tries again. Cancelling `run()` ends it
+    `stop()`. An error is logged, and is in `report`; the next interval tries again. Cancelling `run()` ends it
     without the last dump.
     """
 
@@ -75,14 +75,13 @@ class Persister:
 
     @property
     def role(self) -> str:
-        """What it is now: `writer`, `standby`, or `starting` while Redis has not told."""
+        """Its role now: `writer`, `standby`, or `starting` before the first answer of Redis."""
         return "starting" if self._leased is None else "writer" if self._leased.is_mine else "standby"
 
     async def run(self) -> None:
         """Dump until `stop()`, and once after it."""
         cancel = CancelWatch()
-        keeping = asyncio.create_task(self._keep_lease())
-        try:
+        async with self._lease.kept(renew_every_s=self._lease.lease_s / _RENEWALS, renew=self._renew):
             while not self._stopped.is_set():
                 await self._turn()
                 self._tell()
@@ -93,9 +92,6 @@ class Persister:
                 except TimeoutError:
                     continue
             await self._turn()
-        finally:
-            keeping.cancel()
-            await asyncio.wait({keeping})
         await self._give_back()
 
     def stop(self) -> None:
@@ -103,7 +99,7 @@ class Persister:
         self._stopped.set()
 
     def report(self) -> Mapping[str, object]:
-        """Tell how the dumps are doing, for readiness: who writes, the last good dump, and the error since, if any."""
+        """Return the state of the dumps, for readiness: who writes, the last good dump, and the error since, if any."""
         return {
             "file": str(self._path),
             "role": self.role,
@@ -114,8 +110,8 @@ class Persister:
         }
 
     def _pause_s(self) -> float:
-        """Until the next dump, or as standby until the next look whether the lease has lapsed."""
-        return min(self._interval_s, self._lease.lease_s / _ASKS) if self.role == "standby" else self._interval_s
+        """Return the seconds until the next dump or, as standby, until the next look whether the lease has expired."""
+        return min(self._interval_s, self._lease.lease_s / _RENEWALS) if self.role == "standby" else self._interval_s
 
     async def _turn(self) -> None:
         try:
@@ -133,7 +129,7 @@ class Persister:
             self._on_change(self.report())
 
     async def _ask(self) -> None:
-        """Take the lease, or keep it."""
+        """Take the lease, or renew it."""
         before, role = self._leased, self.role
         trailer = await in_thread(_trailer_of, self._path)
         self._leased = await self._lease.take(least_epoch=trailer.epoch if trailer else 0, good_at=self._good_at)
@@ -142,24 +138,18 @@ class Persister:
             _LOG.info("persister: %s", self.role, extra=said)
             self._tell()
 
-    async def _keep_lease(self) -> None:
-        """Keep it through long dumps and long intervals. One that cannot be kept is missed when it is needed."""
-        cancel = CancelWatch()
-        while True:
-            await asyncio.sleep(self._lease.lease_s / _ASKS)
-            if self.role == "writer":
-                try:
-                    await self._ask()
-                except LimiterError as error:
-                    _LOG.debug("the persister's lease was not kept: %s", error)
-            cancel.check()
+    async def _renew(self) -> LeaseState | None:
+        """Keep the lease through long dumps and long intervals."""
+        if self.role == "writer":
+            await self._ask()
+        return self._leased
 
     async def _give_back(self) -> None:
         if self.role == "writer":
             try:
                 await self._lease.give_back()
             except LimiterError as error:
-                _LOG.debug("the persister's lease was not given back, and will lapse: %s", error)
+                _LOG.debug("the persister's lease was not given back, and will expire: %s", error)
 
     async def _dump(self, leased: LeaseState) -> None:
         try:
@@ -192,7 +182,7 @@ class Persister:
 
 
 def make_persister(session: Session, settings: PersisterSettings, *, on_change: OnChange | None = None) -> Persister:
-    """Make the persister that the settings ask for. on_change: given each new report."""
+    """Return the persister that the settings ask for. on_change: called with each new report."""
     return Persister(
         session,
         Path(settings.file),

@@ -53,7 +53,7 @@ class PersisterProcess:
             await self._task
 
     def report(self) -> Mapping[str, object]:
-        """Tell how the dumps are doing, as `Persister.report` does."""
+        """Return the state of the dumps, as `Persister.report` does."""
         return self._report
 
     @property
@@ -81,7 +81,7 @@ class PersisterProcess:
                     return
 
     async def _run(self) -> tuple[bool, int]:
-        """Run a child to its end; give whether it ever reported, and its exit code."""
+        """Run a child to its end. Return whether it ever reported, and its exit code."""
         # A session of its own: a Ctrl-C is for the relay, which ends the child when its requests are settled.
         process = self._process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -110,7 +110,7 @@ class PersisterProcess:
 
 
 def _packed(settings: Settings) -> bytes:
-    """Give what the child needs of the settings. Not on its command line, where everybody reads the password."""
+    """Return what the child needs of the settings. Not on its command line, where everybody reads the password."""
     logs = {"level": settings.logs.level, "format": settings.logs.format}
     tiers = {name: tier.model_dump(exclude_none=True) for name, tier in settings.tiers.items()}
     sections = {
@@ -121,7 +121,7 @@ def _packed(settings: Settings) -> bytes:
 
 
 async def _main(settings: Settings) -> None:
-    """Persist until the input ends, and tell how it is going, one JSON line each time."""
+    """Persist until the input ends, and write each new report as a line of JSON."""
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)

@@ -53,13 +53,13 @@ class Publication:
             ) from error
 
     async def has_rows(self) -> bool:
-        """Tell whether there is anything in the file to lose; one that cannot be read may have it."""
+        """Return whether the file may have rows to lose, as one that cannot be read does."""
         return await in_thread(_has_rows, self.path)
 
     async def backup_name(
         self, found: DumpedFile | None, rows: int, last: DumpedFile | None
     ) -> tuple[Path | None, bool]:
-        """Give the name under which the replaced file stays, and whether it is set aside for good."""
+        """Return the name under which the replaced file stays, and whether it is set aside for good."""
         if found is None:
             return None, False
         if found.trailer is None or not found.is_intact:

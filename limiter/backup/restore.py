@@ -1,4 +1,4 @@
-"""What a restore needs beside the import: the newest file that verifies, and that no persister writes meanwhile.
+"""What a restore needs beside the import: the newest file that is good, and that no persister writes meanwhile.
 
 A persister that dumped a half-restored Redis would put that file before the good ones.
 """
@@ -9,11 +9,10 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from limiter._util.cancellation import CancelWatch
 from limiter.backup.lease import Lease
 from limiter.credits.rows import scan_keys
 from limiter.credits.session import Session
-from limiter.errors import LedgerFileError, LimiterError
+from limiter.errors import LedgerFileError
 from limiter.ledger.rotation import generations
 from limiter.ledger.verify import VerifyReport, verify
 
@@ -24,7 +23,7 @@ _ASK_S = 0.5
 def newest_good(path: Path, *, passed_over: Callable[[VerifyReport], None]) -> VerifyReport:
     """Verify the file and those that it replaced, the latest first, until one is good. It blocks.
 
-    passed_over: told of each that is not. Raises LedgerFileError when there is no good one.
+    passed_over: called with the report of each that is not. Raises LedgerFileError when there is no good one.
     """
     try:
         listed = generations(path)
@@ -51,18 +50,16 @@ async def exclusive(session: Session, *, lease_s: float, checksum: str) -> Async
     """
     lease = Lease(session, lease_s=lease_s)
     await _take(lease)
-    keeping = asyncio.create_task(_keep(lease))
     try:
-        yield
-        await lease.take(checksum=checksum)
+        async with lease.kept(renew_every_s=lease_s / 3):  # without `since`: what else has it meanwhile ends by itself
+            yield
+            await lease.take(checksum=checksum)
     finally:
-        keeping.cancel()
-        await asyncio.wait({keeping})
         await lease.give_back()
 
 
 async def has_rows(session: Session) -> bool:
-    """Tell whether Redis has any row. Raises LimiterUnavailable."""
+    """Return whether Redis has any row. Raises LimiterUnavailable."""
     async for names in scan_keys(session):
         if names:
             return True
@@ -70,12 +67,12 @@ async def has_rows(session: Session) -> bool:
 
 
 async def _take(lease: Lease) -> None:
-    """Take the lease: that of a persister which was killed lapses, one that does not lapse is somebody's."""
+    """Take the lease. That of a persister which was killed expires; one that is renewed has a persister at work."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + lease.lease_s + _ASK_S
     leased = await lease.take()
     if not leased.is_mine:
-        _LOG.warning("waiting up to %g s for the lease of the persister %s to lapse", lease.lease_s, leased.owner)
+        _LOG.warning("waiting up to %g s for the lease of the persister %s to expire", lease.lease_s, leased.owner)
     while not leased.is_mine:
         if loop.time() > deadline:
             raise LedgerFileError(
@@ -83,14 +80,3 @@ async def _take(lease: Lease) -> None:
             )
         await asyncio.sleep(_ASK_S)
         leased = await lease.take()
-
-
-async def _keep(lease: Lease) -> None:
-    cancel = CancelWatch()
-    while True:
-        await asyncio.sleep(lease.lease_s / 3)
-        try:
-            await lease.take()
-        except LimiterError as error:
-            _LOG.debug("the lease was not kept: %s", error)
-        cancel.check()
