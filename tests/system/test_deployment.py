@@ -169,7 +169,7 @@ async def test_a_killed_relay_is_left_out_and_without_any_the_answer_is_an_error
 
 
 async def test_new_installs_are_counted_by_the_address_that_nginx_saw(fleet: tuple[Fleet, Backend]) -> None:
-    """What a client says of itself in X-Forwarded-For would be a way around the limit."""
+    """A client must not evade the limit by its own X-Forwarded-For."""
     running, _ = fleet
     assert await _ask(running.url, str(uuid.uuid4()), **{"X-Forwarded-For": "203.0.113.9"}) == 200
     redis = Redis(port=running.ports["redis"], password=PASSWORD)

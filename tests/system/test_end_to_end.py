@@ -47,7 +47,7 @@ MESSAGES: Any = [{"role": "user", "content": "Good morning to you"}]
 
 @pytest.fixture
 def hardware() -> Iterator[str]:
-    """An OpenAI-compatible server in a process of its own; gives its base URL."""
+    """Run an OpenAI-compatible server in a process of its own, and yield its base URL."""
     with backend_process() as url:
         yield url
 
@@ -94,7 +94,7 @@ async def seen_by(backend: str) -> list[dict[str, Any]]:
 
 
 async def spend_until_402(clients: list[AsyncOpenAI]) -> int:
-    """Ask through each client in turn, every third time as a stream, until one is told to stop; count the answers."""
+    """Send requests by each client in turn, every third one as a stream, until a 402; return the number of answers."""
     for served in range(1000):
         client = clients[served % len(clients)]
         try:
@@ -109,7 +109,7 @@ async def spend_until_402(clients: list[AsyncOpenAI]) -> int:
                 return served
             raise
         assert text
-    raise AssertionError("nobody said stop")
+    raise AssertionError("the credits did not end")
 
 
 async def test_imported_ledger_is_spent_through_two_relays_until_402_and_dumped_again(
@@ -152,7 +152,7 @@ async def test_many_clients_at_once_on_two_relays_get_exactly_the_quota(
 
     async def ask(number: int) -> bool:
         try:
-            # Each asks something else: an SDK's own retry of the same words is known, and answered as the first was.
+            # Each request differs: one with the same body would be recognised as an SDK's retry and replayed.
             words: Any = [{"role": "user", "content": f"Number {number}"}]
             await both[number % 2].with_options(max_retries=20).chat.completions.create(model="m", messages=words)
         except openai.APIStatusError as error:
@@ -167,7 +167,7 @@ async def test_many_clients_at_once_on_two_relays_get_exactly_the_quota(
     assert row[b"lifetime_consumed"] == b"50"
 
 
-async def test_kill_9_in_mid_request_gives_the_credit_back_when_the_hold_lapses(
+async def test_kill_9_in_mid_request_releases_the_credit_when_the_hold_expires(
     redis: Redis, relays: Any, clients: Any
 ) -> None:
     relay = relays(
@@ -196,7 +196,7 @@ async def test_kill_9_in_mid_request_gives_the_credit_back_when_the_hold_lapses(
     assert await redis.hget(key, "lifetime_consumed") == b"1"
 
 
-async def test_relay_survives_a_redis_that_goes_away_and_comes_back(
+async def test_relay_survives_an_outage_of_redis(
     own_server: Callable[..., Server], tmp_path: Path, hardware: str, clients: Any
 ) -> None:
     server = own_server()

@@ -60,7 +60,7 @@ SETTINGS = {
 
 @pytest.fixture
 def flaky() -> Iterator[str]:
-    """A backend that fails at random, in a process of its own; gives its URL without the /v1."""
+    """Run a backend that fails at random, in a process of its own, and yield its URL without the /v1."""
     with subprocess.Popen(
         [sys.executable, "-m", "tests.support.flaky_backend"],
         stdout=subprocess.PIPE,
@@ -125,7 +125,7 @@ async def test_fleet_in_chaos_when_all_is_over_then_what_was_delivered_is_debite
         assert (row.lifetime_gemini_consumed if row else 0) <= GEMINI_CAP
     _say(fleet, unsure_of_all, left)
 
-    # Only the relay that was killed may leave a hold behind, of what it had under way; it lapses by itself.
+    # Only the relay that was killed may leave holds behind, of its running requests; they expire by themselves.
     all_left = {hold_id for holds in left.values() for hold_id in holds}
     known = {asked.hold_id: asked for asked in fleet.asked if asked.hold_id}
     assert {known[hold_id].relay for hold_id in all_left & known.keys()} <= {KILLED}
@@ -179,7 +179,7 @@ def _delivered(flaky: str) -> set[str]:
 
 
 def _say(fleet: Fleet, unsure: int, left: dict[str, set[str]]) -> None:
-    """Tell what was seen, to whoever runs it with `-s`."""
+    """Print a summary, for runs with `-s`."""
     saw = Counter(asked.saw for asked in fleet.asked)
     statuses = Counter(asked.status for asked in fleet.asked)
     holds = sum(map(len, left.values()))

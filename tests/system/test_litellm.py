@@ -46,7 +46,7 @@ def call(relay: RunningRelay, operation: Operation, model: str, **more: Any) -> 
         ("embed", "embed", "0.25 -0.5"),
     ],
 )
-async def test_sdk_when_it_asks_litellm_then_it_reads_the_answer_and_one_credit_is_gone(
+async def test_sdk_when_litellm_serves_it_then_it_reads_the_answer_and_one_credit_is_debited(
     sdk: Sdk, relay: RunningRelay, operation: Operation, model: str, text: str
 ) -> None:
     outcome = await sdk.call(call(relay, operation, model))
@@ -68,7 +68,7 @@ async def test_sdk_when_it_uploads_to_litellm_then_the_form_is_read_there_whole(
     assert (await relay.spent())[0] == 1
 
 
-async def test_sdk_when_it_asks_for_models_then_litellms_are_there_for_nothing(sdk: Sdk, relay: RunningRelay) -> None:
+async def test_sdk_when_it_lists_models_then_litellms_are_included_at_no_cost(sdk: Sdk, relay: RunningRelay) -> None:
     listed = (await sdk.call(call(relay, "models", ""))).text.split()
     assert listed[:2] == ["recap", "hear"]
     assert {"chat", "embed", "scribe"} < set(listed)

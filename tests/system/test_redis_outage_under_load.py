@@ -1,6 +1,6 @@
 """Redis is killed, stopped and restarted under real relay processes that serve without a pause, in both modes.
 
-Nobody waits past a bound, what was served for credits is what was debited, and nobody restarts a relay.
+No client waits past a bound, exactly what was served for credits is debited, and no relay is restarted.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ FAULTS = ("kill", "pause", "stop")
 
 @dataclass
 class Counts:
-    """What the clients of one relay were told, and what each install was served for credits."""
+    """The answers to the clients of one relay, and how often each install was served for credits."""
 
     metered: int = 0
     unmetered: int = 0
@@ -38,7 +38,7 @@ class Counts:
 
 @dataclass
 class Fleet:
-    """Relay processes on one server, each with clients that ask without a pause."""
+    """Relay processes on one server, each with clients that send requests without a pause."""
 
     server: Server
     relays: list[Relay]
@@ -79,7 +79,7 @@ class Fleet:
         return [await self.status(relay, path) for relay in self.relays] == [status, status]
 
     def at_least(self, kind: str, more: int) -> Callable[[], bool]:
-        """Tell whether each relay's clients were answered so more often than now."""
+        """Return a function that returns whether each relay has given so many more answers of a kind."""
         before = [getattr(counts, kind) for counts in self.counts]
         return lambda: all(getattr(counts, kind) >= was + more for counts, was in zip(self.counts, before, strict=True))
 
@@ -110,7 +110,7 @@ async def fleet_on(server: Server, folder: Path, mode: str) -> AsyncIterator[Fle
 
 
 def changes_logged(relay: Relay) -> list[str]:
-    """Give what an ended relay logged of Redis, in order."""
+    """Return the events that an ended relay logged about Redis, in order."""
     while True:
         try:
             line = relay._lines.get(timeout=5)
@@ -125,21 +125,21 @@ def changes_logged(relay: Relay) -> list[str]:
 
 async def go_through(fleet: Fleet, fault: str, mode: str) -> None:
     """Lose Redis and get it back, with answers of the mode in between and metered ones afterwards."""
-    while_away = "unmetered" if mode == "hardware" else "refused"
+    kind = "unmetered" if mode == "hardware" else "refused"
     getattr(fleet.server, fault)()
     await eventually(lambda: fleet.all_say("/readyz", 503), what="notice of it")
     assert await fleet.all_say("/healthz", 200)
     assert await fleet.all_say("/readyz?unmetered=1", 200 if mode == "hardware" else 503)
-    asked_of_gemini = len(fleet.gemini.seen)
-    await eventually(fleet.at_least(while_away, 20), what=f"answers that are {while_away}")
-    assert len(fleet.gemini.seen) - asked_of_gemini <= CLIENTS, "at most what had been reserved"
+    gemini_calls = len(fleet.gemini.seen)
+    await eventually(fleet.at_least(kind, 20), what=f"answers that are {kind}")
+    assert len(fleet.gemini.seen) - gemini_calls <= CLIENTS, "at most what had been reserved"
     fleet.server.resume() if fault == "pause" else fleet.server.start()
     await eventually(lambda: fleet.all_say("/readyz", 200), what="the recovery")
     await eventually(fleet.at_least("metered", 20), what="metered answers again")
 
 
 @pytest.mark.parametrize("mode", ["deny", "hardware"])
-async def test_redis_when_it_is_killed_stopped_and_restarted_under_load_then_no_credit_is_lost_and_nobody_hangs(
+async def test_redis_when_it_is_killed_stopped_and_restarted_under_load_then_no_credit_is_lost_and_no_client_hangs(
     own_server: Callable[..., Server], tmp_path: Path, mode: str
 ) -> None:
     server = own_server()

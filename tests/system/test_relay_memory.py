@@ -56,7 +56,7 @@ async def test_relay_when_streams_and_uploads_are_long_then_its_memory_does_not_
         idle = _rss_mib(relay, "VmRSS")
         await _load(relay, session)
         most = _rss_mib(relay, "VmHWM")
-    print(f"\nidle {idle:.1f} MiB, at most {most:.1f} MiB")  # noqa: T201  for whoever runs it with `-s`
+    print(f"\nidle {idle:.1f} MiB, at most {most:.1f} MiB")  # noqa: T201  shown with `-s`
     assert most - idle < MAX_GROWTH_MIB
 
 

@@ -19,7 +19,7 @@ PROGRAM = str(Path(sys.executable).with_name("schemathesis"))
 EXAMPLES = os.environ.get("LIMITER_TEST_EXAMPLES")
 CONFIG = """
 [checks.ignored_auth]
-enabled = false  # it wants a 401 where no install id comes, which is a 400 here
+enabled = false  # it expects a 401 without an install id, which is a 400 here
 
 [[operations]]
 include-path = "/v1/audio/transcriptions"

@@ -1,4 +1,4 @@
-"""What passes through the relay, byte for byte, and what does not: credentials stay on their side."""
+"""What passes through the relay unchanged, and what does not: credentials never pass."""
 
 import asyncio
 import gzip
@@ -69,7 +69,7 @@ async def test_stream_when_passed_then_comments_blank_lines_and_done_are_the_bac
     assert "Content-Length" not in answer.headers
 
 
-async def test_stream_when_a_chunk_comes_then_it_passes_at_once(relay: RunningRelay, gemini: Backend) -> None:
+async def test_stream_when_a_chunk_arrives_then_it_passes_at_once(relay: RunningRelay, gemini: Backend) -> None:
     async with relay.post("stepwise") as response:
         assert await response.content.readany() == CHUNK % 0
         assert not gemini.go_on.is_set()
@@ -118,7 +118,7 @@ async def test_packed_answer_when_passed_then_it_stays_packed(relay: RunningRela
     assert gemini.last.headers["Accept-Encoding"] == "gzip"
 
 
-async def test_client_when_it_accepts_no_packing_then_the_backend_is_not_told_otherwise(
+async def test_client_when_it_accepts_no_compression_then_the_backend_is_sent_no_other_accept_encoding(
     relay: RunningRelay, gemini: Backend
 ) -> None:
     await relay.raw(
@@ -135,7 +135,7 @@ async def test_huge_answer_when_passed_then_it_is_whole(relay: RunningRelay) -> 
     assert await relay.spent() == (1, 1)
 
 
-async def test_refusal_when_the_backend_gives_one_then_its_own_words_pass(relay: RunningRelay) -> None:
+async def test_error_when_the_backend_sends_one_then_its_own_text_passes(relay: RunningRelay) -> None:
     answer = await relay.ask("bad-request")
     assert answer.status == 400
     assert answer.document == {
@@ -205,7 +205,7 @@ async def test_headers_when_an_error_quotes_the_operators_key_then_the_client_do
 
 
 async def test_headers_when_the_backend_sends_its_own_then_only_known_ones_pass(relay: RunningRelay) -> None:
-    """A header that is no ASCII is left out: it could not be written again."""
+    """A header that is not ASCII is left out, as it could not be written again."""
     answer = await relay.ask("odd-headers")
     assert answer.status == 200
     assert "Set-Cookie" not in answer.headers
@@ -285,7 +285,7 @@ async def test_ratelimit_when_nothing_is_limited_then_there_is_no_header(
     assert "RateLimit-Policy" not in answer.headers
 
 
-async def test_ratelimit_when_streamed_refused_or_only_asked_for_then_it_is_there_too(
+async def test_ratelimit_when_streamed_refused_or_only_queried_then_it_is_present_too(
     start_relay: StartRelay, gemini: Backend
 ) -> None:
     relay = await start_relay(client_of("gemini", gemini.url), tiers=tiers(lifetime=1))
@@ -305,7 +305,7 @@ async def test_backend_when_its_url_ends_in_a_slash_or_not_then_the_path_is_the_
         assert gemini.last.path == CHAT
 
 
-async def test_credits_when_asked_for_then_the_balance_is_told_and_no_row_is_made(relay: RunningRelay) -> None:
+async def test_credits_when_requested_then_the_balance_is_returned_and_no_row_is_created(relay: RunningRelay) -> None:
     install_id = new_install()
     answer = await relay.send("GET", "/v1/credits", X_Install_Id=install_id.upper())
     assert (answer.status, answer.headers["Cache-Control"]) == (200, "no-store")
@@ -325,7 +325,7 @@ async def test_credits_when_asked_for_then_the_balance_is_told_and_no_row_is_mad
 
 
 @pytest.mark.parametrize("packing", ["gzip", "deflate", "br"])
-async def test_refusal_when_it_is_packed_then_the_operators_key_is_in_none_of_it(
+async def test_error_when_it_is_compressed_then_the_operators_key_is_masked_in_it(
     start_relay: StartRelay, gemini: Backend, packing: str
 ) -> None:
     relay = await start_relay(client_of("gemini", gemini.url))

@@ -1,4 +1,4 @@
-"""The order of a metered request: what is debited, what is given back, and which backend it was."""
+"""The life of a metered request: what is debited, what is released, and which backend served it."""
 
 import asyncio
 import random
@@ -52,7 +52,7 @@ async def test_costs_when_a_path_has_its_own_then_it_is_debited(start_relay: Sta
     assert await relay.spent() == (9, 9)
 
 
-async def test_stream_when_its_first_byte_came_then_it_is_debited_before_its_end(
+async def test_stream_when_its_first_byte_has_arrived_then_it_is_debited_before_its_end(
     relay: RunningRelay, gemini: Backend
 ) -> None:
     async with relay.post("stepwise") as response:
@@ -86,7 +86,7 @@ async def test_stream_when_its_first_byte_came_then_it_is_debited_before_its_end
         ("break-body", 502, "backend_unavailable"),
     ],
 )
-async def test_chat_when_the_only_backend_fails_then_the_hold_is_given_back(
+async def test_chat_when_the_only_backend_fails_then_the_hold_is_released(
     start_relay: StartRelay, gemini: Backend, model: str, status: int, code: str
 ) -> None:
     relay = await start_relay(client_of("gemini", gemini.url))
@@ -97,7 +97,7 @@ async def test_chat_when_the_only_backend_fails_then_the_hold_is_given_back(
 
 
 @pytest.mark.parametrize("model", ["hang", "hang-inside", "dribble"])
-async def test_chat_when_the_only_backend_times_out_then_504_and_the_hold_is_given_back(
+async def test_chat_when_the_only_backend_times_out_then_504_and_the_hold_is_released(
     start_relay: StartRelay, gemini: Backend, model: str
 ) -> None:
     relay = await start_relay(client_of("gemini", gemini.url, timeout_s=0.2))
@@ -107,7 +107,7 @@ async def test_chat_when_the_only_backend_times_out_then_504_and_the_hold_is_giv
     await gone(gemini)
 
 
-async def test_chat_when_no_backend_listens_then_502_and_the_hold_is_given_back(start_relay: StartRelay) -> None:
+async def test_chat_when_no_backend_listens_then_502_and_the_hold_is_released(start_relay: StartRelay) -> None:
     relay = await start_relay(client_of("hardware", f"http://127.0.0.1:{free_port()}/v1"))
     answer = await relay.ask()
     assert (answer.status, answer.code, answer.headers["Retry-After"]) == (502, "backend_unavailable", "1")
@@ -118,7 +118,7 @@ async def test_chat_when_no_backend_listens_then_502_and_the_hold_is_given_back(
 
 
 @pytest.mark.parametrize("model", ["hang", "hang-inside", "dribble"])
-async def test_client_when_it_leaves_before_the_answer_then_the_call_ends_and_the_hold_is_given_back(
+async def test_client_when_it_leaves_before_the_answer_then_the_call_ends_and_the_hold_is_released(
     relay: RunningRelay, gemini: Backend, model: str
 ) -> None:
     asking = asyncio.ensure_future(relay.ask(model))
@@ -143,15 +143,15 @@ async def test_client_when_it_leaves_in_mid_stream_then_the_call_ends_and_the_de
 async def test_client_when_it_leaves_inside_a_big_answer_then_the_debit_stands(
     relay: RunningRelay, gemini: Backend
 ) -> None:
-    """Else all but the last byte of a big answer would be free."""
+    """Otherwise all but the last byte of a big answer would be free."""
     async with relay.post("pour") as response:
         await response.content.readexactly(2 << 20)
     await gone(gemini)
     assert await relay.spent() == (1, 1)
 
 
-class TellingLimiter(CreditLimiter):
-    """Tells when a reserve is on its way."""
+class SignallingLimiter(CreditLimiter):
+    """Signals when a reserve is on its way."""
 
     reserving = asyncio.Event()
 
@@ -160,10 +160,10 @@ class TellingLimiter(CreditLimiter):
         return await super().reserve(install_id, **named)
 
 
-async def test_client_when_it_leaves_while_redis_decides_then_what_was_held_is_given_back(
+async def test_client_when_it_leaves_while_redis_decides_then_the_hold_is_released(
     start_relay: StartRelay, gemini: Backend, redis: Redis
 ) -> None:
-    limiter = TellingLimiter(redis, tiers(lifetime=1))
+    limiter = SignallingLimiter(redis, tiers(lifetime=1))
     limiter.reserving = asyncio.Event()
     relay = await start_relay(client_of("gemini", gemini.url), on=limiter)
     await redis.client_pause(300)
@@ -177,7 +177,7 @@ async def test_client_when_it_leaves_while_redis_decides_then_what_was_held_is_g
 
 
 class CreatingLimiter(CreditLimiter):
-    """Waits before it makes a new row."""
+    """Waits before it creates a new row."""
 
     def __init__(self, redis: Redis) -> None:
         super().__init__(redis, tiers(lifetime=1))
@@ -190,7 +190,7 @@ class CreatingLimiter(CreditLimiter):
         return await super().reserve(install_id, **named)
 
 
-async def test_client_when_it_leaves_while_its_install_is_made_then_what_was_held_is_given_back(
+async def test_client_when_it_leaves_while_its_install_is_created_then_the_hold_is_released(
     start_relay: StartRelay, gemini: Backend, redis: Redis
 ) -> None:
     limiter = CreatingLimiter(redis)
@@ -215,7 +215,7 @@ async def test_client_when_it_leaves_while_its_install_is_made_then_what_was_hel
 # Broken off after the first byte
 
 
-async def test_stream_when_it_breaks_then_the_debit_stands_and_an_error_event_says_so(
+async def test_stream_when_it_breaks_then_the_debit_stands_and_an_error_event_is_sent(
     relay: RunningRelay, hardware: Backend
 ) -> None:
     answer = await relay.ask("break-stream")
@@ -228,7 +228,7 @@ async def test_stream_when_it_breaks_then_the_debit_stands_and_an_error_event_sa
     assert hardware.seen == []
 
 
-async def test_stream_when_it_goes_silent_then_the_error_event_says_timeout(
+async def test_stream_when_it_stalls_then_the_error_event_is_a_timeout(
     start_relay: StartRelay, gemini: Backend
 ) -> None:
     relay = await start_relay(client_of("gemini", gemini.url, timeout_s=0.2))
@@ -238,10 +238,10 @@ async def test_stream_when_it_goes_silent_then_the_error_event_says_timeout(
     await gone(gemini)
 
 
-async def test_stream_when_it_turns_into_no_http_then_it_ends_with_an_error_event(
+async def test_stream_when_it_stops_being_http_then_it_ends_with_an_error_event(
     start_relay: StartRelay, gemini: Backend
 ) -> None:
-    """It must end: aiohttp's C parser stops without an error at a chunk that is none."""
+    """It must end: aiohttp's C parser stops without an error at an invalid chunk."""
     relay = await start_relay(client_of("gemini", gemini.url, timeout_s=0.3))
     answer = await relay.ask("bad-chunk")
     assert answer.body.startswith(CHUNK % 0)
@@ -345,7 +345,7 @@ async def test_fallback_when_gemini_refuses_the_request_then_there_is_none(
     assert await relay.spent() == (0, 0)
 
 
-async def test_fallback_when_hardware_fails_too_then_its_failure_is_told(
+async def test_fallback_when_hardware_fails_too_then_its_failure_is_reported(
     start_relay: StartRelay, gemini: Backend, hardware: Backend
 ) -> None:
     relay = await start_relay(
@@ -447,7 +447,7 @@ async def test_order_when_clients_leave_at_random_then_what_was_debited_is_what_
     assert gemini_consumed <= 60
 
 
-async def test_client_when_it_closes_one_half_then_it_counts_as_gone(relay: RunningRelay, gemini: Backend) -> None:
+async def test_client_when_it_half_closes_then_it_counts_as_disconnected(relay: RunningRelay, gemini: Backend) -> None:
     async with relay.connect("hang") as (_, writer):
         await gemini.arrived.wait()
         writer.write_eof()

@@ -30,7 +30,7 @@ async def ask(client: openai.AsyncOpenAI, model: str = "plain") -> str:
     return str(answer.choices[0].message.content)
 
 
-async def test_sdk_when_it_chats_then_it_reads_the_answer_and_one_credit_is_gone(
+async def test_sdk_when_it_chats_then_it_reads_the_answer_and_one_credit_is_debited(
     client: openai.AsyncOpenAI, relay: RunningRelay
 ) -> None:
     assert await ask(client) == "Hello"
@@ -52,7 +52,7 @@ async def test_sdk_when_it_embeds_then_it_reads_the_vector(client: openai.AsyncO
     assert await relay.spent() == (1, 1)
 
 
-async def test_sdk_when_it_has_a_licence_as_its_key_then_the_install_comes_by_header(
+async def test_sdk_when_its_key_is_a_licence_then_the_install_id_is_a_header(
     start_relay: StartRelay, gemini: Backend
 ) -> None:
     relay = await start_relay(client_of("gemini", gemini.url), public_keys=[PUBLIC_KEY])

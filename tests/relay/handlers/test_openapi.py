@@ -1,4 +1,4 @@
-"""/openapi.json is true: it has every route and every error code of the program, and real answers are as it says."""
+"""/openapi.json is correct: it has every route and every error code of the program, and real answers conform to it."""
 
 import ast
 import io
@@ -53,7 +53,7 @@ def resolved(document: Document, part: Any) -> Any:
 
 
 def check(document: Document, method: str, path: str, answer: Answer) -> None:
-    """Compare an answer with what the description says: the most exact entry of its status, its headers, its body."""
+    """Compare an answer with the description: the most specific entry for its status, its headers, its body."""
     responses = document["paths"][path][method.lower()]["responses"]
     names = (str(answer.status), f"{answer.status // 100}XX", "default")
     response = next(responses[name] for name in names if name in responses)
@@ -96,7 +96,7 @@ _STATUS_AT = {"Problem": 0, "fail": 0, "backend_problem": 1}  # which argument o
 # The document
 
 
-async def test_document_when_it_is_asked_for_then_it_is_valid_openapi_3_1(document: Document) -> None:
+async def test_document_when_requested_then_it_is_valid_openapi_3_1(document: Document) -> None:
     assert document["openapi"] == "3.1.0"
     validate(document)
 
@@ -109,7 +109,7 @@ async def test_document_when_it_is_compared_with_the_app_then_it_has_its_routes_
     assert described == set(OPERATIONS), "the table has a route that is not served"
 
 
-async def test_codes_when_they_are_compared_with_the_program_then_each_is_described_and_none_is_made_up(
+async def test_codes_when_compared_with_the_program_then_they_are_the_same(
     document: Document,
 ) -> None:
     found: dict[int, set[str]] = defaultdict(set)
@@ -165,7 +165,7 @@ async def test_model_when_it_is_not_shown_then_the_error_is_as_described(
         ("break-before", 502),
     ],
 )
-async def test_post_when_a_backend_is_asked_then_the_answer_is_as_described(
+async def test_post_when_a_backend_serves_it_then_the_answer_is_as_described(
     relay: RunningRelay, document: Document, path: str, model: str, status: int
 ) -> None:
     answer = await relay.ask(model, path)
@@ -250,7 +250,7 @@ async def test_post_when_too_many_are_in_flight_then_429_is_as_described(
     await limiter.release(relay.install_id, "h")
 
 
-async def test_answers_when_redis_is_away_then_503_is_as_described(
+async def test_answers_when_redis_is_unavailable_then_503_is_as_described(
     own_server: Callable[..., Server], document: Document, gemini: Backend
 ) -> None:
     server = own_server()
@@ -272,5 +272,5 @@ async def test_answers_when_redis_is_away_then_503_is_as_described(
 
 
 def without(answer: Answer, member: bytes) -> Answer:
-    """Give an answer that lacks a member, which the check must notice."""
+    """Return an answer that lacks a member, which the check must notice."""
     return Answer(answer.status, answer.headers, answer.body.replace(member, b'"other"'))

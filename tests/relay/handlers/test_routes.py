@@ -1,4 +1,4 @@
-"""Every route, what passes on each, and what the relay adds when it is asked to: credits, traces, other origins."""
+"""Every route, what passes on each, and what the relay adds on request: credits, traces, other origins."""
 
 import asyncio
 import gzip
@@ -35,7 +35,7 @@ def ids(answer: Answer) -> list[str]:
 
 
 @pytest.mark.parametrize("path", [*JSON_ROUTES, "/v1/embeddings"])
-async def test_route_when_it_is_asked_then_it_is_forwarded_and_debited(
+async def test_route_when_it_is_requested_then_it_is_forwarded_and_debited(
     relay: RunningRelay, gemini: Backend, path: str
 ) -> None:
     assert (await relay.ask(path=path)).status == 200
@@ -85,7 +85,7 @@ async def test_models_when_a_backend_fails_then_it_is_left_out(
     assert ids(await models_of(relay)) == ["here"]
 
 
-async def test_models_when_all_backends_fail_then_502_and_the_next_request_asks_again(
+async def test_models_when_all_backends_fail_then_502_and_the_next_request_queries_them_again(
     start_relay: StartRelay, gemini: Backend
 ) -> None:
     relay = await start_relay(client_of("gemini", gemini.url, models={"recap": "x"}))
@@ -96,7 +96,9 @@ async def test_models_when_all_backends_fail_then_502_and_the_next_request_asks_
     assert ids(await models_of(relay)) == ["recap", "m"]
 
 
-async def test_models_when_asked_for_often_then_the_backend_is_asked_once(relay: RunningRelay, gemini: Backend) -> None:
+async def test_models_when_requested_often_then_the_backend_is_queried_once(
+    relay: RunningRelay, gemini: Backend
+) -> None:
     answers = await asyncio.gather(*(models_of(relay) for _ in range(20)))
     assert {answer.status for answer in answers} == {200}
     assert [seen.path for seen in gemini.seen] == ["/v1/models"]
@@ -131,7 +133,7 @@ async def test_model_when_its_slashes_come_bare_then_it_is_shown(relay: RunningR
     assert (answer.status, answer.document["id"]) == (200, "models/gemini-2.5-flash")
 
 
-async def test_sdk_when_it_retrieves_a_model_that_nobody_lists_then_not_found(relay: RunningRelay) -> None:
+async def test_sdk_when_it_retrieves_an_unknown_model_then_not_found(relay: RunningRelay) -> None:
     async with openai.AsyncOpenAI(base_url=f"{relay.url}/v1", api_key=relay.install_id) as client:
         with pytest.raises(openai.NotFoundError) as raised:
             await client.models.retrieve("nobody's")
@@ -198,7 +200,7 @@ async def test_stream_when_it_goes_on_longer_than_the_first_byte_may_take_then_i
 
 
 async def test_backend_when_it_accepts_no_connection_then_504_after_connect_s(start_relay: StartRelay) -> None:
-    """A port whose queue is full: its SYNs are not answered."""
+    """A port whose queue is full does not answer SYNs."""
     import socket  # noqa: PLC0415  only here
 
     with socket.socket() as full:
@@ -219,10 +221,10 @@ async def answered(relay: RunningRelay, status: int) -> bool:
     return (await relay.ask()).status == status
 
 
-# Credits, told at the end of a stream
+# Credits at the end of a stream
 
 
-async def test_credits_event_when_asked_for_then_a_last_comment_tells_charge_and_rest(
+async def test_credits_event_when_requested_then_the_last_comment_has_charge_and_balance(
     start_relay: StartRelay, gemini: Backend
 ) -> None:
     relay = await start_relay(client_of("gemini", gemini.url), tiers=tiers(lifetime=10, gemini_cap=5), costs={CHAT: 3})
@@ -241,13 +243,13 @@ async def test_credits_event_when_the_stream_breaks_then_it_stands_on_a_line_of_
 
 
 @pytest.mark.parametrize("headers", [{}, {"X-Credits-Event": "0"}, {"X-Credits-Event": "true"}])
-async def test_credits_event_when_not_asked_for_then_there_is_none(
+async def test_credits_event_when_not_requested_then_there_is_none(
     relay: RunningRelay, headers: dict[str, str]
 ) -> None:
     assert (await relay.ask("stream:2:0", headers=headers)).body == STREAM
 
 
-async def test_credits_event_when_the_answer_is_packed_or_no_stream_then_there_is_none(
+async def test_credits_event_when_the_answer_is_packed_or_not_a_stream_then_there_is_none(
     relay: RunningRelay, gemini: Backend
 ) -> None:
     asked = {"X-Credits-Event": "1", "Accept-Encoding": "gzip"}
@@ -258,7 +260,7 @@ async def test_credits_event_when_the_answer_is_packed_or_no_stream_then_there_i
     assert gemini.last.sent == len(packed.body)
 
 
-async def test_sdk_when_it_asks_for_the_credits_event_then_it_reads_its_stream_as_ever(relay: RunningRelay) -> None:
+async def test_sdk_when_it_requests_the_credits_event_then_it_reads_its_stream_as_usual(relay: RunningRelay) -> None:
     async with openai.AsyncOpenAI(base_url=f"{relay.url}/v1", api_key=relay.install_id) as client:
         stream = await client.chat.completions.create(
             model="stream:2:0",
@@ -291,7 +293,7 @@ async def preflight(relay: RunningRelay, path: str, origin: str, method: str = "
     )
 
 
-async def test_preflight_when_the_origin_is_allowed_then_it_may_send_what_it_wants(open_to_app: RunningRelay) -> None:
+async def test_preflight_when_the_origin_is_allowed_then_the_requested_headers_are(open_to_app: RunningRelay) -> None:
     answer = await preflight(open_to_app, CHAT, APP)
     assert (answer.status, answer.body) == (204, b"")
     allowed = cors(answer)
@@ -326,7 +328,7 @@ async def test_refusal_when_the_origin_is_allowed_then_the_page_can_read_it(open
     assert (await preflight(open_to_app, "/nowhere", APP)).status == 404
 
 
-async def test_origins_when_none_is_set_then_no_answer_mentions_them(relay: RunningRelay) -> None:
+async def test_origins_when_none_is_set_then_no_answer_has_cors_headers(relay: RunningRelay) -> None:
     refused = await preflight(relay, CHAT, APP)
     assert (refused.status, cors(refused)) == (405, {})
     answer = await relay.ask(headers={"Origin": APP})
@@ -338,7 +340,7 @@ async def test_origins_when_none_is_set_then_no_answer_mentions_them(relay: Runn
 
 
 @pytest.mark.parametrize("start", ["POST /v1/chat/completions", "GET /v1/credits", "POST /v1/audio/transcriptions"])
-async def test_upgrade_when_it_is_asked_for_then_400_and_nothing_is_reserved(
+async def test_upgrade_when_it_is_requested_then_400_and_nothing_is_reserved(
     relay: RunningRelay, gemini: Backend, start: str
 ) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", relay.port)
@@ -356,7 +358,7 @@ async def test_upgrade_when_it_is_asked_for_then_400_and_nothing_is_reserved(
     assert gemini.seen == []
 
 
-async def test_upgrade_when_it_is_h2c_then_it_is_served_in_the_protocol_it_came_in(relay: RunningRelay) -> None:
+async def test_upgrade_when_it_is_h2c_then_it_is_served_as_http_1_1(relay: RunningRelay) -> None:
     """Java's client, and others, offer it with each first request on a plain connection."""
     headers = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABk"}
     assert (await relay.ask(headers=headers)).status == 200

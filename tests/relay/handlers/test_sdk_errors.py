@@ -32,7 +32,7 @@ def call(relay: RunningRelay, model: str = "plain", operation: Operation = "chat
 
 
 async def attempts(relay: RunningRelay, route: str = CHAT) -> dict[int, int]:
-    """Give how many requests the relay has answered, by status."""
+    """Return how many requests the relay has answered, by status."""
     text = (await relay.send("GET", "/metrics")).body.decode()
     lines = re.findall(r'^limiter_requests_total\{.*route="(.*?)",status="(\d+)"\} (\d+)', text, re.MULTILINE)
     return {int(status): int(number) for path, status, number in lines if path == route}
@@ -93,7 +93,7 @@ async def test_sdk_when_the_seats_are_taken_then_permission_denied_after_one_att
     assert await attempts(relay) == {200: 1, 403: 1}
 
 
-async def test_sdk_when_a_key_still_runs_then_it_tries_again_and_has_the_same_answer(
+async def test_sdk_when_a_key_still_runs_then_it_retries_and_has_the_same_answer(
     sdk: Sdk, start_relay: StartRelay, gemini: Backend
 ) -> None:
     relay = await start_relay(client_of("gemini", gemini.url))
@@ -122,7 +122,7 @@ async def test_sdk_when_a_key_was_used_for_something_else_then_unprocessable_aft
     assert await relay.spent() == (1, 1)
 
 
-async def test_sdk_when_too_many_run_then_429_and_it_tries_again_until_served(
+async def test_sdk_when_too_many_run_then_429_and_it_retries_until_served(
     sdk: Sdk, start_relay: StartRelay, gemini: Backend
 ) -> None:
     relay = await start_relay(client_of("gemini", gemini.url), tiers=tiers(lifetime=9, max_in_flight=1))
@@ -159,7 +159,7 @@ async def test_sdk_when_the_backend_fails_then_server_error_after_all_attempts_a
 
 
 @pytest.mark.slow
-async def test_sdk_when_redis_is_away_then_503_and_served_on_a_later_attempt(
+async def test_sdk_when_redis_is_unavailable_then_503_and_served_on_a_later_attempt(
     sdk: Sdk, start_relay: StartRelay, gemini: Backend, own_server: Any, closing: AsyncExitStack
 ) -> None:
     server: Server = own_server()
@@ -177,7 +177,7 @@ async def test_sdk_when_redis_is_away_then_503_and_served_on_a_later_attempt(
 
 
 @pytest.mark.parametrize("operation", ["chat", "embed"])
-async def test_sdk_when_the_answer_was_lost_then_it_tries_again_and_is_debited_once(
+async def test_sdk_when_the_answer_was_lost_then_it_retries_and_is_debited_once(
     sdk: Sdk, relay: RunningRelay, gemini: Backend, operation: Operation
 ) -> None:
     async with _losing_the_first_answer(relay) as port:
@@ -189,7 +189,7 @@ async def test_sdk_when_the_answer_was_lost_then_it_tries_again_and_is_debited_o
     assert await relay.spent() == (1, 1)
 
 
-async def test_sdk_when_it_runs_out_of_patience_then_it_tries_again_and_is_debited_once(
+async def test_sdk_when_it_times_out_then_it_retries_and_is_debited_once(
     sdk: Sdk, relay: RunningRelay, gemini: Backend
 ) -> None:
     impatient = asyncio.create_task(sdk.call(call(relay, "wait", max_retries=9, timeout_s=1)))

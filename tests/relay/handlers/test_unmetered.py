@@ -1,4 +1,4 @@
-"""While Redis is away hardware serves, unmetered, where the operator wants that: whom, and what nobody pays for."""
+"""Unmetered service from hardware while Redis is unavailable, if the operator has enabled it."""
 
 import asyncio
 import json
@@ -82,7 +82,7 @@ async def node(own_server: Callable[..., Server], gemini: Backend, hardware: Bac
 
 
 @pytest.mark.parametrize("how", ["kill", "pause"])
-async def test_request_when_redis_is_away_then_hardware_serves_it_and_nothing_is_debited(
+async def test_request_when_redis_is_unavailable_then_hardware_serves_it_and_nothing_is_debited(
     node: Node, gemini: Backend, how: str
 ) -> None:
     relay = node.relay
@@ -101,10 +101,10 @@ async def test_request_when_redis_is_away_then_hardware_serves_it_and_nothing_is
 
 
 @pytest.mark.parametrize("how", ["kill", "pause"])
-async def test_requests_when_they_find_that_redis_went_then_they_are_served_and_what_they_may_hold_is_given_back(
+async def test_requests_when_they_find_redis_unavailable_then_they_are_served_and_what_they_may_hold_is_released(
     node: Node, gemini: Backend, how: str
 ) -> None:
-    """Paused, the server executes the reserves after the relay has given them up."""
+    """A paused server executes the reserves after the relay has given up on them."""
     relay = node.relay
     assert (await relay.ask()).status == 200
     assert await relay.spent() == (1, 1)
@@ -116,7 +116,7 @@ async def test_requests_when_they_find_that_redis_went_then_they_are_served_and_
     assert await relay.spent() == (1, 1)
 
 
-async def test_stream_when_redis_is_away_then_it_comes_as_it_is_and_its_event_says_that_it_costs_nothing(
+async def test_stream_when_redis_is_unavailable_then_it_passes_unchanged_and_its_event_has_a_charge_of_0(
     node: Node,
 ) -> None:
     await node.lose_redis()
@@ -128,10 +128,10 @@ async def test_stream_when_redis_is_away_then_it_comes_as_it_is_and_its_event_sa
 
 
 @pytest.mark.parametrize("is_noticed", [True, False])
-async def test_upload_when_redis_is_away_then_its_body_passes_to_hardware(
+async def test_upload_when_redis_is_unavailable_then_its_body_passes_to_hardware(
     node: Node, gemini: Backend, hardware: Backend, is_noticed: bool
 ) -> None:
-    """Also when it is the upload that finds out: nothing of its body was read before."""
+    """Also when the upload is the first to find out: none of its body has been read before."""
     if is_noticed:
         await node.lose_redis()
     else:
@@ -158,7 +158,7 @@ async def test_upload_when_redis_is_away_then_its_body_passes_to_hardware(
         ({"Idempotency-Key": ""}, 400),
     ],
 )
-async def test_request_when_redis_is_away_then_what_it_says_of_itself_must_still_be_right(
+async def test_request_when_redis_is_unavailable_then_its_identity_and_body_are_still_checked(
     node: Node, hardware: Backend, headers: Mapping[str, str], status: int
 ) -> None:
     await node.lose_redis()
@@ -167,7 +167,7 @@ async def test_request_when_redis_is_away_then_what_it_says_of_itself_must_still
     assert len(hardware.seen) == before
 
 
-async def test_credits_when_redis_is_away_then_503_and_the_probes_tell_the_mode(node: Node) -> None:
+async def test_credits_when_redis_is_unavailable_then_503_and_readyz_shows_the_mode(node: Node) -> None:
     relay = node.relay
     await node.lose_redis()
     assert (await relay.send("GET", "/v1/credits", X_Install_Id=relay.install_id)).status == 503
@@ -180,9 +180,7 @@ async def test_credits_when_redis_is_away_then_503_and_the_probes_tell_the_mode(
     assert (await relay.send("GET", "/readyz")).status == 200
 
 
-async def test_hardware_when_it_fails_too_then_502_and_no_load_balancer_is_told_to_send_more(
-    node: Node, gemini: Backend
-) -> None:
+async def test_hardware_when_it_fails_too_then_502_and_the_relay_is_not_ready(node: Node, gemini: Backend) -> None:
     relay = node.relay
     await node.lose_redis()
     for _ in range(3):
@@ -193,7 +191,7 @@ async def test_hardware_when_it_fails_too_then_502_and_no_load_balancer_is_told_
     assert gemini.seen == []
 
 
-async def test_key_when_redis_is_away_then_it_is_not_remembered_and_its_request_is_debited_once_afterwards(
+async def test_key_when_redis_is_unavailable_then_it_is_not_remembered_and_its_request_is_debited_once_afterwards(
     node: Node, hardware: Backend
 ) -> None:
     relay, key = node.relay, {"Idempotency-Key": "k"}
@@ -221,7 +219,7 @@ async def test_retry_when_its_first_attempt_was_unmetered_then_it_is_debited_and
     assert await relay.spent() == (2, 2)
 
 
-async def test_licence_when_redis_is_away_then_its_seats_are_not_counted(node: Node) -> None:
+async def test_licence_when_redis_is_unavailable_then_its_seats_are_not_counted(node: Node) -> None:
     await node.lose_redis()
     for _ in range(3):
         token = signed(claims(tier="core", installs=1))
@@ -240,10 +238,10 @@ class Split(CreditLimiter):
 
 
 @ONE_SERVER
-async def test_request_when_its_reserve_alone_gets_no_answer_then_it_is_refused_and_not_free(
+async def test_request_when_only_its_reserve_is_not_answered_then_it_is_refused_and_not_free(
     redis: Redis, own_server: Callable[..., Server], hardware: Backend
 ) -> None:
-    """Others are served by that Redis: nobody gets for nothing what they pay for."""
+    """Other installs are served for credits by that Redis, so this one must not be served for free."""
     gone = own_server()
     lost = await connect(gone.url, timeout_ms=200)
     async with relays_on(redis) as start:
@@ -259,7 +257,7 @@ async def test_request_when_its_reserve_alone_gets_no_answer_then_it_is_refused_
     await lost.aclose()
 
 
-async def test_answers_when_there_are_any_then_none_names_the_server_program(node: Node) -> None:
+async def test_answers_when_sent_then_none_has_a_server_header(node: Node) -> None:
     for answer in (
         await node.relay.ask(),
         await node.relay.ask("stream"),
@@ -269,7 +267,7 @@ async def test_answers_when_there_are_any_then_none_names_the_server_program(nod
         assert "Server" not in answer.headers
 
 
-async def test_relay_when_hardware_cannot_be_reached_then_502_and_gemini_is_not_asked(
+async def test_relay_when_hardware_cannot_be_reached_then_502_and_gemini_is_not_called(
     own_server: Callable[..., Server], gemini: Backend
 ) -> None:
     server = own_server()

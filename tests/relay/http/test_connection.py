@@ -1,4 +1,4 @@
-"""What is no request, and who does nothing: each gets the error object or the end of its connection, never a page."""
+"""Invalid requests and idle clients: each gets the error object or a closed connection, never an HTML page."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ LONG = b"x" * 9000
 
 
 def problem_in(received: bytes) -> tuple[int, Document]:
-    """Read the one answer in what came over the wire, and check that it is the error object, named as it should be."""
+    """Parse the one answer in the received bytes, and check that it is the error object with a request id."""
     assert len(re.findall(rb"HTTP/\d\.\d \d{3} ", received)) == 1, received
     head, _, body = received.partition(b"\r\n\r\n")
     start, *lines = head.decode().split("\r\n")
@@ -69,7 +69,7 @@ def counted(relay: RunningRelay, status: int) -> bool:
     ],
     ids=lambda part: ascii(part[:40]) if isinstance(part, bytes) else None,
 )
-async def test_bytes_when_they_are_no_request_then_the_error_object_a_log_line_and_a_count(
+async def test_bytes_when_they_are_not_a_request_then_the_error_object_a_log_line_and_a_count(
     relay: RunningRelay, caplog: pytest.LogCaptureFixture, sent: bytes, status: int, code: str
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -83,7 +83,7 @@ async def test_bytes_when_they_are_no_request_then_the_error_object_a_log_line_a
 
 
 @pytest.mark.parametrize(("method", "path"), [*routes(), ("GET", "/nowhere"), ("PUT", CHAT)])
-async def test_expect_when_it_is_odd_then_417_on_every_path(
+async def test_expect_when_it_is_unknown_then_417_on_every_path(
     relay: RunningRelay, gemini: Backend, method: str, path: str
 ) -> None:
     head = f"{method} {path} HTTP/1.1\r\nHost: a\r\nX-Install-Id: {relay.install_id}\r\nConnection: close\r\n"
@@ -94,7 +94,7 @@ async def test_expect_when_it_is_odd_then_417_on_every_path(
 
 @pytest.mark.parametrize("expected", ["a-cookie", "100-continue"])
 @pytest.mark.parametrize("path", [CHAT, UPLOAD])
-async def test_expect_when_the_client_speaks_http_1_0_then_it_is_passed_over(
+async def test_expect_when_the_client_speaks_http_1_0_then_it_is_ignored(
     relay: RunningRelay, path: str, expected: str
 ) -> None:
     """A 100 would be taken for the answer."""
@@ -134,7 +134,9 @@ async def test_path_when_it_is_unknown_then_404_whatever_the_method(relay: Runni
 
 
 @pytest.mark.parametrize("path", [path.format(id="m") for method, path in routes() if method == "GET"])
-async def test_head_when_asked_for_what_can_be_got_then_its_head_alone(relay: RunningRelay, path: str) -> None:
+async def test_head_when_the_path_can_be_read_with_get_then_only_its_head_is_sent(
+    relay: RunningRelay, path: str
+) -> None:
     answer = await relay.send("HEAD", path, None, X_Install_Id=relay.install_id)
     assert (answer.status, answer.body) == (200, b"")
 
@@ -153,7 +155,7 @@ async def test_failure_when_no_middleware_sees_it_then_the_error_object(
     assert "of its own" in caplog.text
 
 
-# MemoryBudget that break, or come slowly
+# Bodies that break, or arrive slowly
 
 
 @pytest.mark.parametrize(
@@ -189,7 +191,7 @@ async def test_body_when_its_chunks_have_extensions_and_trailers_then_neither_pa
     assert await relay.spent() == (1, 1)
 
 
-async def test_model_when_its_name_holds_a_lines_end_then_it_is_a_name_and_no_header(
+async def test_model_when_its_name_contains_a_newline_then_it_adds_no_header(
     relay: RunningRelay, gemini: Backend
 ) -> None:
     assert (await relay.ask("plain\r\nX-Injected: a")).status == 200
@@ -217,7 +219,9 @@ async def dribble(writer: asyncio.StreamWriter, sent: bytes) -> None:
 
 
 @pytest.mark.parametrize("begun", [b"", b"GET /heal", b"GET /healthz HTTP/1.1\r\nHost: a\r\nX: "])
-async def test_head_when_it_comes_byte_by_byte_then_the_connection_ends(impatient: RunningRelay, begun: bytes) -> None:
+async def test_head_when_it_arrives_byte_by_byte_then_the_connection_ends(
+    impatient: RunningRelay, begun: bytes
+) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", impatient.port)
     writer.write(begun)
     dribbling = asyncio.create_task(dribble(writer, b"x" if begun else b""))
@@ -231,7 +235,7 @@ async def test_head_when_it_comes_byte_by_byte_then_the_connection_ends(impatien
 
 
 @pytest.mark.parametrize(("path", "kind"), [(CHAT, "application/json"), (UPLOAD, "multipart/form-data; boundary=b")])
-async def test_body_when_it_comes_byte_by_byte_then_408(impatient: RunningRelay, path: str, kind: str) -> None:
+async def test_body_when_it_arrives_byte_by_byte_then_408(impatient: RunningRelay, path: str, kind: str) -> None:
     head = f"POST {path} HTTP/1.1\r\nHost: a\r\nX-Install-Id: {impatient.install_id}\r\nContent-Type: {kind}\r\n"
     reader, writer = await asyncio.open_connection("127.0.0.1", impatient.port)
     writer.write(f"{head}Content-Length: 100000\r\n\r\n".encode())

@@ -1,4 +1,4 @@
-"""What no well-behaved client sends: a clear 4xx or a closed connection, never a 500, and nothing stays held."""
+"""Requests of misbehaving clients: a clear 4xx or a closed connection, never a 500, and nothing stays held."""
 
 import asyncio
 import gzip
@@ -95,7 +95,7 @@ async def test_head_when_it_is_malformed_then_400_or_closed(
     ],
     ids=lambda sent: ascii(sent[:24]),
 )
-async def test_bytes_when_they_are_no_request_of_ours_then_4xx_or_closed(attacked: RunningRelay, sent: bytes) -> None:
+async def test_bytes_when_they_are_not_a_valid_request_then_4xx_or_closed(attacked: RunningRelay, sent: bytes) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", attacked.port)
     try:
         writer.write(sent)
@@ -200,7 +200,7 @@ async def test_body_when_it_is_nested_deeply_then_it_passes_or_400(
 @pytest.mark.parametrize(
     "header", [b"Accept: \xff\xfe", b"OpenAI-Beta: \xc3\xa9\xff", b"Accept-Encoding: \xff", b"Accept: a\tb"]
 )
-async def test_header_when_it_is_no_ascii_then_it_is_not_passed_on(
+async def test_header_when_it_is_not_ascii_then_it_is_not_passed_on(
     attacked: RunningRelay, gemini: Backend, header: bytes
 ) -> None:
     received = await attacked.raw(request(attacked, header, SIZED, CLOSE))
@@ -209,7 +209,7 @@ async def test_header_when_it_is_no_ascii_then_it_is_not_passed_on(
     assert gemini.last.headers.get("OpenAI-Beta") is None
 
 
-async def test_content_type_when_its_parameters_are_no_ascii_then_4xx_or_served(attacked: RunningRelay) -> None:
+async def test_content_type_when_its_parameters_are_not_ascii_then_4xx_or_served(attacked: RunningRelay) -> None:
     received = await attacked.raw(
         b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\nX-Install-Id: %s\r\n"
         b"Content-Type: application/json; x=\xff\r\n%s\r\n\r\n%s" % (attacked.install_id.encode(), SIZED, BODY)
@@ -226,10 +226,10 @@ async def test_content_type_when_its_parameters_are_no_ascii_then_4xx_or_served(
     ids=["websocket", "h2c"],
 )
 @pytest.mark.parametrize("start", [b"POST /v1/chat/completions HTTP/1.1", b"GET /v1/credits HTTP/1.1"])
-async def test_upgrade_when_it_is_asked_for_then_it_is_not_made(
+async def test_upgrade_when_it_is_requested_then_it_is_not_made(
     attacked: RunningRelay, headers: list[bytes], start: bytes
 ) -> None:
-    """It is served as if nobody had asked, or refused; either way as HTTP/1.1."""
+    """It is served as if no upgrade had been requested, or refused; either way as HTTP/1.1."""
     reader, writer = await asyncio.open_connection("127.0.0.1", attacked.port)
     writer.write(request(attacked, *headers, SIZED, start=start))
     line = await asyncio.wait_for(reader.readline(), 5)
@@ -237,7 +237,7 @@ async def test_upgrade_when_it_is_asked_for_then_it_is_not_made(
     assert line.startswith((b"HTTP/1.1 2", b"HTTP/1.1 4")), line
 
 
-async def test_expect_when_it_is_100_then_the_body_is_asked_for(attacked: RunningRelay) -> None:
+async def test_expect_when_it_is_100_continue_then_that_is_sent(attacked: RunningRelay) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", attacked.port)
     writer.write(request(attacked, SIZED, CLOSE, b"Expect: 100-continue", body=b""))
     assert await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5) == b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -246,7 +246,7 @@ async def test_expect_when_it_is_100_then_the_body_is_asked_for(attacked: Runnin
     writer.close()
 
 
-async def test_expect_when_it_is_odd_then_417(attacked: RunningRelay, gemini: Backend) -> None:
+async def test_expect_when_it_is_unknown_then_417(attacked: RunningRelay, gemini: Backend) -> None:
     received = await attacked.raw(request(attacked, SIZED, CLOSE, b"Expect: a-cookie"))
     assert received.startswith(b"HTTP/1.1 417 ")
     assert gemini.seen == []
@@ -311,7 +311,7 @@ async def test_reader_when_it_does_not_read_then_the_backend_is_held_back_and_th
         await eventually(stands_still, what="the end of what the relay takes")
         assert before < 24 << 20  # buffers of three sockets and of this reader; a second of pouring is gigabytes
         await reader.readexactly(48 << 20)
-        assert await taken() > 48 << 20  # it goes on when the client reads
+        assert await taken() > 48 << 20  # it continues when the client reads
 
     async def told() -> bool:
         return (await seen_by(pouring))[0]["gone_s"] is not None
@@ -336,7 +336,7 @@ async def test_readers_when_many_leave_at_once_then_every_call_ends(start_relay:
     assert await relay.spent() == (30, 30)
 
 
-async def test_log_when_a_client_leaves_then_it_says_no_error(
+async def test_log_when_a_client_leaves_then_it_has_no_error(
     relay: RunningRelay, gemini: Backend, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)

@@ -20,7 +20,7 @@ TYPES = {400: "invalid_request_error", 401: "authentication_error", 402: "insuff
 
 
 def assert_problem(answer: Answer, status: int, code: str, *, content_type: str = "application/json") -> Document:
-    """The error object is whole, and says the same to both habits. Gives it."""
+    """Check that the error object is complete and consistent in both conventions, and return it."""
     document = answer.document
     assert (answer.status, answer.code) == (status, code)
     assert answer.headers["Content-Type"].partition(";")[0] == content_type
@@ -114,7 +114,7 @@ async def test_in_flight_when_another_request_runs_then_429_and_retry_after_1(
         ("status:500", "1"),
     ],
 )
-async def test_backend_when_it_says_when_to_come_back_then_502_says_so_too(
+async def test_backend_when_it_sends_retry_after_then_the_502_has_it_too(
     start_relay: StartRelay, gemini: Backend, model: str, retry_after: str
 ) -> None:
     relay = await start_relay(client_of("gemini", gemini.url))
@@ -207,14 +207,14 @@ async def test_body_when_it_is_over_the_limit_then_413(start_relay: StartRelay, 
 
 
 @pytest.mark.parametrize("accept", ["application/problem+json", "application/json;q=0.5, application/problem+json"])
-async def test_accept_when_it_asks_for_problem_json_then_errors_are_it(relay: RunningRelay, accept: str) -> None:
+async def test_accept_when_it_has_problem_json_then_errors_are_problem_json(relay: RunningRelay, accept: str) -> None:
     answer = await relay.send("GET", "/nowhere", Accept=accept)
     assert_problem(answer, 404, "unknown_path", content_type="application/problem+json")
     answer = await relay.ask("status:401", headers={"Accept": accept})
     assert_problem(answer, 502, "backend_unavailable", content_type="application/problem+json")
 
 
-async def test_row_when_it_is_broken_then_500_tells_the_client_nothing_of_it(
+async def test_row_when_it_is_broken_then_500_without_details(
     relay: RunningRelay, redis: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     key = relay.limiter.session.keys.install(relay.install_id)
@@ -231,7 +231,7 @@ async def test_row_when_it_is_broken_then_500_tells_the_client_nothing_of_it(
     assert record.__dict__["request_id"] == answer.headers["X-Request-Id"]
 
 
-async def test_fault_when_it_is_ours_then_500_and_only_the_log_says_why(
+async def test_bug_when_it_raises_then_500_and_only_the_log_has_the_cause(
     start_relay: StartRelay, gemini: Backend, redis: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Faulty(CreditLimiter):
@@ -277,10 +277,10 @@ async def test_ready_when_parts_report_then_it_carries_them(start_relay: StartRe
     assert (await relay.send("GET", "/readyz")).document["persister"] == {"rows": 5}
 
 
-async def test_error_when_a_licence_has_expired_then_the_header_says_so_on_a_refusal_too(
+async def test_error_when_a_licence_has_expired_then_a_refusal_has_the_header_too(
     start_relay: StartRelay, gemini: Backend
 ) -> None:
-    """Whoever is refused as core wants to know that it is for the licence."""
+    """A client that is refused as core must see that its licence is the cause."""
     relay = await start_relay(client_of("gemini", gemini.url), tiers=tiers(lifetime=0), public_keys=[PUBLIC_KEY])
     headers = {"Authorization": f"Bearer {licence_for('core', KEY, valid_s=-3600)}"}
     answer = await relay.ask(headers=headers)

@@ -1,4 +1,4 @@
-"""Whom the relay lets in: licences on few installs, new installs at a bounded rate, by the address they come from."""
+"""Admission: the seats of licences, and the rate limit for new installs by client address."""
 
 import asyncio
 import json
@@ -140,7 +140,7 @@ async def test_installs_when_limited_overall_then_the_address_gets_its_own_back(
     assert await rows(redis) == 2
 
 
-async def test_installs_when_limits_are_off_then_all_are_let_in_and_none_is_counted(
+async def test_installs_when_limits_are_off_then_all_are_admitted_and_none_is_counted(
     start: StartNode, redis: Redis
 ) -> None:
     node = await start(mint_per_ip=0, mint_overall=0)
@@ -203,7 +203,7 @@ async def test_address_when_the_peer_is_not_trusted_then_its_headers_are_worth_n
         (["203.0.113.7," * 500 + "x"], "127.0.0.1"),
     ],
 )
-async def test_client_address_when_proxies_are_trusted_then_the_last_that_is_none_of_them(
+async def test_client_address_when_proxies_are_trusted_then_the_last_address_that_is_not_one_of_them(
     lines: list[str], address: str, closing: AsyncExitStack
 ) -> None:
     """In front of the peer, 127.0.0.1, which is trusted."""
@@ -225,7 +225,7 @@ async def test_client_address_when_proxies_are_trusted_then_the_last_that_is_non
 
 
 @pytest.mark.parametrize("text", ["", "10.0.0.0/33", "localhost", "10.0.0.1/8"])
-def test_trusted_networks_when_one_is_none_then_the_settings_are_refused(text: str) -> None:
+def test_trusted_networks_when_one_is_not_valid_then_settings_error(text: str) -> None:
     with pytest.raises(SettingsError, match="trusted_proxies"):
         trusted_networks(["127.0.0.1", text])
 
@@ -267,7 +267,7 @@ async def test_installs_when_they_flood_then_redis_holds_no_more_than_the_limits
     assert await redis.dbsize() == 3 + 1 + 3 + 1  # rows, the hash of seats, counts of three addresses and of all
 
 
-async def test_seat_when_used_again_and_again_then_redis_is_not_asked_each_time(start: StartNode, redis: Redis) -> None:
+async def test_seat_when_used_repeatedly_then_redis_is_not_called_each_time(start: StartNode, redis: Redis) -> None:
     node, install_id = await start(), str(uuid.uuid4())
     await node.ask(install_id, X_Seats="1")
     await redis.delete(Keys().seats(SUBJECT))
@@ -295,7 +295,9 @@ async def test_seat_when_none_is_needed_then_none_is_taken(
     assert await redis.keys("*:seats:*") == []
 
 
-async def test_redis_when_away_then_503_for_seats_too(start: StartNode, own_server: Callable[..., Server]) -> None:
+async def test_redis_when_unavailable_then_503_for_seats_too(
+    start: StartNode, own_server: Callable[..., Server]
+) -> None:
     server = own_server()
     node = await start(server.url, timeout_ms=400)
     server.kill()

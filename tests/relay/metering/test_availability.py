@@ -1,4 +1,4 @@
-"""Redis goes away and comes back, as one node sees it: killed, stopped and restarted under load, on a real server."""
+"""The availability of Redis as one node sees it: a real server is killed, stopped and restarted under load."""
 
 import asyncio
 import logging
@@ -32,12 +32,12 @@ class Node:
         self.install_id = new_install()
 
     async def ask(self, hold_id: str | None = None) -> Decision:
-        """Ask for one credit, as a request does."""
+        """Reserve one credit, as a request does."""
         watched = WatchedLimiter(self.limiter, self.availability)
         return await watched.reserve(self.install_id, tier="core", has_hardware=True, hold_id=hold_id)
 
     async def outcome(self) -> str:
-        """Ask, and tell in a word what came of it; an allowed hold is given back."""
+        """Reserve, and return the outcome in a word; an allowed hold is released."""
         try:
             answer = await self.ask()
         except RedisUnavailable:
@@ -59,7 +59,7 @@ class Node:
         self.server.start() if how == "kill" else self.server.resume()
 
     async def is_back(self) -> float:
-        """Wait for the recovery, and tell how long it took."""
+        """Wait for the recovery, and return how long it took."""
         return await eventually(lambda: self.availability.state == "ok", what="the recovery")
 
 
@@ -83,7 +83,7 @@ async def start_node(own_server: Callable[..., Server], closing: AsyncExitStack)
 
 
 @pytest.mark.parametrize("how", ["kill", "pause"])
-async def test_redis_when_it_is_away_then_requests_are_refused_at_once_and_served_within_a_second_of_its_return(
+async def test_redis_when_it_is_unavailable_then_requests_are_refused_at_once_and_served_within_a_second_of_its_return(
     start_node: StartNode, how: str
 ) -> None:
     node = await start_node()
@@ -97,7 +97,7 @@ async def test_redis_when_it_is_away_then_requests_are_refused_at_once_and_serve
     assert await node.outcome() == "ALLOWED"
 
 
-async def test_redis_when_it_is_away_then_a_balance_is_refused_at_once_too(start_node: StartNode) -> None:
+async def test_redis_when_it_is_unavailable_then_a_balance_is_refused_at_once_too(start_node: StartNode) -> None:
     node = await start_node()
     await node.lose_redis("kill")
     with pytest.raises(RedisUnavailable):
@@ -105,7 +105,7 @@ async def test_redis_when_it_is_away_then_a_balance_is_refused_at_once_too(start
 
 
 @pytest.mark.parametrize("how", ["kill", "pause"])
-async def test_redis_when_it_goes_while_nobody_asks_then_the_probe_notices(
+async def test_redis_when_it_becomes_unavailable_without_requests_then_the_probe_notices(
     start_node: StartNode, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("limiter.relay.metering.availability._IDLE_S", 0.05)
@@ -116,7 +116,7 @@ async def test_redis_when_it_goes_while_nobody_asks_then_the_probe_notices(
     await node.is_back()
 
 
-async def test_redis_when_it_goes_and_comes_then_each_change_is_logged_once(
+async def test_redis_when_its_availability_changes_then_each_change_is_logged_once(
     start_node: StartNode, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, "limiter")
@@ -133,7 +133,7 @@ async def test_redis_when_it_goes_and_comes_then_each_change_is_logged_once(
 
 
 @pytest.mark.parametrize("on_redis_down", ["deny", "hardware"])
-async def test_redis_when_it_is_away_then_requests_are_unmetered_until_it_is_back_if_the_operator_says_so(
+async def test_redis_when_it_is_unavailable_then_requests_are_unmetered_if_the_operator_enabled_that(
     start_node: StartNode, on_redis_down: OnRedisDown
 ) -> None:
     node = await start_node(on_redis_down)
@@ -145,7 +145,9 @@ async def test_redis_when_it_is_away_then_requests_are_unmetered_until_it_is_bac
     assert not node.availability.serves_unmetered
 
 
-async def test_back_when_redis_is_away_then_it_waits_for_its_return(start_node: StartNode) -> None:
+async def test_wait_until_available_when_redis_is_unavailable_then_it_waits_for_the_recovery(
+    start_node: StartNode,
+) -> None:
     node = await start_node()
     await node.availability.wait_until_available()
     await node.lose_redis("kill")
@@ -157,10 +159,10 @@ async def test_back_when_redis_is_away_then_it_waits_for_its_return(start_node: 
     assert node.availability.state == "ok"
 
 
-async def test_redis_when_it_takes_no_writes_then_it_is_away_though_it_answers_a_balance(
+async def test_redis_when_it_accepts_no_writes_then_it_is_unavailable_although_it_answers_a_balance(
     start_node: StartNode, own_server: Callable[..., Server]
 ) -> None:
-    """A failover that left us on a replica: only what a decision runs tells."""
+    """As after a failover that left the relay on a replica: only the script of a decision shows it."""
     node = await start_node()
     primary = own_server()
     await node.redis.replicaof("127.0.0.1", str(primary.port))
@@ -174,7 +176,7 @@ async def test_redis_when_it_takes_no_writes_then_it_is_away_though_it_answers_a
     await node.is_back()
 
 
-async def test_redis_when_it_is_restarted_under_load_then_nobody_waits_long_and_all_are_served_again(
+async def test_redis_when_it_is_restarted_under_load_then_no_client_waits_long_and_all_are_served_again(
     start_node: StartNode,
 ) -> None:
     node = await start_node()
@@ -205,10 +207,10 @@ async def test_redis_when_it_is_restarted_under_load_then_nobody_waits_long_and_
     assert longest_s < 4 * DEADLINE_MS / 1000
 
 
-# What is no sign of Redis being away
+# What does not show that Redis is unavailable
 
 
-async def test_call_when_it_fails_alone_then_redis_is_not_away_and_it_is_not_served_for_nothing(
+async def test_call_when_it_fails_alone_then_redis_counts_as_available_and_it_is_not_served_for_free(
     start_node: StartNode,
 ) -> None:
     """As when one of several servers is gone: the installs of the others are served."""
@@ -226,10 +228,10 @@ async def test_call_when_it_fails_alone_then_redis_is_not_away_and_it_is_not_ser
 
 
 @pytest.mark.parametrize("on_redis_down", ["deny", "hardware"])
-async def test_call_when_it_fails_just_after_another_was_answered_then_a_look_tells_whether_redis_is_away(
+async def test_call_when_it_fails_just_after_another_was_answered_then_a_check_decides_whether_redis_is_unavailable(
     start_node: StartNode, on_redis_down: OnRedisDown
 ) -> None:
-    """As when Redis goes while requests overlap: the failure of the older one alone would not be believed."""
+    """As when Redis fails while requests overlap: the failure of the older one alone is not conclusive."""
     node, gone = await start_node(on_redis_down), await start_node()
     gone.server.kill()
     watched = WatchedLimiter(gone.limiter, node.availability)
@@ -244,7 +246,7 @@ async def test_call_when_it_fails_just_after_another_was_answered_then_a_look_te
 
 
 @ONE_SERVER
-async def test_row_when_it_is_broken_then_redis_is_not_away(redis: Redis) -> None:
+async def test_row_when_it_is_broken_then_redis_counts_as_available(redis: Redis) -> None:
     limiter = CreditLimiter(redis, tiers(lifetime=10))
     await redis.hset(limiter.session.keys.install("x"), "lifetime_consumed", "many")
     async with RedisAvailability(limiter) as availability:
@@ -254,7 +256,7 @@ async def test_row_when_it_is_broken_then_redis_is_not_away(redis: Redis) -> Non
 
 
 @ONE_SERVER
-async def test_probe_when_it_looks_then_it_leaves_no_row_behind(redis: Redis) -> None:
+async def test_probe_when_it_runs_then_it_creates_no_row(redis: Redis) -> None:
     availability = RedisAvailability(CreditLimiter(redis, tiers(lifetime=10)))
     await availability._probe()
     assert await redis.keys("*") == []
@@ -275,7 +277,7 @@ async def test_probe_when_it_is_stopped_at_any_moment_then_it_ends(
 
 
 @ONE_SERVER
-async def test_decide_when_redis_answers_then_its_time_is_told_and_the_report_says_ok(redis: Redis) -> None:
+async def test_reserve_when_redis_answers_then_it_is_timed_and_the_report_is_ok(redis: Redis) -> None:
     limiter, took_s = CreditLimiter(redis, tiers(lifetime=10)), list[float]()
     async with RedisAvailability(limiter, timed=took_s.append) as availability:
         await WatchedLimiter(limiter, availability).reserve("x", tier="core", has_hardware=True, hold_id="h")
@@ -285,7 +287,7 @@ async def test_decide_when_redis_answers_then_its_time_is_told_and_the_report_sa
     await limiter.release("x", "h")
 
 
-async def test_node_when_more_decisions_wait_than_may_then_the_next_is_refused_at_once_and_redis_is_not_away(
+async def test_node_when_too_many_decisions_wait_then_the_next_is_refused_at_once_and_redis_counts_as_available(
     own_server: Callable[..., Server], closing: AsyncExitStack
 ) -> None:
     server = own_server()
@@ -318,7 +320,7 @@ async def test_commit_when_more_calls_wait_than_may_then_it_is_repeated_until_th
     assert sorted(settlement.status for settlement in settled) == ["COMMITTED", "GONE", "GONE"]
 
 
-async def test_refusal_when_given_from_memory_then_it_does_not_show_that_redis_is_there(
+async def test_denial_when_it_is_cached_then_it_does_not_show_that_redis_is_available(
     own_server: Callable[..., Server], closing: AsyncExitStack
 ) -> None:
     server = own_server()

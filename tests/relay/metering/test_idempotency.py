@@ -65,7 +65,7 @@ HOLD_MS = 600_000
 
 @dataclass
 class Backend:
-    """What all nodes forward to: it counts, and waits when it is told to."""
+    """The backend of all nodes: it counts, and waits on request."""
 
     calls: int = 0
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
@@ -283,7 +283,9 @@ async def test_key_when_quoted_then_it_is_the_bare_one(nodes: Nodes, backend: Ba
 
 
 @pytest.mark.parametrize("key", ['"', '"a', '"a"b', '"a";x=1', '"a\\b"', "x" * 256, '""', "é", "a\tb", "\u0660"])
-async def test_key_when_it_is_none_then_400_and_nothing_is_served(nodes: Nodes, backend: Backend, key: str) -> None:
+async def test_key_when_it_is_not_valid_then_400_and_nothing_is_served(
+    nodes: Nodes, backend: Backend, key: str
+) -> None:
     answer = await nodes[0].ask(key=key)
     assert (answer.status, answer.code) == (400, "invalid_idempotency_key")
     assert backend.calls == 0
@@ -480,8 +482,8 @@ async def test_record_when_kept_then_it_lives_as_long_as_the_settings_say_and_a_
         assert first.result().body in (await redis.hget(key, "answer") or "")
 
 
-async def test_node_when_it_dies_then_its_claim_lapses_and_the_key_is_served(nodes: Nodes, backend: Backend) -> None:
-    await nodes[0].ask()  # tells the fingerprint
+async def test_node_when_it_dies_then_its_claim_expires_and_the_key_is_served(nodes: Nodes, backend: Backend) -> None:
+    await nodes[0].ask()  # to learn the fingerprint
     redis, key = nodes[0].limiter.session.redis, Keys().claim(nodes[0].install_id, "k")
     fingerprint = text_of(await redis.hget(key, "fingerprint") or "")
     await redis.delete(key)
@@ -495,7 +497,7 @@ async def test_node_when_it_dies_then_its_claim_lapses_and_the_key_is_served(nod
     assert backend.calls == 2
 
 
-async def test_node_when_it_dies_inside_a_stream_then_its_claim_does_not_lapse_with_the_hold(
+async def test_node_when_it_dies_inside_a_stream_then_its_claim_does_not_expire_with_the_hold(
     nodes: Nodes, redis: Redis
 ) -> None:
     """The debit stands from the first byte on, so the note of it must be in Redis before the stream's end."""
@@ -527,7 +529,7 @@ async def test_body_when_big_then_its_last_byte_counts(nodes: Nodes, backend: Ba
     assert backend.calls == 1
 
 
-async def test_redis_when_away_then_503_and_the_key_is_served_when_it_is_back(
+async def test_redis_when_unavailable_then_503_and_the_key_is_served_after_the_recovery(
     own_server: Callable[..., Server], backend: Backend
 ) -> None:
     server = own_server()
@@ -547,7 +549,7 @@ async def test_redis_when_away_then_503_and_the_key_is_served_when_it_is_back(
         assert await node.spent() == 1
 
 
-async def test_redis_when_known_to_be_away_then_503_at_once_and_nothing_is_sent(
+async def test_redis_when_known_to_be_unavailable_then_503_at_once_and_nothing_is_sent(
     nodes: Nodes, redis: Redis, backend: Backend
 ) -> None:
     async def refuse_call(_operation: Callable[[], Awaitable[object]], /) -> NoReturn:

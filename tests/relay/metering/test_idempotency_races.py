@@ -102,7 +102,7 @@ async def test_owner_when_cancelled_again_and_again_then_the_key_is_never_stuck(
     assert await nodes[0].spent() == 1
 
 
-async def test_retry_when_an_sdk_lost_the_answer_then_it_gets_it_and_no_second_debit(
+async def test_retry_when_an_sdk_lost_the_answer_then_it_is_replayed_without_a_second_debit(
     nodes: Nodes, backend: Backend
 ) -> None:
     with pytest.raises(aiohttp.ClientError):
@@ -156,7 +156,7 @@ async def test_retry_when_the_first_attempt_still_runs_then_409_that_the_sdk_rep
 
 
 @pytest.mark.parametrize("count", ["", "-1", "1.5", "x", "\u0661", "0x1"])
-async def test_retry_count_when_it_is_no_number_then_there_is_no_record(
+async def test_retry_count_when_it_is_not_a_number_then_there_is_no_record(
     nodes: Nodes, redis: Redis, backend: Backend, count: str
 ) -> None:
     for _ in range(2):

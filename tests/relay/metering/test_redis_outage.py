@@ -1,4 +1,4 @@
-"""Redis goes away and comes back: what is refused, what is settled later, and that nobody restarts anything."""
+"""Outages of Redis: what is refused, what is settled later, and that no relay needs a restart."""
 
 import asyncio
 import signal
@@ -19,7 +19,7 @@ from tests.support.relay import CHAT, RELAY_TIERS, Answer, RunningRelay, client_
 from tests.support.wait import eventually
 
 
-class Away:
+class Outage:
     """A relay on a server that the test may stop."""
 
     def __init__(self, server: Server, relay: RunningRelay, gemini: Backend) -> None:
@@ -31,7 +31,7 @@ class Away:
 
 
 @pytest.fixture
-async def away(own_server: Callable[..., Server]) -> AsyncIterator[Away]:
+async def outage(own_server: Callable[..., Server]) -> AsyncIterator[Outage]:
     server = own_server()
     async with AsyncExitStack() as stack:
         gemini = await stack.enter_async_context(running_backend())
@@ -39,40 +39,42 @@ async def away(own_server: Callable[..., Server]) -> AsyncIterator[Away]:
         stack.push_async_callback(redis.aclose)
         start = await stack.enter_async_context(relays_on(redis))
         limiter = CreditLimiter(redis, tiers(lifetime=5), timeout_ms=400, deadline_ms=800)
-        yield Away(server, await start(client_of("gemini", gemini.url), on=limiter), gemini)
+        yield Outage(server, await start(client_of("gemini", gemini.url), on=limiter), gemini)
 
 
 @pytest.mark.parametrize("how", ["kill", "pause"])
-async def test_redis_when_it_goes_after_the_reserve_then_the_answer_comes_at_once_and_the_commit_later(
-    away: Away, how: str
+async def test_redis_when_it_becomes_unavailable_after_the_reserve_then_the_answer_is_sent_at_once_and_the_commit_later(
+    outage: Outage, how: str
 ) -> None:
-    relay = away.relay
+    relay = outage.relay
     asking = asyncio.ensure_future(relay.ask("wait"))
-    await away.gemini.arrived.wait()
-    getattr(away.server, how)()
+    await outage.gemini.arrived.wait()
+    getattr(outage.server, how)()
     began_s = time.monotonic()
-    away.gemini.go_on.set()
+    outage.gemini.go_on.set()
     answer = await asking
     assert (answer.status, answer.headers["X-Credits-Backend"]) == (200, "gemini")
     assert time.monotonic() - began_s < 0.4, "it waited for Redis"
-    away.server.start() if how == "kill" else away.server.resume()
-    assert await away.spent_now() == (1, 1)
+    outage.server.start() if how == "kill" else outage.server.resume()
+    assert await outage.spent_now() == (1, 1)
 
 
-async def test_redis_when_it_goes_in_mid_stream_then_the_stream_goes_on(away: Away) -> None:
-    async with away.relay.post("stepwise") as response:
+async def test_redis_when_it_becomes_unavailable_in_mid_stream_then_the_stream_continues(outage: Outage) -> None:
+    async with outage.relay.post("stepwise") as response:
         await response.content.readany()
-        away.server.kill()
-        away.gemini.go_on.set()
+        outage.server.kill()
+        outage.gemini.go_on.set()
         assert (await response.content.read()).endswith(b"data: [DONE]\n\n")
-    away.server.start()
-    assert await away.spent_now() == (1, 1)
+    outage.server.start()
+    assert await outage.spent_now() == (1, 1)
 
 
 @pytest.mark.parametrize("how", ["kill", "pause"])
-async def test_redis_when_it_is_away_then_503_and_nothing_is_forwarded_until_it_is_back(away: Away, how: str) -> None:
-    relay = away.relay
-    getattr(away.server, how)()
+async def test_redis_when_it_is_unavailable_then_503_and_nothing_is_forwarded_until_the_recovery(
+    outage: Outage, how: str
+) -> None:
+    relay = outage.relay
+    getattr(outage.server, how)()
     answer = await relay.ask()
     assert (answer.status, answer.code) == (503, "limiter_unavailable")
     assert int(answer.headers["Retry-After"]) >= 1
@@ -82,52 +84,52 @@ async def test_redis_when_it_is_away_then_503_and_nothing_is_forwarded_until_it_
     ready = await relay.send("GET", "/readyz")
     assert (ready.status, ready.document["status"]) == (503, "not ready")
     assert (await relay.send("GET", "/v1/credits", X_Install_Id=relay.install_id)).status == 503
-    assert away.gemini.seen == []
-    away.server.start() if how == "kill" else away.server.resume()
+    assert outage.gemini.seen == []
+    outage.server.start() if how == "kill" else outage.server.resume()
 
     async def served() -> bool:
         return (await relay.ask()).status == 200
 
     await eventually(served, what="the recovery")
     assert (await relay.send("GET", "/readyz")).status == 200
-    # Paused, it may have held what was asked of it: that is given back, too.
-    assert await away.spent_now() == (1, 1)
+    # A paused server may have placed the holds: they are released, too.
+    assert await outage.spent_now() == (1, 1)
 
 
-async def test_redis_when_its_answer_to_a_reserve_is_lost_then_what_was_held_is_given_back(away: Away) -> None:
-    """The pause lets the server read the reserve, and hold, after the relay has given up."""
-    assert (await away.relay.ask()).status == 200
-    assert await away.spent_now() == (1, 1)
-    away.server.pause()
-    assert (await away.relay.ask()).status == 503
-    away.server.resume()
-    assert await away.spent_now() == (1, 1)
+async def test_redis_when_its_answer_to_a_reserve_is_lost_then_the_hold_is_released(outage: Outage) -> None:
+    """The pause lets the server execute the reserve after the relay has given up."""
+    assert (await outage.relay.ask()).status == 200
+    assert await outage.spent_now() == (1, 1)
+    outage.server.pause()
+    assert (await outage.relay.ask()).status == 503
+    outage.server.resume()
+    assert await outage.spent_now() == (1, 1)
     for _ in range(4):
-        assert (await away.relay.ask()).status == 200
-    assert await away.spent_now() == (5, 5)
+        assert (await outage.relay.ask()).status == 200
+    assert await outage.spent_now() == (5, 5)
 
 
-async def test_redis_when_it_is_restarted_under_load_then_what_was_served_is_what_was_debited(away: Away) -> None:
+async def test_redis_when_it_is_restarted_under_load_then_what_was_served_is_what_was_debited(outage: Outage) -> None:
     installs = [new_install() for _ in range(8)]
     served = dict.fromkeys(installs, 0)
     stop = asyncio.Event()
 
     async def ask(install_id: str) -> None:
         while not stop.is_set():
-            answer = await away.relay.ask(headers={"X-Install-Id": install_id})
+            answer = await outage.relay.ask(headers={"X-Install-Id": install_id})
             served[install_id] += answer.status == 200
             assert answer.status in {200, 402, 503, 429}
             await asyncio.sleep(0.01)
 
     asking = [asyncio.ensure_future(ask(install_id)) for install_id in installs]
     await eventually(lambda: sum(served.values()) > 8)
-    away.server.kill()
-    away.server.start()
+    outage.server.kill()
+    outage.server.start()
     await eventually(lambda: sum(served.values()) == 40, what="the use of every credit")
     stop.set()
     await asyncio.gather(*asking)
     for install_id in installs:
-        assert (await away.relay.spent(install_id))[0] == served[install_id] == 5
+        assert (await outage.relay.spent(install_id))[0] == served[install_id] == 5
 
 
 # Retries of the SDKs, which count their attempts and name no request
@@ -145,49 +147,49 @@ def is_replayed(answer: Answer) -> bool:
 
 
 @pytest.mark.parametrize("how", ["kill", "pause"])
-async def test_retry_when_its_first_attempt_met_redis_away_then_it_is_no_repeat_of_an_earlier_request_like_it(
-    away: Away, how: str
+async def test_retry_when_its_first_attempt_met_redis_unavailable_then_it_is_not_a_repeat_of_an_earlier_request_like_it(
+    outage: Outage, how: str
 ) -> None:
-    relay = away.relay
+    relay = outage.relay
     assert not is_replayed(await relay.ask(headers=ATTEMPTS[0]))
-    assert await away.spent_now() == (1, 1)
-    getattr(away.server, how)()
+    assert await outage.spent_now() == (1, 1)
+    getattr(outage.server, how)()
     assert (await relay.ask(headers=ATTEMPTS[0])).status == 503
     assert (await relay.ask(headers=ATTEMPTS[1])).status == 503
-    away.server.start() if how == "kill" else away.server.resume()
+    outage.server.start() if how == "kill" else outage.server.resume()
     await eventually(lambda: recovered(relay), what="the recovery")
     assert not is_replayed(await relay.ask(headers=ATTEMPTS[2]))
     assert is_replayed(await relay.ask(headers=ATTEMPTS[3])), "its answer was lost"
-    assert await away.spent_now() == (2, 2)
-    assert len(away.gemini.seen) == 2
+    assert await outage.spent_now() == (2, 2)
+    assert len(outage.gemini.seen) == 2
 
 
 async def test_retry_when_the_answer_of_its_first_attempt_was_lost_then_an_outage_makes_no_second_debit(
-    away: Away,
+    outage: Outage,
 ) -> None:
-    relay = away.relay
+    relay = outage.relay
     assert not is_replayed(await relay.ask(headers=ATTEMPTS[0]))
     await relay.settled()
-    away.server.kill()
+    outage.server.kill()
     assert (await relay.ask(headers=ATTEMPTS[1])).status == 503
-    away.server.start()
+    outage.server.start()
     await eventually(lambda: recovered(relay), what="the recovery")
     assert is_replayed(await relay.ask(headers=ATTEMPTS[2]))
-    assert await away.spent_now() == (1, 1)
+    assert await outage.spent_now() == (1, 1)
 
 
 # Shutdown
 
 
-async def test_shutdown_when_a_request_runs_then_it_is_finished_and_settled(away: Away) -> None:
-    asking = asyncio.ensure_future(away.relay.ask("slow:0.2"))
-    await away.gemini.arrived.wait()
-    await away.relay.runner.cleanup()
+async def test_shutdown_when_a_request_runs_then_it_is_finished_and_settled(outage: Outage) -> None:
+    asking = asyncio.ensure_future(outage.relay.ask("slow:0.2"))
+    await outage.gemini.arrived.wait()
+    await outage.relay.runner.cleanup()
     assert (await asking).status == 200
-    assert await away.relay.spent() == (1, 1)
+    assert await outage.relay.spent() == (1, 1)
 
 
-async def test_shutdown_when_it_is_to_wait_for_nothing_then_what_was_served_is_settled_all_the_same(
+async def test_shutdown_when_drain_s_is_0_then_served_requests_are_still_settled(
     own_server: Callable[..., Server],
 ) -> None:
     async with running_backend() as gemini:
@@ -204,17 +206,17 @@ async def test_shutdown_when_it_is_to_wait_for_nothing_then_what_was_served_is_s
         await redis.aclose()
 
 
-async def test_shutdown_when_redis_is_away_then_the_commit_is_waited_for(away: Away) -> None:
-    asking = asyncio.ensure_future(away.relay.ask("wait"))
-    await away.gemini.arrived.wait()
-    away.server.kill()
-    away.gemini.go_on.set()
+async def test_shutdown_when_redis_is_unavailable_then_the_commit_is_waited_for(outage: Outage) -> None:
+    asking = asyncio.ensure_future(outage.relay.ask("wait"))
+    await outage.gemini.arrived.wait()
+    outage.server.kill()
+    outage.gemini.go_on.set()
     assert (await asking).status == 200
-    closing = asyncio.ensure_future(away.relay.runner.cleanup())
+    closing = asyncio.ensure_future(outage.relay.runner.cleanup())
     await asyncio.sleep(0)
-    away.server.start()
+    outage.server.start()
     await closing
-    assert await away.relay.spent() == (1, 1)
+    assert await outage.relay.spent() == (1, 1)
 
 
 async def test_sigterm_when_requests_run_then_the_process_finishes_settles_and_exits_with_0(

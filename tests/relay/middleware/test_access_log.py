@@ -89,7 +89,7 @@ class Watched:
         return [orjson.loads(line) for line in self.log.getvalue().splitlines() if '"limiter.request"' in line]
 
     def value(self, name: str, **labels: str) -> float | None:
-        """Give a sample's value; None if there is none."""
+        """Return the value of a sample, or None if it does not exist."""
         for family in text_string_to_metric_families(self.metrics.render().decode()):
             for sample in family.samples:
                 if sample.name == name and sample.labels == labels:
@@ -126,7 +126,7 @@ async def app(log: StringIO) -> AsyncIterator[Watched]:
 # The line
 
 
-async def test_request_when_it_is_over_then_one_line_tells_its_facts(app: Watched) -> None:
+async def test_request_when_it_has_ended_then_one_line_records_it(app: Watched) -> None:
     await app.get("/served")
     line = await app.line()
     assert line.pop("duration_ms") >= 0
@@ -147,7 +147,7 @@ async def test_request_when_it_is_over_then_one_line_tells_its_facts(app: Watche
     }
 
 
-async def test_request_when_it_is_refused_then_the_line_tells_the_reason(app: Watched) -> None:
+async def test_request_when_it_is_refused_then_the_line_has_the_reason(app: Watched) -> None:
     await app.get("/refused")
     line = await app.line()
     assert (line["status"], line["decision"], line["reason"]) == (402, "DENIED", "out_of_credits")
@@ -182,7 +182,7 @@ async def test_route_when_it_is_logged_then_it_is_the_pattern_and_never_the_path
     assert "secret" not in app.log.getvalue().lower()
 
 
-async def test_stream_when_it_is_over_then_the_time_of_its_first_byte_is_told_apart(app: Watched) -> None:
+async def test_stream_when_it_has_ended_then_the_time_of_its_first_byte_is_recorded_separately(app: Watched) -> None:
     await app.get("/streamed")
     line = await app.line()
     assert 0 <= line["first_byte_ms"] < line["duration_ms"]
@@ -209,7 +209,7 @@ async def test_client_when_it_leaves_before_the_answer_then_its_line_says_499_an
 # The metrics
 
 
-async def test_requests_when_they_are_over_then_they_are_counted_and_measured_by_route_and_status(
+async def test_requests_when_they_have_ended_then_they_are_counted_and_timed_by_route_and_status(
     app: Watched,
 ) -> None:
     for path in ("/served", "/served", "/refused", "/streamed"):
@@ -235,7 +235,7 @@ async def test_decisions_when_they_are_made_then_they_are_counted_by_status_reas
     assert app.value("limiter_decisions_from_memory_total") == 1
 
 
-async def test_labels_when_clients_make_them_up_then_they_are_one_series(app: Watched) -> None:
+async def test_labels_when_values_are_unknown_then_they_are_one_series(app: Watched) -> None:
     before = len(app.metrics.render().splitlines())
     for number in range(20):
         await app.get(f"/made/up/{number}", "PROPFIND")
@@ -247,7 +247,7 @@ async def test_labels_when_clients_make_them_up_then_they_are_one_series(app: Wa
     assert added < 25, "one histogram's buckets, and a line each"
 
 
-async def test_metrics_when_they_are_asked_for_then_they_are_the_text_format_whatever_is_accepted(
+async def test_metrics_when_requested_then_they_are_in_the_text_format_whatever_is_accepted(
     app: Watched,
 ) -> None:
     for accept in ("*/*", "text/plain;version=x", "application/openmetrics-text; version=x"):
@@ -261,7 +261,7 @@ async def test_metrics_when_they_are_asked_for_then_they_are_the_text_format_wha
     assert {"limiter_requests", "limiter_redis_up", "limiter_build_info"} <= families
 
 
-def test_metrics_when_others_tell_of_their_work_then_it_is_counted() -> None:
+def test_metrics_when_events_are_recorded_then_they_are_counted() -> None:
     metrics = Metrics(tiers=TIERS, routes=ROUTES)
     app = Watched("", StringIO(), metrics, asyncio.Event())
     metrics.settled("commit", "COMMITTED", backend="gemini", credits_=3)

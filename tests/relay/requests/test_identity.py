@@ -1,4 +1,4 @@
-"""Who asks, and as which tier: from the headers alone, and never on the client's own word."""
+"""Identification of clients: install id and tier, from the headers; a claimed tier is never trusted."""
 
 import time
 import uuid
@@ -60,7 +60,7 @@ async def test_install_when_it_is_the_bearer_token_then_it_is_the_install(relay:
         "x" * 4000,
     ],
 )
-async def test_install_when_it_is_no_uuid_then_400(relay: RunningRelay, gemini: Backend, install_id: str) -> None:
+async def test_install_when_it_is_not_a_uuid_then_400(relay: RunningRelay, gemini: Backend, install_id: str) -> None:
     answer = await relay.ask(headers={"X-Install-Id": install_id})
     assert (answer.status, answer.code) == (400, "invalid_install_id")
     assert len(answer.body) < 1000
@@ -89,7 +89,7 @@ async def test_install_when_there_is_none_then_400(relay: RunningRelay, headers:
         assert (answer.status, answer.code) == (400, "missing_install_id")
 
 
-async def test_licence_when_it_comes_with_an_install_then_its_tier_is_planned(licensed: RunningRelay) -> None:
+async def test_licence_when_sent_with_an_install_id_then_its_tier_is_planned(licensed: RunningRelay) -> None:
     answer = await licensed.ask(headers={"Authorization": f"Bearer {licence_for('pro', KEY)}"})
     assert answer.status == 200
     assert answer.headers["RateLimit"].startswith('"credits";r=999')
@@ -97,7 +97,7 @@ async def test_licence_when_it_comes_with_an_install_then_its_tier_is_planned(li
     assert await tier_of(licensed, licensed.install_id) == "pro"
 
 
-async def test_licence_when_it_comes_without_an_install_then_400(licensed: RunningRelay) -> None:
+async def test_licence_when_sent_without_an_install_id_then_400(licensed: RunningRelay) -> None:
     answer = await licensed.send(
         "POST", CHAT, BODY, Content_Type="application/json", Authorization=f"Bearer {licence_for('pro', KEY)}"
     )
@@ -131,7 +131,7 @@ async def test_licence_when_it_has_expired_then_core_and_a_header_says_so(licens
         pytest.param("x" * 5000, id="too long"),
     ],
 )
-async def test_licence_when_it_is_none_of_ours_then_401_and_no_row(
+async def test_licence_when_it_is_not_valid_then_401_and_no_row(
     licensed: RunningRelay, gemini: Backend, token: str
 ) -> None:
     answer = await licensed.ask(headers={"Authorization": f"Bearer {token}"})
@@ -143,13 +143,15 @@ async def test_licence_when_it_is_none_of_ours_then_401_and_no_row(
 
 
 @pytest.mark.parametrize("token", ["garbage", "sk-1234567890abcdef", "5f0c1c1e-8d3a-4a53-9a0e-0d8f2f6f3c1"])
-async def test_bearer_when_it_is_neither_a_uuid_nor_a_licence_then_401_says_so(relay: RunningRelay, token: str) -> None:
+async def test_bearer_when_it_is_neither_a_uuid_nor_a_licence_then_401_with_that_cause(
+    relay: RunningRelay, token: str
+) -> None:
     answer = await relay.ask(headers={"Authorization": f"Bearer {token}"})
     assert (answer.status, answer.code) == (401, "invalid_licence")
     assert answer.document["detail"].startswith("The Bearer token is neither a UUID nor a licence. Send ")
 
 
-async def test_licence_when_its_bytes_are_no_text_then_401(licensed: RunningRelay) -> None:
+async def test_licence_when_its_bytes_are_not_utf_8_then_401(licensed: RunningRelay) -> None:
     received = await licensed.raw(
         b"GET /v1/credits HTTP/1.1\r\nHost: relay\r\nConnection: close\r\nX-Install-Id: %s\r\n"
         b"Authorization: Bearer \xff\xfe.\xc3\x28.a\r\n\r\n" % licensed.install_id.encode()
@@ -164,7 +166,7 @@ async def test_licence_when_its_tier_is_not_offered_then_401(licensed: RunningRe
     assert await licensed.limiter.row(licensed.install_id) is None
 
 
-async def test_licence_when_no_public_key_is_set_then_none_is_believed(relay: RunningRelay) -> None:
+async def test_licence_when_no_public_key_is_set_then_none_is_accepted(relay: RunningRelay) -> None:
     answer = await relay.ask(headers={"Authorization": f"Bearer {licence_for('max', KEY)}"})
     assert (answer.status, answer.code) == (401, "invalid_licence")
 

@@ -46,7 +46,7 @@ async def test_body_when_those_before_it_fill_the_memory_then_503_and_it_is_serv
     assert await small.spent() == (3, 3)
 
 
-async def test_body_when_its_length_is_only_claimed_then_it_takes_nobodys_room(small: RunningRelay) -> None:
+async def test_body_when_its_length_is_only_claimed_then_it_reserves_no_memory(small: RunningRelay) -> None:
     writers = []
     for _ in range(8):
         _, writer = await asyncio.open_connection("127.0.0.1", small.port)
@@ -73,7 +73,7 @@ async def test_body_when_it_is_over_its_own_limit_then_413_and_nothing_stays_cou
     assert bodies(small).held_b == 0
 
 
-async def test_upload_when_there_is_no_room_then_it_passes_but_is_not_kept_for_hardware(
+async def test_upload_when_the_memory_is_used_up_then_it_passes_but_is_not_kept_for_hardware(
     small: RunningRelay, gemini: Backend
 ) -> None:
     big = "x" * (MIB - 10_000)

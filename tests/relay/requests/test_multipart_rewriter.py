@@ -23,7 +23,7 @@ NOISE = random.Random(7).randbytes(50_000) + b"\r\n--b0undar\r\n--b0undarX\r\n\r
 
 
 def passed(body: bytes, cuts: list[int]) -> tuple[bytes, list[str]]:
-    """What comes out when it is cut there, and which names were seen."""
+    """Return the output for a form that arrives in two pieces, and the names that were seen."""
     names: list[str] = []
 
     def rename(name: str) -> str:
@@ -79,7 +79,7 @@ def test_model_when_its_head_is_written_otherwise_then_it_is_found(head: bytes) 
     ],
     ids=["a file", "another name", "in a title", "another header", "too long", "no text", "a long head"],
 )
-def test_part_when_it_is_no_model_name_then_it_passes_as_it_is(head: bytes, value: bytes) -> None:
+def test_part_when_it_is_not_a_model_name_then_it_passes_as_it_is(head: bytes, value: bytes) -> None:
     body = form((head, value), (OTHER, b"de"))
     assert passed(body, [5, 99]) == (body, [])
 

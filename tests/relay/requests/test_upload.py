@@ -1,4 +1,4 @@
-"""Transcriptions: a form with a large file passes through as it comes; its hold is settled like any other."""
+"""Transcriptions: a form with a large file passes as it arrives; its hold is settled like any other."""
 
 import asyncio
 import gzip
@@ -134,7 +134,7 @@ async def test_gemini_when_it_fails_after_a_small_upload_then_hardware_gets_all_
 
 
 @pytest.mark.parametrize("model", ["status:500", "break-before"])
-async def test_gemini_when_it_fails_after_a_large_upload_then_502_and_the_hold_is_given_back(
+async def test_gemini_when_it_fails_after_a_large_upload_then_502_and_the_hold_is_released(
     relay: RunningRelay, hardware: Backend, model: str
 ) -> None:
     answer = await upload(relay, form(model, b"s" * (2 * MIB)))
@@ -206,7 +206,7 @@ async def test_upload_when_there_are_no_credits_then_402_comes_before_the_body(
     assert gemini.seen == []
 
 
-async def test_upload_when_it_waits_to_be_asked_for_then_it_is_asked_for_once_credits_are_held(
+async def test_upload_when_it_expects_100_continue_then_that_is_sent_once_credits_are_held(
     relay: RunningRelay, gemini: Backend
 ) -> None:
     body = form("whisper", b"sound")
@@ -233,7 +233,7 @@ async def test_upload_when_it_waits_to_be_asked_for_then_it_is_asked_for_once_cr
         ("multipart/form-data; boundary=" + "x" * 71, 400, "invalid_body"),
     ],
 )
-async def test_upload_when_it_is_no_form_then_4xx_and_nothing_is_reserved(
+async def test_upload_when_it_is_not_a_form_then_4xx_and_nothing_is_reserved(
     relay: RunningRelay, gemini: Backend, content_type: str, status: int, code: str
 ) -> None:
     answer = await upload(relay, form("m", b"x"), content_type)
@@ -263,7 +263,7 @@ async def test_upload_when_it_is_over_the_limit_then_413_and_nothing_stays_held(
 
 
 @pytest.mark.parametrize("leave", ["close", "abort"])
-async def test_client_when_it_leaves_in_mid_upload_then_the_call_ends_and_the_hold_is_given_back(
+async def test_client_when_it_leaves_in_mid_upload_then_the_call_ends_and_the_hold_is_released(
     relay: RunningRelay, gemini: Backend, leave: str
 ) -> None:
     _, writer = await asyncio.open_connection("127.0.0.1", relay.port)
@@ -275,7 +275,7 @@ async def test_client_when_it_leaves_in_mid_upload_then_the_call_ends_and_the_ho
     assert await relay.spent() == (0, 0)
 
 
-async def test_client_when_it_stops_uploading_then_408_and_it_is_no_failure_of_the_backend(
+async def test_client_when_it_stops_uploading_then_408_and_it_is_not_a_failure_of_the_backend(
     start_relay: StartRelay, gemini: Backend, hardware: Backend
 ) -> None:
     relay = await start_relay(client_of("gemini", gemini.url), client_of("hardware", hardware.url), upload_s=0.3)
@@ -318,7 +318,7 @@ async def test_upload_when_its_chunks_are_damaged_then_4xx_or_closed_and_nothing
 # Held back by the backend
 
 
-async def test_backend_when_it_does_not_read_then_504_and_the_hold_is_given_back(
+async def test_backend_when_it_does_not_read_then_504_and_the_hold_is_released(
     start_relay: StartRelay, gemini: Backend
 ) -> None:
     relay = await start_relay(client_of("gemini", gemini.url, timeout_s=0.3))

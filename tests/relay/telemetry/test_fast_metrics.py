@@ -1,4 +1,4 @@
-"""What tallies show is what prometheus-client's own counters and histograms would show."""
+"""Fast counters and histograms show the same as prometheus-client's own."""
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 
@@ -31,12 +31,12 @@ def pages(*, empty: bool) -> tuple[bytes, bytes]:
     return generate_latest(ours), generate_latest(theirs)
 
 
-def test_page_when_nothing_was_counted_then_it_is_as_of_their_own() -> None:
+def test_page_when_nothing_was_counted_then_it_is_the_same_as_prometheus_clients() -> None:
     ours, theirs = pages(empty=True)
     assert ours == theirs
 
 
-def test_page_when_something_was_counted_then_it_is_as_of_their_own() -> None:
+def test_page_when_something_was_counted_then_it_is_the_same_as_prometheus_clients() -> None:
     ours, theirs = pages(empty=False)
     assert b'of_route_seconds_bucket{le="0.01",route="/a"} 2.0\n' in ours
     assert ours == theirs

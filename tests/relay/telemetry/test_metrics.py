@@ -1,4 +1,4 @@
-"""What a relay counts of its calls to backends and of its settlements, as /metrics tells it."""
+"""A relay's metrics of its calls to backends and of its settlements, as /metrics shows them."""
 
 import asyncio
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from tests.support.wait import eventually
 
 
 def counted(relay: RunningRelay, name: str, **labels: str) -> float:
-    """Give a counter as a scrape would see it; the sum over all labels that are not said."""
+    """Return a counter as a scrape would see it, summed over all labels that are not given."""
     families = text_string_to_metric_families(relay.app[METRICS].render().decode())
     samples = (sample for family in families for sample in family.samples if sample.name == name)
     return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
@@ -50,7 +50,7 @@ def calls(relay: RunningRelay, backend: str) -> dict[str, float]:
         ("hang-inside", "timeout"),
     ],
 )
-async def test_call_when_it_is_over_then_it_is_counted_as_what_came_of_it(
+async def test_call_when_it_has_ended_then_it_is_counted_by_its_outcome(
     start_relay: StartRelay, gemini: Backend, model: str, outcome: str
 ) -> None:
     relay = await start_relay(client_of("gemini", gemini.url, timeout_s=0.2))
@@ -71,7 +71,7 @@ async def test_call_when_its_client_leaves_then_it_is_counted_as_cancelled(
 
 
 @ONE_SERVER
-async def test_call_when_the_breaker_keeps_it_back_then_it_is_counted_too_and_so_is_the_one_to_hardware(
+async def test_call_when_the_breaker_prevents_it_then_it_is_counted_too_and_so_is_the_one_to_hardware(
     start_relay: StartRelay, hardware: Backend
 ) -> None:
     dead = client_of("gemini", f"http://127.0.0.1:{free_port()}/v1", breaker=CircuitBreaker(failures=1, reset_s=60))
@@ -161,7 +161,7 @@ async def test_undo_when_too_many_are_under_way_then_it_is_counted_as_given_up(
     await redis.aclose()
 
 
-async def test_undo_when_redis_is_back_then_it_is_counted_apart_from_the_releases(
+async def test_undo_when_redis_is_available_again_then_it_is_counted_separately_from_releases(
     own_server: Callable[..., Server], gemini: Backend
 ) -> None:
     server = own_server()

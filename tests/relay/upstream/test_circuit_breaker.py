@@ -52,7 +52,7 @@ def state(breaker: CircuitBreaker) -> str:
 # By its clock
 
 
-def test_breaker_when_enough_calls_fail_then_it_opens_and_says_for_how_long(
+def test_breaker_when_enough_calls_fail_then_it_opens_for_a_known_time(
     breaker: CircuitBreaker, seconds: Seconds
 ) -> None:
     call(breaker, False, False)
@@ -72,7 +72,7 @@ def test_breaker_when_the_failures_are_old_then_they_do_not_count(breaker: Circu
 
 
 def test_breaker_when_most_calls_are_good_then_it_stays_closed(breaker: CircuitBreaker) -> None:
-    """A thousand requests a second of which one in a hundred fails are no reason to serve none."""
+    """One failure in a hundred, of a thousand requests a second, does not open the breaker."""
     for _ in range(10):
         call(breaker, True, True, True, False)
     assert state(breaker) == "closed"
@@ -80,7 +80,7 @@ def test_breaker_when_most_calls_are_good_then_it_stays_closed(breaker: CircuitB
     assert state(breaker) == "open"
 
 
-def test_breaker_when_its_time_is_over_then_one_probe_at_a_time_decides(
+def test_breaker_when_its_reset_time_is_over_then_one_probe_at_a_time_decides(
     breaker: CircuitBreaker, seconds: Seconds
 ) -> None:
     call(breaker, False, False, False)
@@ -98,7 +98,7 @@ def test_breaker_when_its_time_is_over_then_one_probe_at_a_time_decides(
     assert state(breaker) == "closed"  # what was before the probe is forgotten
 
 
-def test_breaker_when_the_probe_tells_nothing_then_the_next_one_is_the_probe(
+def test_breaker_when_the_probe_has_no_result_then_the_next_call_is_the_probe(
     breaker: CircuitBreaker, seconds: Seconds
 ) -> None:
     call(breaker, False, False, False)
@@ -169,7 +169,7 @@ async def test_gemini_when_it_is_dead_then_requests_go_straight_to_hardware_unti
 
 
 @ONE_SERVER
-async def test_breaker_when_it_opens_and_closes_then_each_is_logged_once_with_its_cause(
+async def test_breaker_when_it_opens_and_closes_then_each_change_is_logged_once_with_its_cause(
     start_relay: StartRelay,
     gemini: Backend,
     hardware: Backend,

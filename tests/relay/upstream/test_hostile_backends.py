@@ -1,4 +1,4 @@
-"""What no well-behaved backend answers: the client gets an error or its answer, never another's, and never a key."""
+"""Responses of misbehaving backends: a client gets an error or its own answer, never another's, and never a key."""
 
 import asyncio
 import gzip
@@ -17,7 +17,7 @@ EVIL = OK + b'Content-Length: 14\r\n\r\n{"id": "evil"}'
 
 
 class Raw:
-    """A backend that answers each request with the next of its scripts, byte for byte; then it hangs up if told to."""
+    """A backend that answers each request with the next of its scripts, byte for byte, and can then hang up."""
 
     def __init__(self) -> None:
         self.url = ""
@@ -89,7 +89,7 @@ def endless(part: bytes, start: bytes = b"") -> Iterator[bytes]:
     ],
     ids=lambda part: ascii(part[17:70]) if isinstance(part, bytes) else None,
 )
-async def test_answer_when_it_is_no_http_then_502_and_nothing_is_debited(
+async def test_answer_when_it_is_not_http_then_502_and_nothing_is_debited(
     relay: RunningRelay, raw: Raw, script: bytes, status: int
 ) -> None:
     raw.scripts, raw.closes = [script], True
@@ -120,7 +120,7 @@ async def test_head_when_it_never_ends_then_an_error_within_the_backends_time(
 
 
 @pytest.mark.parametrize("early", [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"])
-async def test_answer_when_an_interim_one_comes_before_it_then_it_is_passed(
+async def test_answer_when_an_interim_one_precedes_it_then_it_is_passed(
     relay: RunningRelay, raw: Raw, early: bytes
 ) -> None:
     raw.scripts = [early + WHOLE]
@@ -141,7 +141,7 @@ async def test_answer_when_an_interim_one_comes_before_it_then_it_is_passed(
     ],
     ids=["another answer", "garbage", "after chunks", "after 204", "after 400"],
 )
-async def test_connection_when_more_comes_on_it_than_was_asked_for_then_no_other_client_gets_it(
+async def test_connection_when_surplus_bytes_arrive_on_it_then_no_other_client_gets_them(
     relay: RunningRelay, raw: Raw, first: bytes
 ) -> None:
     raw.scripts = [first, WHOLE, WHOLE]
@@ -154,7 +154,7 @@ async def test_connection_when_more_comes_on_it_than_was_asked_for_then_no_other
 
 @pytest.mark.parametrize("size", [10, 100_000], ids=["in one write", "bit by bit"])
 @pytest.mark.parametrize("unasked", [EVIL, b"garbage"])
-async def test_connection_when_something_comes_on_it_unasked_then_no_client_gets_it_and_another_connection_serves(
+async def test_connection_when_an_unsolicited_response_arrives_then_no_client_gets_it_and_another_connection_serves(
     relay: RunningRelay, raw: Raw, unasked: bytes, size: int
 ) -> None:
     raw.scripts = [WHOLE, WHOLE, WHOLE]
@@ -188,7 +188,7 @@ async def test_body_when_it_is_shorter_than_it_says_then_502_and_nothing_is_debi
     ],
     ids=["folded", "bare CR", "NUL", "the relay's own", "cookie", "other"],
 )
-async def test_headers_when_a_backend_makes_them_up_then_the_client_sees_none_of_them(
+async def test_headers_when_a_backend_sends_unknown_ones_then_the_client_sees_none_of_them(
     relay: RunningRelay, raw: Raw, header: bytes
 ) -> None:
     raw.scripts = [OK + header + b"\r\nContent-Length: 2\r\n\r\n{}"]

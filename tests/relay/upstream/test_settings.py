@@ -1,4 +1,4 @@
-"""A backend's own settings: what cannot be used is told before the first request, and never quotes a secret."""
+"""The settings of a backend: an invalid one is reported before the first request, without quoting a secret."""
 
 import asyncio
 import gc
@@ -24,7 +24,7 @@ from tests.support.openai_backend import Backend
 @pytest.mark.parametrize(
     "url", ["", "localhost:8000", "ftp://host/v1", "http://", "http://[::1", "//host", "http://h:x"]
 )
-async def test_backend_when_its_url_is_none_then_settings_error(url: str) -> None:
+async def test_backend_when_its_url_is_not_valid_then_settings_error(url: str) -> None:
     with pytest.raises(SettingsError, match=r"^backends\.hardware\.url is not an http:// or https:// URL$"):
         BackendClient("hardware", url, timeout_s=1)
 
@@ -46,7 +46,7 @@ async def test_backend_when_its_url_has_a_password_then_it_is_used_and_never_sho
 
 
 class Held(NamedTuple):
-    """An answer whose body is a reader that nobody feeds but the test."""
+    """An answer whose body is a reader that only the test feeds."""
 
     content: aiohttp.StreamReader
     status: int = 200
@@ -104,7 +104,7 @@ async def test_backend_when_its_urls_user_cannot_be_a_header_then_settings_error
     assert "cret" not in str(raised.value)
 
 
-async def test_backend_when_its_certificate_is_trusted_then_it_is_asked_and_otherwise_it_sees_nothing(
+async def test_backend_when_its_certificate_is_trusted_then_it_is_called_and_otherwise_it_sees_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key, certificate = write_certificate(tmp_path)
