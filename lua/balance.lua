@@ -1,5 +1,5 @@
 #!lua flags=no-writes
--- Tells what a tier has left on a row, as if it were rolled over now. It writes nothing and creates nothing.
+-- Returns what a tier has left on a row, as if it were rolled over now. It writes nothing and creates nothing.
 -- Reply: {status, reason, backend, remaining, gemini_remaining, held, renews_ms, last_renewal_at, now_ms}
 --   status: KNOWN | UNKNOWN_INSTALL (no row: what a new one would have); reason and backend are ""
 local KEYS, ARGV = KEYS, ARGV -- to look up a global costs as much as three sums
@@ -22,8 +22,9 @@ if not renews_ms then
 --@include rollover -> lifetime, lifetime_gemini, monthly, monthly_gemini, began, anniversary_day, renews_ms, created,
 --  changes
 end
---@include holds -> held_backend, held_tier, held_counter, held_cost, lapses_ms, others, dead
+--@include holds -> held_backend, held_tier, held_counter, held_cost, expires_ms, live, expired, held_lifetime,
+--  held_lifetime_gemini, held_monthly, held_monthly_gemini, recount_ms, dead
 --@include counters -> consumed, gemini_consumed, consumed_field, gemini_consumed_field
---@include held_credits -> live, held_credits, held_on_gemini
+--@include held_credits -> held_credits, held_on_gemini
 if created then status = "UNKNOWN_INSTALL" end
 --@include reply -> nothing

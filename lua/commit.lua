@@ -1,8 +1,8 @@
 #!lua flags=allow-oom
--- Turns a hold into a debit: roll over, promote, count the credits of what was really used, drop the hold. One step,
--- so that a repeat finds no hold and debits nothing. It never fails for lack of balance: what was delivered is debited.
+-- Turns a hold into a debit: roll over, promote, count the credits that were really used, drop the hold. One step,
+-- so that a retry finds no hold and debits nothing. It never fails for lack of balance: what was delivered is debited.
 -- Reply: {status, tier, backend, cost}
---   status: COMMITTED | LATE (the hold had lapsed; debited all the same) | GONE (no such hold: committed or released)
+--   status: COMMITTED | LATE (the hold had expired; debited all the same) | GONE (no such hold: committed or released)
 local KEYS, ARGV = KEYS, ARGV -- to look up a global costs as much as three sums
 local row_key        = KEYS[1]            -- hash; its fields are listed in include/row.lua
 local hold_id        = ARGV[1]            -- string, 1..48 bytes
@@ -25,7 +25,8 @@ if not renews_ms then
 --  changes
 end
 if not hold then return { "GONE", "", "", 0 } end
---@include holds -> held_backend, held_tier, held_counter, held_cost, lapses_ms, others, dead
+--@include holds -> held_backend, held_tier, held_counter, held_cost, expires_ms, live, expired, held_lifetime,
+--  held_lifetime_gemini, held_monthly, held_monthly_gemini, recount_ms, dead
 
 local backend, cost, counter = used_backend, used_cost or held_cost, held_counter
 if backend == "" then backend = held_backend end
@@ -33,22 +34,15 @@ if backend == "" then backend = held_backend end
 --@include charge -> consumed, gemini_consumed, changes, promoted
 
 if dead then redis.call("HDEL", row_key, unpack(dead)) end
-if others or changes then
-  changes = changes or {}
-  local n = #changes
-  changes[n + 1], changes[n + 2] = consumed_field, consumed
-  changes[n + 3], changes[n + 4] = gemini_consumed_field, gemini_consumed
-  changes[n + 5], changes[n + 6], changes[n + 7], changes[n + 8] = "tier_snapshot", held_tier, "last_active_at", now_iso
-  if others then
-    changes[n + 9], changes[n + 10] = "held", table.concat(others, " ")
-    redis.call("HDEL", row_key, hold_field)
-  else
-    redis.call("HDEL", row_key, hold_field, "held")
-  end
-  redis.call("HSET", row_key, unpack(changes))
+if changes then redis.call("HSET", row_key, unpack(changes)) end -- first: the counters may be among them
+if live then
+--@include held_text -> held_text
+  redis.call("HDEL", row_key, hold_field)
+  redis.call("HSET", row_key, "held", held_text, consumed_field, consumed, gemini_consumed_field, gemini_consumed,
+    "tier_snapshot", held_tier, "last_active_at", now_iso)
 else
   redis.call("HDEL", row_key, hold_field, "held")
   redis.call("HSET", row_key, consumed_field, consumed, gemini_consumed_field, gemini_consumed, "tier_snapshot", held_tier,
     "last_active_at", now_iso)
 end
-return { lapses_ms > now_ms and "COMMITTED" or "LATE", held_tier, backend, cost }
+return { expires_ms > now_ms and "COMMITTED" or "LATE", held_tier, backend, cost }

@@ -1,6 +1,6 @@
 #!lua
 -- Plans a request and debits it at once: roll over, sum the live holds, decide, promote, count. One step, for callers
--- with nothing to wait for. Nothing in it tells a repeat from a second request, so it must never be repeated blindly.
+-- with nothing to wait for. It cannot tell a retry from a second request, so it must never be retried blindly.
 -- Reply: {status, reason, backend, remaining, gemini_remaining, held, renews_ms, last_renewal_at, now_ms}
 --   status: COMMITTED | DENIED | UNKNOWN_INSTALL
 --   reason, of DENIED: out_of_credits | gemini_cap_exceeded_no_hardware | credits_in_flight
@@ -27,9 +27,10 @@ if not renews_ms then
 --@include rollover -> lifetime, lifetime_gemini, monthly, monthly_gemini, began, anniversary_day, renews_ms, created,
 --  changes
 end
---@include holds -> held_backend, held_tier, held_counter, held_cost, lapses_ms, others, dead
+--@include holds -> held_backend, held_tier, held_counter, held_cost, expires_ms, live, expired, held_lifetime,
+--  held_lifetime_gemini, held_monthly, held_monthly_gemini, recount_ms, dead
 --@include counters -> consumed, gemini_consumed, consumed_field, gemini_consumed_field
---@include held_credits -> live, held_credits, held_on_gemini
+--@include held_credits -> held_credits, held_on_gemini
 --@include plan -> backend, reason
 
 local status = backend ~= "" and "COMMITTED" or "DENIED"
@@ -37,11 +38,10 @@ if created and not may_create then
   status, backend, reason, changes = "UNKNOWN_INSTALL", "", "", nil
 elseif backend ~= "" then
 --@include charge -> consumed, gemini_consumed, changes, promoted
-  changes = changes or {}
-  local n = #changes
-  changes[n + 1], changes[n + 2] = consumed_field, consumed
-  changes[n + 3], changes[n + 4] = gemini_consumed_field, gemini_consumed
-  changes[n + 5], changes[n + 6], changes[n + 7], changes[n + 8] = "tier_snapshot", tier_name, "last_active_at", now_iso
+  if changes then redis.call("HSET", row_key, unpack(changes)) end -- first: the counters may be among them
+  redis.call("HSET", row_key, consumed_field, consumed, gemini_consumed_field, gemini_consumed, "tier_snapshot", tier_name,
+    "last_active_at", now_iso)
+  changes = nil
   if promoted then
 --@include calendar -> civil, renewal_ms
     local month, day, ms_of_day = civil(now_iso)

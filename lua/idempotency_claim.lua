@@ -1,16 +1,16 @@
 #!lua
--- Claims an idempotency key for one attempt, or tells what became of the one before. One step, so that of attempts
--- that come to any number of nodes at once one alone goes on. Where clients number their attempts instead of naming
--- the request, what was done for one request is told to each attempt number once, the numbers rising: another request
--- that looks the same has numbers of its own.
+-- Claims an idempotency key for one attempt, or returns the outcome of an earlier attempt. One step, so that of
+-- attempts on any number of nodes at once only one goes on. Where clients number their attempts instead of naming the
+-- request, the outcome of one request is returned once to each attempt number, in rising order: another request that
+-- looks the same has numbers of its own.
 -- Reply: {status, answer}
---   status: CLAIMED | RUNNING (another attempt has it) | KEPT (it was served: answer is what it said) | SPENT (it was
+--   status: CLAIMED | RUNNING (another attempt has it) | KEPT (it was served: answer is what it got) | SPENT (it was
 --   served, and its answer not kept) | BUSY (another attempt has it, for another request) | REUSED (it was served, for
 --   another request); answer is "" but for KEPT
 local claim_key   = KEYS[1]            -- hash: owner, fingerprint, begun_ms, busy_until_ms, answer, attempt, taker; has a TTL
 local owner       = ARGV[1]            -- string, 1..64 bytes: this attempt
 local fingerprint = ARGV[2]            -- string, 1..64 bytes: what is asked for
-local claim_ms    = tonumber(ARGV[3])  -- int > 0, milliseconds until the claim lapses
+local claim_ms    = tonumber(ARGV[3])  -- int > 0, milliseconds until the claim expires
 local attempt     = tonumber(ARGV[4])  -- int >= 0, the attempt's number; "" where the key names the request
 local missed_ms   = tonumber(ARGV[5])  -- int >= 0, milliseconds since its first attempt ended unclaimed; "" if none did
 local now_arg     = ARGV[6]            -- int, epoch milliseconds; "" for the server's time
@@ -22,7 +22,7 @@ end
 local number = attempt and string.format("%.0f", attempt) or ""
 local f = redis.call("HMGET", claim_key, "owner", "fingerprint", "busy_until_ms", "answer", "attempt", "taker", "begun_ms")
 local theirs = f[1] and f[1] ~= owner
-if theirs and attempt and f[6] ~= owner then -- the taker asks again when its reply was lost
+if theirs and attempt and f[6] ~= owner then -- the taker retries when its reply was lost
   local taken = attempt <= (tonumber(f[5]) or 0)
   local older = missed_ms and (tonumber(f[7]) or 0) < now_ms - missed_ms
   theirs = not (taken or older)

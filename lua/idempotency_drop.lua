@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
--- Gives a claim back whose attempt was not served, so that the key can be used again. One step, so that it cannot drop
--- the claim of another attempt, nor one that was served.
--- Reply: {status}   status: DROPPED | GONE (no such claim: dropped, lapsed, or another attempt has it) | KEPT (served)
+-- Drops the claim of an attempt that was not served, so that the key can be used again. One step, so that it cannot
+-- drop the claim of another attempt, nor one that was served.
+-- Reply: {status}   status: DROPPED | GONE (no such claim: dropped, expired, or another attempt has it) | KEPT (served)
 local claim_key = KEYS[1]  -- hash, see idempotency_claim.lua; always with a TTL
 local owner     = ARGV[1]  -- string, 1..64 bytes: this attempt
 

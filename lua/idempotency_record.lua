@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
--- Notes on a claim that its attempt was served, with the answer or without. From here on no attempt of the same key is
--- served again. One step, so that it cannot overwrite the claim of another attempt.
+-- Records on a claim that its attempt was served, with or without the answer. From here on no attempt of the same key
+-- is served again. One step, so that it cannot overwrite the claim of another attempt.
 -- Reply: {status}   status: KEPT | LOST (another attempt has the claim: nothing is noted)
 local claim_key   = KEYS[1]            -- hash, see idempotency_claim.lua; always with a TTL
 local owner       = ARGV[1]            -- string, 1..64 bytes: this attempt

@@ -1,12 +1,12 @@
 #!lua
--- Counts a new install against a limit of so many in a period: a whole period's may come at once, then one for each
--- limit-th part of it (GCRA). One step, so that nodes at once never let more through.
+-- Counts a new install against a rate limit. A whole period's installs may come at once, then one for each limit-th
+-- part of the period (GCRA). One step, so that concurrent nodes never let more through.
 -- Reply: {status, wait_ms}
 --   status: MINTED | LIMITED (the next one in wait_ms) | RETURNED; wait_ms is 0 but for LIMITED
-local mint_key  = KEYS[1]            -- string: epoch microseconds until which those before use the limit up; with a TTL
+local mint_key  = KEYS[1]            -- string: epoch microseconds until which earlier ones use the limit up; with a TTL
 local limit     = tonumber(ARGV[1])  -- int > 0, new installs in a period
 local period_ms = tonumber(ARGV[2])  -- int > 0, milliseconds
-local returns   = ARGV[3] == "1"     -- 1 | 0: whether one that was counted is given back
+local returns   = ARGV[3] == "1"     -- 1 | 0: whether to return one that was counted
 local now_arg   = ARGV[4]            -- int, epoch milliseconds; "" for the server's time
 
 if not (limit and limit > 0 and period_ms and period_ms > 0) then

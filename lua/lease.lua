@@ -1,13 +1,13 @@
 #!lua flags=allow-oom
--- Lets one persister of the fleet replace the ledger's file: gives the lease when it is free, keeps it for whoever has
--- it. One step, so that two never have it. With each change of hands the epoch grows, and every file carries its own.
+-- Takes, renews or returns the lease of the one persister that may replace the ledger file. One step, so that two never
+-- have it. Each change of owner raises the epoch, and every file carries the epoch of its writer.
 -- Reply: {status, epoch, owner, checksum, good_at}   status: LEASED | STANDBY (another has it) | RETURNED
 local lease_key   = KEYS[1]            -- hash: owner, epoch, lapses_ms, checksum, good_at; always with a TTL
 local owner       = ARGV[1]            -- string, 1..96 bytes: this persister
 local least_epoch = tonumber(ARGV[2])  -- int >= 0, of the file there is: a new epoch is larger
-local lease_ms    = tonumber(ARGV[3])  -- int >= 0, milliseconds until the lease lapses; 0 gives it back
-local checksum    = ARGV[4]            -- string, of the file about to be published; "" leaves what is noted
-local good_at     = ARGV[5]            -- time of the last good dump; "" leaves what is noted
+local lease_ms    = tonumber(ARGV[3])  -- int >= 0, milliseconds until the lease expires; 0 returns it
+local checksum    = ARGV[4]            -- string, of the file about to be published; "" keeps what is stored
+local good_at     = ARGV[5]            -- time of the last good dump; "" keeps what is stored
 local now_arg     = ARGV[6]            -- int, epoch milliseconds; "" for the server's time
 
 if owner == "" or not (least_epoch and least_epoch >= 0 and lease_ms and lease_ms >= 0) then

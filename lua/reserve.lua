@@ -1,6 +1,6 @@
 #!lua
--- Plans a request and holds its credits: roll over, sum the live holds, decide, hold. One step, so that requests of
--- any number of nodes at once are never promised the same credit.
+-- Plans a request and holds its credits: roll over, sum the live holds, decide, hold. One step, so that requests on any
+-- number of nodes at once are never promised the same credit.
 -- Reply: {status, reason, backend, remaining, gemini_remaining, held, renews_ms, last_renewal_at, now_ms}
 --   status: ALLOWED | REPLAY (this hold is live already: the same answer) | DENIED | UNKNOWN_INSTALL
 --   reason, of DENIED: out_of_credits | gemini_cap_exceeded_no_hardware | credits_in_flight | too_many_in_flight
@@ -14,7 +14,7 @@ local gemini_cap    = ARGV[5] ~= "" and ARGV[5] + 0  -- int >= 0, credits; "" fo
 local max_in_flight = ARGV[6] ~= "" and ARGV[6] + 0  -- int > 0, live holds; "" for no limit
 local has_hardware  = ARGV[7] == "1"     -- 1 | 0
 local cost_arg      = ARGV[8]            -- int > 0, credits
-local hold_ms       = ARGV[9] + 0        -- int > 0, milliseconds until the hold lapses
+local hold_ms       = ARGV[9] + 0        -- int > 0, milliseconds until the hold expires
 local may_create    = ARGV[10] == "1"    -- 1 | 0: whether an unknown install gets a row
 local now_arg       = ARGV[11]           -- int, epoch milliseconds; "" or none for the server's time
 local hold_field, cost = "hold:" .. hold_id, cost_arg + 0
@@ -31,25 +31,28 @@ if not renews_ms then
 --@include rollover -> lifetime, lifetime_gemini, monthly, monthly_gemini, began, anniversary_day, renews_ms, created,
 --  changes
 end
---@include holds -> held_backend, held_tier, held_counter, held_cost, lapses_ms, others, dead
+--@include holds -> held_backend, held_tier, held_counter, held_cost, expires_ms, live, expired, held_lifetime,
+--  held_lifetime_gemini, held_monthly, held_monthly_gemini, recount_ms, dead
 --@include counters -> consumed, gemini_consumed, consumed_field, gemini_consumed_field
---@include held_credits -> live, held_credits, held_on_gemini
+--@include held_credits -> held_credits, held_on_gemini
 --@include plan -> backend, reason
 
 local status = backend ~= "" and "ALLOWED" or "DENIED"
 if created and not may_create then
   status, backend, reason, changes = "UNKNOWN_INSTALL", "", "", nil
-elseif lapses_ms and lapses_ms > now_ms then
+elseif expires_ms and expires_ms > now_ms then
   status, backend, reason = "REPLAY", held_backend, ""
   if held_counter == counter then held_credits = held_credits + held_cost end
 elseif backend ~= "" then
---@include place_hold -> text, sums, held_credits
+--@include place_hold -> hold_text, held_credits, live, expired, held_lifetime, held_lifetime_gemini, held_monthly,
+--  held_monthly_gemini, recount_ms
+--@include held_text -> held_text
   if dead then redis.call("HDEL", row_key, unpack(dead)) end
   if changes then
-    redis.call("HSET", row_key, hold_field, text, "held", sums, unpack(changes))
+    redis.call("HSET", row_key, hold_field, hold_text, "held", held_text, unpack(changes))
     changes = nil
   else
-    redis.call("HSET", row_key, hold_field, text, "held", sums)
+    redis.call("HSET", row_key, hold_field, hold_text, "held", held_text)
   end
 end
 if changes then redis.call("HSET", row_key, unpack(changes)) end

@@ -1,4 +1,4 @@
--- The error for a row that somebody broke, with the beginning of what stands there. It is given before any write.
+-- The error for an invalid row, with the beginning of the field that is wrong. It is returned before any write.
 -- Takes: nothing
 -- Gives: bad_row
 local function bad_row(key, field, value, want)

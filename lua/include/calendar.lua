@@ -12,10 +12,10 @@ local function first_day(month)
     + (days - days % 5) / 5 - 719468
 end
 
--- The renewal of a month: on the anniversary day, or on the last day of a shorter month; and that day.
-local function renewal_ms(month, anniversary_day, ms_of_day)
+-- The renewal of a month: on the wanted day, or on the last day of a shorter month; and that day.
+local function renewal_ms(month, wanted_day, ms_of_day)
   local first = first_day(month)
-  local day = math.min(anniversary_day, first_day(month + 1) - first)
+  local day = math.min(wanted_day, first_day(month + 1) - first)
   return (first + day - 1) * 86400000 + ms_of_day, day
 end
 

@@ -1,4 +1,4 @@
--- The time that a script goes by: the argument's, or the server's own when it is empty or left out, so that no relay's
+-- The time that a script uses: the argument's, or the server's own when it is empty or left out, so that no relay's
 -- clock matters.
 -- Takes: now_arg
 -- Gives: now_ms

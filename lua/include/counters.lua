@@ -1,4 +1,4 @@
--- The two counters of a row that a tier's quota goes by, and the names of their fields.
+-- The two counters of a row that a tier's quota counts, and the names of their fields.
 -- Takes: counter, lifetime, lifetime_gemini, monthly, monthly_gemini
 -- Gives: consumed, gemini_consumed, consumed_field, gemini_consumed_field
 local consumed, gemini_consumed, consumed_field, gemini_consumed_field

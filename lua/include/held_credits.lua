@@ -1,8 +1,9 @@
--- What live holds take of one tier.
--- Takes: counter, others
--- Gives: live (holds of any tier), held_credits, held_on_gemini (credits of the counter that the tier goes by)
-local live, held_credits, held_on_gemini = 0, 0, 0
-if others then
-  local column = counter == "monthly" and 5 or 3
-  live, held_credits, held_on_gemini = others[1] + 0, others[column] + 0, others[column + 1] + 0
+-- The credits that live holds cover, of the counter that a tier's quota counts.
+-- Takes: counter, live, held_lifetime, held_lifetime_gemini, held_monthly, held_monthly_gemini
+-- Gives: held_credits, held_on_gemini
+local held_credits, held_on_gemini = 0, 0
+if live and counter == "monthly" then
+  held_credits, held_on_gemini = held_monthly + 0, held_monthly_gemini + 0
+elseif live then
+  held_credits, held_on_gemini = held_lifetime + 0, held_lifetime_gemini + 0
 end

@@ -1,4 +1,4 @@
--- What a tier allows. Pure. What stays refused is told before what passes. A nil quota, cap or limit stands for none.
+-- What a tier allows. Pure. A refusal that lasts comes before one that passes. A nil quota, cap or limit means none.
 -- Takes: consumed, gemini_consumed, held_credits, held_on_gemini, live, quota, gemini_cap, max_in_flight, cost,
 --   has_hardware
 -- Gives: backend (or "" and the reason), reason
@@ -8,7 +8,7 @@ if quota and wanted > quota then
   reason = "out_of_credits"
 elseif gemini_cap and wanted_on_gemini > gemini_cap and not has_hardware then
   reason = "gemini_cap_exceeded_no_hardware"
-elseif max_in_flight and live >= max_in_flight then
+elseif max_in_flight and live and live + 0 >= max_in_flight then
   reason = "too_many_in_flight"
 elseif quota and wanted + held_credits > quota then
   reason = "credits_in_flight"

@@ -1,4 +1,4 @@
--- The rows that include/row.lua leaves: each field checked by itself, without a row a new one of now, rolled over to now.
+-- The rows that include/row.lua leaves: each field checked by itself, a missing row as a new one of now, rolled over to now.
 -- Takes: row_key, now_ms, f, bad_row, now_iso, civil, renewal_ms
 -- Gives: lifetime, lifetime_gemini, monthly, monthly_gemini, began, anniversary_day, renews_ms, created (if there is no
 --   row), changes (fields and values, if there is something to store)

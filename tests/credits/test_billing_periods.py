@@ -87,7 +87,7 @@ async def test_calendar_when_asked_for_every_day_of_two_centuries_then_it_agrees
     probe = (
         "#!lua\n" + include("calendar") + "local answer = {}\n"
         "for i, ms in ipairs(ARGV) do\n"
-        "  local now_ms = tonumber(ms)\n" + include("iso") + "  local month, of_month, ms_of_day = civil(now_iso)\n"
+        "  local now_ms = tonumber(ms)\n" + include("now_iso") + "  local month, of_month, ms_of_day = civil(now_iso)\n"
         "  local next_ms, next_day = renewal_ms(month + 1, 28 + i % 4, ms_of_day)\n"
         "  answer[i] = string.format('%s %.0f %d %d', now_iso, next_ms, next_day, of_month)\n"
         "end\n"

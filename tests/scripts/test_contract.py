@@ -123,7 +123,7 @@ CALLS: dict[str, tuple[Callable[[CreditLimiter], Awaitable[object]], dict[str, s
     "idempotency_drop": (lambda limiter: Claims(limiter.session).drop("credits:claim:a:k", "o"), {"owner": "o"}),
     "licence_seat": (
         lambda limiter: Seats(limiter.session).take("b", "a", seats=3, expires_s=2_000_000_000),
-        NOW | {"install_id": "a", "seats": "3", "lapses_ms": "2002592000000"},
+        NOW | {"install_id": "a", "seats": "3", "expires_ms": "2002592000000"},
     ),
     "lease": (
         lambda limiter: Lease(limiter.session, lease_s=0.71, owner="o").take(
@@ -282,7 +282,7 @@ def test_includes_when_pasted_then_what_each_takes_is_above_it_and_what_it_gives
             ("idempotency_drop", "owner", ""),
             ("licence_seat", "install_id", ""),
             ("licence_seat", "seats", "0"),
-            ("licence_seat", "lapses_ms", "0"),
+            ("licence_seat", "expires_ms", "0"),
         ],
         *[("lease", "owner", ""), ("lease", "least_epoch", "-1"), ("lease", "lease_ms", "-1")],
         *[("install_mint", "limit", "0"), ("install_mint", "period_ms", "0")],
@@ -301,7 +301,7 @@ async def test_script_when_an_argument_breaks_its_bound_then_it_is_refused_and_n
     assert await redis.dbsize() == 0
 
 
-@pytest.mark.parametrize("name", ["calendar", "counters", "held_credits", "now_iso", "plan"])
+@pytest.mark.parametrize("name", ["calendar", "counters", "held_credits", "held_text", "now_iso", "plan"])
 def test_include_when_it_is_to_be_pure_then_it_calls_no_redis(name: str) -> None:
     assert "redis." not in _include(name)
 
