@@ -31,7 +31,7 @@ types: $(READY)
 
 # luacheck is Debian's; the tests load every composed script into both servers in any case.
 check-lua: $(READY)
-	@if command -v luacheck >/dev/null; then for name in $$($(BIN)/limiter lua names); do \
+	@if command -v luacheck >/dev/null; then for name in $$($(BIN)/limiter lua names | cut -d" " -f1); do \
 	  $(BIN)/limiter lua show $$name | luacheck -q --config .luacheckrc --filename lua/$$name.lua - || exit 1; done; \
 	else echo "luacheck is not installed (Debian: lua-check): only the servers check the scripts"; fi
 

@@ -6,16 +6,21 @@ import typer
 
 from limiter.cli._console import JsonOption, print_json
 from limiter.errors import SettingsError
-from limiter.redis.lua_source import compose, script_names
+from limiter.redis.lua_source import compose, script_names, summary
 
 app = typer.Typer(help="The Lua scripts as Redis receives them.", no_args_is_help=True)
 
 
 @app.command()
-def names() -> None:
-    """List the scripts. Example: limiter lua names"""  # noqa: D400  ends with what to type
-    for name in script_names():
-        typer.echo(name)
+def names(json: JsonOption = False) -> None:
+    """List the scripts, and what each does. Example: limiter lua names"""  # noqa: D400  ends with what to type
+    summaries = {name: summary(name) for name in script_names()}
+    if json:
+        print_json(summaries)
+        return
+    width = max(map(len, summaries))
+    for name, does in summaries.items():
+        typer.echo(f"{name:{width}}  {does}")
 
 
 @app.command()

@@ -29,6 +29,13 @@ def script_names() -> list[str]:
     return sorted(path.stem for path in _FOLDER.glob("*.lua"))
 
 
+def summary(name: str) -> str:
+    """Return the first sentence of a script's head: what it does."""
+    head = re.match(r"#!.*\n((?:-- .*\n)+)", (_FOLDER / f"{name}.lua").read_text(encoding="utf-8"))
+    text = head[1].replace("\n-- ", " ").removeprefix("-- ") if head else ""
+    return text.partition(". ")[0].strip().removesuffix(".") + "."
+
+
 @cache
 def compose(name: str) -> Script:
     """Return one operation's script, includes in place. Raise FileNotFoundError for an unknown name."""

@@ -63,7 +63,11 @@ def test_unknown_setting_is_one_line_that_names_the_nearest(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_lua_show_and_sha_match_what_redis_receives(tmp_path: Path) -> None:
-    assert limiter("lua", "names", cwd=tmp_path).stdout.split() == script_names()
+    lines = limiter("lua", "names", cwd=tmp_path).stdout.splitlines()
+    assert [line.split()[0] for line in lines] == script_names()
+    summaries = json.loads(limiter("lua", "names", "--json", cwd=tmp_path).stdout)
+    assert [tuple(line.split(maxsplit=1)) for line in lines] == list(summaries.items())
+    assert summaries["release"] == "Releases a hold: its credits are free again."
     assert limiter("lua", "show", "reserve", cwd=tmp_path).stdout == compose("reserve").text
     shas = json.loads(limiter("lua", "sha", "--json", cwd=tmp_path).stdout)
     assert shas == {name: compose(name).sha for name in script_names()}
