@@ -1,4 +1,4 @@
-"""How log lines look, and what never appears in them."""
+"""The format of log lines, and what must not appear in them."""
 
 import io
 import json
@@ -46,7 +46,7 @@ def lines(stream: io.StringIO) -> Lines:
     return lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
 
 
-def test_event_when_it_has_a_name_then_json_has_name_and_sentence_apart(lines: Lines) -> None:
+def test_event_when_it_has_a_name_then_json_has_name_and_sentence_separately(lines: Lines) -> None:
     logging.getLogger("limiter").error(
         "No calls to %r", "gemini", extra=event("circuit_breaker_opened", backend="gemini")
     )
@@ -55,14 +55,14 @@ def test_event_when_it_has_a_name_then_json_has_name_and_sentence_apart(lines: L
     assert line["backend"] == "gemini"
 
 
-def test_event_when_it_is_shown_to_people_then_its_name_stands_before_its_sentence() -> None:
+def test_event_when_it_is_text_then_its_name_precedes_its_sentence() -> None:
     stream = io.StringIO()
     set_up_logging(style="text", stream=stream)
     logging.getLogger("limiter").error("No calls to %r", "gemini", extra=event("circuit_breaker_opened"))
     assert "circuit_breaker_opened: No calls to 'gemini'" in stream.getvalue()
 
 
-def test_line_when_nobody_reads_it_then_it_is_json_with_its_time_level_and_facts(lines: Lines) -> None:
+def test_line_when_it_is_not_for_a_terminal_then_it_is_json_with_its_time_level_and_fields(lines: Lines) -> None:
     logging.getLogger("limiter.request").info("request", extra={"route": "/v1/credits", "duration_ms": 1.5})
     (line,) = lines()
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z", line.pop("time"))
@@ -75,7 +75,7 @@ def test_line_when_nobody_reads_it_then_it_is_json_with_its_time_level_and_facts
     }
 
 
-def test_line_when_a_person_reads_it_then_it_is_columns_in_the_order_of_the_facts() -> None:
+def test_line_when_it_is_for_a_terminal_then_it_is_columns_in_the_order_of_the_fields() -> None:
     terminal = Terminal()
     set_up_logging(stream=terminal)
     logging.getLogger("limiter.request").info("request", extra={"route": "/v1/credits", "backend": "gemini"})
@@ -84,7 +84,7 @@ def test_line_when_a_person_reads_it_then_it_is_columns_in_the_order_of_the_fact
 
 
 @pytest.mark.parametrize("style", ["json", "text"])
-def test_style_when_it_is_given_then_the_terminal_does_not_matter(style: Any) -> None:
+def test_style_when_it_is_set_then_the_terminal_does_not_matter(style: Any) -> None:
     terminal = Terminal()
     set_up_logging(stream=terminal, style=style)
     logging.getLogger("limiter").warning("one")
@@ -92,9 +92,7 @@ def test_style_when_it_is_given_then_the_terminal_does_not_matter(style: Any) ->
 
 
 @pytest.mark.parametrize("style", ["json", "text"])
-def test_line_when_a_text_has_a_secret_then_it_is_blotted_out_of_the_traceback_too(
-    stream: io.StringIO, style: Any
-) -> None:
+def test_line_when_a_text_has_a_secret_then_it_is_masked_in_the_traceback_too(stream: io.StringIO, style: Any) -> None:
     set_up_logging(stream=stream, style=style, hide=["operators-key"])
     log = logging.getLogger("limiter.relay")
     log.warning("sent %s with Authorization: Bearer abc123", JWT, extra={"url": "http://host/?key=operators-key"})
@@ -109,13 +107,13 @@ def test_line_when_a_text_has_a_secret_then_it_is_blotted_out_of_the_traceback_t
     assert said.count("***") >= 6
 
 
-def test_hide_when_a_value_is_very_short_then_words_stay_whole(lines: Lines) -> None:
+def test_hide_when_a_value_is_very_short_then_it_is_not_masked(lines: Lines) -> None:
     logging.getLogger("limiter").warning("an extra box")
     assert lines()[0]["event"] == "an extra box"
 
 
 @pytest.mark.parametrize("style", ["json", "text"])
-def test_line_when_a_text_has_line_ends_then_it_stays_one_line(stream: io.StringIO, style: Any) -> None:
+def test_line_when_a_text_has_newlines_then_it_stays_one_line(stream: io.StringIO, style: Any) -> None:
     set_up_logging(stream=stream, style=style)
     logging.getLogger("limiter").warning("a\n2026 [error] forged\x1b[2J", extra={"more": "b\r\nc"})
     assert stream.getvalue().count("\n") == 1
@@ -137,7 +135,7 @@ def test_set_up_when_it_is_repeated_then_each_line_is_written_once(stream: io.St
     assert len(stream.getvalue().splitlines()) == 1
 
 
-def test_short_name_when_the_key_is_the_same_then_so_is_the_name_and_it_tells_nothing_of_the_id() -> None:
+def test_short_name_when_the_key_is_the_same_then_so_is_the_name_and_it_does_not_contain_the_id() -> None:
     install_id = new_install()
     name = short_names("a key")(install_id)
     assert name == short_names("a key")(install_id)
@@ -152,7 +150,7 @@ def test_short_name_when_there_is_no_key_then_each_process_has_its_own_names() -
     assert names(install_id) == names(install_id) != short_names()(install_id)
 
 
-def test_hide_when_a_value_has_characters_that_json_escapes_then_it_is_blotted_out_all_the_same(
+def test_hide_when_a_value_has_characters_that_json_escapes_then_it_is_masked_too(
     stream: io.StringIO,
 ) -> None:
     set_up_logging(stream=stream, style="json", hide=['my"own\\key'])

@@ -74,17 +74,17 @@ async def _ask(url: str, install_id: str, **more: str) -> int:
 
 @pytest.mark.parametrize("profile", ["", "cluster"])
 def test_docker_compose_accepts_the_file_with_each_profile(profile: str) -> None:
-    told = compose_config({"REDIS_PASSWORD": PASSWORD}, *(("--profile", profile) if profile else ()))
-    assert told.returncode == 0, told.stderr
-    services = yaml.safe_load(told.stdout)["services"]
+    result = compose_config({"REDIS_PASSWORD": PASSWORD}, *(("--profile", profile) if profile else ()))
+    assert result.returncode == 0, result.stderr
+    services = yaml.safe_load(result.stdout)["services"]
     active = {name for name, service in services.items() if service.get("profiles", [profile]) == [profile]}
     assert ("cluster-init" in active) == (profile == "cluster")
 
 
 def test_a_deployment_without_a_password_is_refused_and_says_so() -> None:
-    told = compose_config({})
-    assert told.returncode != 0
-    assert "REDIS_PASSWORD" in told.stderr
+    result = compose_config({})
+    assert result.returncode != 0
+    assert "REDIS_PASSWORD" in result.stderr
 
 
 async def test_two_relays_behind_nginx_serve_an_install_from_one_row(fleet: tuple[Fleet, Backend]) -> None:

@@ -115,7 +115,7 @@ async def _responses(request: web.Request) -> web.StreamResponse:
 
 
 async def _transcriptions(request: web.Request) -> web.Response:
-    """Tell how large the file is: there is nothing here that could listen."""
+    """Respond with the size of the file, as nothing here can transcribe it."""
     size = 0
     try:
         async for part in await request.multipart():

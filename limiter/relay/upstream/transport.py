@@ -1,4 +1,4 @@
-"""Asks one server over HTTP, on connections that aiohttp makes, keeps and reads. It judges no answer.
+"""Sends requests to one server over HTTP, on connections that aiohttp makes, keeps and reads. It judges no answer.
 
 aiohttp's session is made for any request: it looks for cookies, redirects, proxies and traces, and takes a task to
 write. A request whose body is there whole is written here in one piece, which costs less than half of that.
@@ -52,7 +52,7 @@ class Answer(Protocol):
 
 
 class _Connections(aiohttp.TCPConnector):
-    """Gives no connection on which something came unasked: aiohttp (3.14) would take that for the next answer."""
+    """Never reuses a connection with unsolicited bytes: aiohttp (3.14) would take them for the next answer."""
 
     async def connect(
         self,
@@ -92,7 +92,7 @@ class HttpTransport:
     async def ask(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes | AsyncIterator[bytes]
     ) -> Answer:
-        """Make a request to a path below the base, and wait for the head of its answer. There is no other time limit.
+        """Send a request to a path below the base, and wait for the head of its answer. There is no other time limit.
 
         headers: names and values that can be written as they are; of those of the body only its type, and the length of
         one that comes bit by bit. Raises aiohttp's errors, HttpProcessingError and OSError.
@@ -118,7 +118,7 @@ class HttpTransport:
         return _Exchange(connection, head.code, head.headers, content)
 
     def _beginning_of(self, method: str, path: str) -> bytes:
-        """Give the lines that are the same for each request to a path."""
+        """Return the lines that are the same for each request to a path."""
         url = self._url(path)
         return f"{method} {url.raw_path_qs} HTTP/1.1\r\nHost: {url.host_port_subcomponent}\r\n".encode("ascii")
 

@@ -88,9 +88,9 @@ async def test_stream_when_the_relay_itself_fails_within_it_then_it_is_broken_of
     body = b'{"model": "stepwise", "stream": true}'
     head = f"POST {CHAT} HTTP/1.0\r\nContent-Type: application/json\r\nX-Install-Id: {relay.install_id}\r\n"
     writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-    told = await reader.read()  # to its end: without a length, the connection's end is that of the body
+    received = await reader.read()  # without a length, the body ends with the connection
     writer.close()
-    assert told.partition(b"\r\n\r\n")[2] == CHUNK % 0
+    assert received.partition(b"\r\n\r\n")[2] == CHUNK % 0
     gemini.go_on.set()
 
 

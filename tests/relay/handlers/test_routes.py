@@ -229,8 +229,8 @@ async def test_credits_event_when_requested_then_the_last_comment_has_charge_and
 ) -> None:
     relay = await start_relay(client_of("gemini", gemini.url), tiers=tiers(lifetime=10, gemini_cap=5), costs={CHAT: 3})
     answer = await relay.ask("stream:2:0", headers={"X-Credits-Event": "1"})
-    told = b'{"charged":3,"backend":"gemini","remaining":7,"gemini_remaining":2}'
-    assert answer.body == STREAM + b": credits " + told + b"\n\n"
+    summary = b'{"charged":3,"backend":"gemini","remaining":7,"gemini_remaining":2}'
+    assert answer.body == STREAM + b": credits " + summary + b"\n\n"
     assert answer.headers["RateLimit"] == '"credits";r=7, "gemini";r=2'
 
 

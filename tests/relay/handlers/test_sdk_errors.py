@@ -1,6 +1,6 @@
 """What OpenAI's SDKs, both of them, make of each of the relay's refusals: the exception, and whether they try again.
 
-Attempts are counted by the relay's own metrics: an SDK tells nobody how often it asked.
+Attempts are counted by the relay's own metrics, as an SDK does not report how often it has tried.
 """
 
 import asyncio

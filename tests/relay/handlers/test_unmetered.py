@@ -55,10 +55,10 @@ class Node:
 
 
 def is_unmetered(answer: Answer) -> bool:
-    told = [name for name in answer.headers if name.lower().startswith("ratelimit")]
+    ratelimit = [name for name in answer.headers if name.lower().startswith("ratelimit")]
     backend = answer.headers.get("X-Credits-Backend")
     unmetered = answer.headers.get("X-Credits-Unmetered") == "true"
-    assert not unmetered or (backend, told) == ("hardware", [])
+    assert not unmetered or (backend, ratelimit) == ("hardware", [])
     return unmetered
 
 
@@ -123,8 +123,8 @@ async def test_stream_when_redis_is_unavailable_then_it_passes_unchanged_and_its
     answer = await node.relay.ask("stream", headers={"X-Credits-Event": "1"})
     assert is_unmetered(answer)
     assert b"data: [DONE]" in answer.body
-    told = json.loads(answer.body.rpartition(b": credits ")[2])
-    assert told == {"backend": "hardware", "charged": 0, "unmetered": True}
+    summary = json.loads(answer.body.rpartition(b": credits ")[2])
+    assert summary == {"backend": "hardware", "charged": 0, "unmetered": True}
 
 
 @pytest.mark.parametrize("is_noticed", [True, False])

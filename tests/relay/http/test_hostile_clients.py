@@ -313,10 +313,10 @@ async def test_reader_when_it_does_not_read_then_the_backend_is_held_back_and_th
         await reader.readexactly(48 << 20)
         assert await taken() > 48 << 20  # it continues when the client reads
 
-    async def told() -> bool:
+    async def has_ended() -> bool:
         return (await seen_by(pouring))[0]["gone_s"] is not None
 
-    assert await eventually(told, what="the end of the call") < 1
+    assert await eventually(has_ended, what="the end of the call") < 1
     assert await relay.spent() == (1, 1)
 
 
@@ -329,10 +329,10 @@ async def test_readers_when_many_leave_at_once_then_every_call_ends(start_relay:
 
     await asyncio.gather(*(one() for _ in range(30)))
 
-    async def told() -> bool:
+    async def has_ended() -> bool:
         return all(seen["gone_s"] is not None for seen in await seen_by(pouring))
 
-    await eventually(told, what="the end of every call")
+    await eventually(has_ended, what="the end of every call")
     assert await relay.spent() == (30, 30)
 
 

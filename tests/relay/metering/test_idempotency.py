@@ -407,9 +407,11 @@ async def test_answer_when_too_large_to_keep_then_its_repeat_is_409_and_not_debi
     first = await nodes[0].ask(model)
     assert len(first.body) > KEEP_BYTES
     assert nodes[0].last
-    assert nodes[0].last._tee is None or nodes[0].last._tee.parts is None, "it holds what it will not keep"
+    assert nodes[0].last._tee is None or nodes[0].last._tee.parts is None, (
+        "the body takes memory although it will not be kept"
+    )
 
-    async def told() -> bool:
+    async def has_ended() -> bool:
         repeat = await nodes[1].ask(model)
         assert repeat.status == 409
         if repeat.code == "idempotency_in_progress":
@@ -419,7 +421,7 @@ async def test_answer_when_too_large_to_keep_then_its_repeat_is_409_and_not_debi
         assert "Retry-After" not in repeat.headers
         return True
 
-    await eventually(told)
+    await eventually(has_ended)
     assert backend.calls == 1
     assert await nodes[0].spent() == 1
 
@@ -430,12 +432,12 @@ async def test_client_when_it_leaves_a_stream_then_its_repeat_is_409_and_not_deb
     async with nodes[0].post("halt-stream", "k") as response:
         assert await response.content.readany()
 
-    async def told() -> bool:
+    async def has_ended() -> bool:
         repeat = await nodes[1].ask("halt-stream")
         assert repeat.status == 409
         return repeat.code == "idempotency_answer_not_kept"
 
-    await eventually(told)
+    await eventually(has_ended)
     assert backend.calls == 1
     assert await nodes[0].spent() == 1
 
