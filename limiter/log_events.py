@@ -22,6 +22,16 @@ LogEvent = Literal[
     "settlement_expired",
     "settlement_interrupted",
     "settlement_skipped",
+    "redis_server_warning",
+    "embedded_server_failed",
+    "persister_role_changed",
+    "persister_exited",
+    "persister_start_failed",
+    "dump_failed",
+    "dump_incomplete",
+    "dump_set_aside",
+    "import_waiting",
+    "restore_waiting",
 ]
 
 

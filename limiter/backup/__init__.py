@@ -2,5 +2,5 @@
 
 Begin with `importer.import_file`, `dump.dump`, `restore.newest_good`, `persister.Persister`.
 
-May import: ledger, config, credits, redis, bootstrap, log_config, _util, errors.
+May import: ledger, config, credits, redis, bootstrap, log_config, log_events, _util, errors.
 """

@@ -12,6 +12,7 @@ from limiter._util.cancellation import CancelWatch
 from limiter.backup.lease import Lease, LeaseLost
 from limiter.credits.session import Session
 from limiter.errors import LedgerFileError, LimiterUnavailable
+from limiter.log_events import event
 
 StillOurs = Callable[[], Awaitable[None]]
 LEASE_S = 10.0
@@ -30,7 +31,12 @@ async def exclusive_import(session: Session, *, lease_s: float = LEASE_S) -> Asy
     cancel = CancelWatch()
     leased = await lease.take()
     if not leased.is_mine:
-        _LOG.warning("another import runs (%s): waiting for its end; %g s if it was killed", leased.owner, lease_s)
+        _LOG.warning(
+            "another import runs (%s): waiting for its end; %g s if it was killed",
+            leased.owner,
+            lease_s,
+            extra=event("import_waiting"),
+        )
     while not leased.is_mine:
         await asyncio.sleep(_ASK_S)
         cancel.check()

@@ -20,6 +20,7 @@ from limiter.credits.session import Session
 from limiter.errors import LimiterError
 from limiter.ledger.rotation import KEEP
 from limiter.ledger.trailer import DumpedFile, Trailer, read_trailer
+from limiter.log_events import event
 
 OnChange = Callable[[Mapping[str, object]], None]
 _LOG = logging.getLogger("limiter")
@@ -134,8 +135,13 @@ class Persister:
         trailer = await in_thread(_trailer_of, self._path)
         self._leased = await self._lease.take(least_epoch=trailer.epoch if trailer else 0, good_at=self._good_at)
         if self.role != role or (before is not None and before.owner != self._leased.owner):
-            said = {"role": self.role, "epoch": self._leased.epoch, "writer": self._leased.owner}
-            _LOG.info("persister: %s", self.role, extra=said)
+            _LOG.info(
+                "The persister is %s",
+                self.role,
+                extra=event(
+                    "persister_role_changed", role=self.role, epoch=self._leased.epoch, writer=self._leased.owner
+                ),
+            )
             self._tell()
 
     async def _renew(self) -> LeaseState | None:
@@ -149,7 +155,7 @@ class Persister:
             try:
                 await self._lease.give_back()
             except LimiterError as error:
-                _LOG.debug("the persister's lease was not given back, and will expire: %s", error)
+                _LOG.debug("The lease was not given back, and will expire: %s", error)
 
     async def _dump(self, leased: LeaseState) -> None:
         try:
@@ -162,23 +168,28 @@ class Persister:
             self._failed(error)
         except Exception as error:  # noqa: BLE001  a fault of ours must not end the task, and all dumps with it
             self.last_error = repr(error)
-            _LOG.exception("the ledger was not written, by a fault of this program")
+            _LOG.exception("A bug ended a dump: the file was not written", extra=event("dump_failed"))
         else:
             self._note(report)
 
     def _failed(self, error: Exception) -> None:
         self.last_error = str(error)
-        _LOG.error("the ledger was not written: %s", error)
+        _LOG.error("The file was not written: %s", error, extra=event("dump_failed"))
 
     def _note(self, report: DumpReport) -> None:
         self.last_report, self._file = report, report.file
         if report.is_set_aside:
-            _LOG.warning("%s may have had rows that Redis has not: it was kept as %s", report.path, report.kept)
+            _LOG.warning(
+                "%s may have had rows that Redis has not: it was kept as %s",
+                report.path,
+                report.kept,
+                extra=event("dump_set_aside"),
+            )
         if report.clean:
             self._good_at, self.last_error = report.time, None
             return
         self.last_error = f"{report.broken} rows are not in {report.path}: see {report.broken_file}"
-        _LOG.error("%s; the first: %s", self.last_error, report.first_broken[0])
+        _LOG.error("%s; the first: %s", self.last_error, report.first_broken[0], extra=event("dump_incomplete"))
 
 
 def make_persister(session: Session, settings: PersisterSettings, *, on_change: OnChange | None = None) -> Persister:

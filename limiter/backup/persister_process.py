@@ -26,6 +26,7 @@ from limiter.bootstrap import open_session
 from limiter.config.settings import Settings
 from limiter.errors import LimiterError
 from limiter.log_config import set_up_logging
+from limiter.log_events import event
 
 _LOG = logging.getLogger("limiter")
 
@@ -72,8 +73,8 @@ class PersisterProcess:
             if reported:
                 backoff.reset()
             pause_s = backoff.next_s()
-            problem = f"the persister's process ended with code {code}: another starts in {pause_s:g} s"
-            _LOG.error("%s", problem)
+            problem = f"The persister's process exited with code {code}: another starts in {pause_s:g} s"
+            _LOG.error("%s", problem, extra=event("persister_exited", code=code))
             self._report = {**self._report, "role": "starting", "error": problem}
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause_s):
@@ -153,7 +154,7 @@ def _child() -> None:
     try:
         uvloop.run(_main(settings))
     except LimiterError as error:
-        _LOG.error("the persister cannot start: %s", error)
+        _LOG.error("The persister cannot start: %s", error, extra=event("persister_start_failed"))
         sys.exit(1)
 
 

@@ -15,6 +15,7 @@ from limiter.credits.session import Session
 from limiter.errors import LedgerFileError
 from limiter.ledger.rotation import generations
 from limiter.ledger.verify import VerifyReport, verify
+from limiter.log_events import event
 
 _LOG = logging.getLogger("limiter")
 _ASK_S = 0.5
@@ -72,7 +73,12 @@ async def _take(lease: Lease) -> None:
     deadline = loop.time() + lease.lease_s + _ASK_S
     leased = await lease.take()
     if not leased.is_mine:
-        _LOG.warning("waiting up to %g s for the lease of the persister %s to expire", lease.lease_s, leased.owner)
+        _LOG.warning(
+            "waiting up to %g s for the lease of the persister %s to expire",
+            lease.lease_s,
+            leased.owner,
+            extra=event("restore_waiting"),
+        )
     while not leased.is_mine:
         if loop.time() > deadline:
             raise LedgerFileError(

@@ -2,5 +2,5 @@
 
 Begin with `connect.connect`, `multiplexed.CommandChannel`, `errors.translate_error`, `scan.scan`.
 
-May import: _util, errors.
+May import: _util, errors, log_events.
 """

@@ -9,6 +9,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 
 from limiter.errors import ACL_HINT, LimiterUnavailable, SettingsError
+from limiter.log_events import event
 from limiter.redis import embedded
 from limiter.redis.client import Client
 from limiter.redis.cluster import ClusterClient, primaries_of
@@ -121,4 +122,4 @@ async def _check(redis: Client, url: str, *, allow_eviction: bool) -> None:
         if finding.level == "problem":
             raise SettingsError(str(finding))
     for warning in dict.fromkeys(str(each) for each in findings if each.level == "warning"):  # once for all nodes
-        _LOG.warning("%s", warning)
+        _LOG.warning("%s", warning, extra=event("redis_server_warning"))

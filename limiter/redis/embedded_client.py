@@ -9,6 +9,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from limiter.errors import LimiterError
+from limiter.log_events import event
 from limiter.redis import embedded
 from limiter.redis.client import Client
 
@@ -46,7 +47,7 @@ class EmbeddedClient(Client):
         try:
             await asyncio.to_thread(embedded.revive, self._lease)
         except (LimiterError, OSError) as error:
-            _LOG.error("The embedded server is gone: %s", error)
+            _LOG.error("The embedded server is gone: %s", error, extra=event("embedded_server_failed"))
 
     async def aclose(self, close_connection_pool: bool | None = None) -> None:
         """Close the connections, and stop the server if no other client is left."""

@@ -82,7 +82,7 @@ async def test_persister_when_the_disk_is_full_then_the_old_file_stays_until_the
             (disk / "other").unlink()
 
         await fails_and_recovers(limiter, persister, path, "No space left on device; nothing was replaced", mend)
-    assert "the ledger was not written" in caplog.text
+    assert "The file was not written" in caplog.text
 
 
 async def test_persister_when_the_disk_turns_read_only_then_the_old_file_stays_until_it_can_be_written(

@@ -70,7 +70,7 @@ def test_persister_when_its_process_or_its_disk_fails_then_readiness_says_so_and
     assert first != relay.process.pid
 
     os.kill(first, signal.SIGKILL)
-    wait_until(lambda: "ended with code -9" in str(reported(relay)["error"]), what="the report of its end")
+    wait_until(lambda: "exited with code -9" in str(reported(relay)["error"]), what="the report of its end")
     wait_until(lambda: reported(relay)["epoch"] == 2, within_s=30, what="its return")
     assert persister_pid(relay) != first
 
