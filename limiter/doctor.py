@@ -1,6 +1,6 @@
-"""Finds out what is wrong with a Redis and with the settings, and what to do about it.
+"""Checks a Redis and the settings, and says what to do about each problem.
 
-It changes nothing but a key of its own, for some seconds. What it cannot look at, it says.
+It changes nothing but a key of its own, for some seconds. What it cannot check, it says.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ _REFUSED = (401, 402, 403, 407)
 
 
 def acl_line_for(settings: Settings) -> str | None:
-    """Give the line that makes a Redis user of these settings; None where there are no users."""
+    """Return the ACL line of a Redis user for these settings; None where there are no users."""
     if settings.redis.url.startswith("embedded:"):
         return None
     kind, database = _place(settings.redis.url)
@@ -43,7 +43,7 @@ def acl_line_for(settings: Settings) -> str | None:
 
 
 async def examine(settings: Settings) -> list[Finding]:
-    """Look at everything; never raises for what it finds."""
+    """Check everything. Never raises for what it finds."""
     findings = [*_licences(settings), *_persister(settings)]
     findings += [finding async for finding in _redis(settings)]
     findings += await asyncio.gather(
@@ -68,7 +68,7 @@ async def _redis(settings: Settings) -> AsyncIterator[Finding]:
     except NoPermissionError as error:
         yield Finding("problem", "redis", f"this user may not connect: {error}", _BY_THE_LINE)
     except CLIENT_ERRORS as error:
-        advice = "see that it runs, that the URL leads there, and that user and password are right"
+        advice = "check that it runs, that the URL leads there, and that user and password are right"
         yield Finding("problem", "redis", f"{redacted(settings.redis.url)}: {error}", advice)
     finally:
         await redis.aclose()
@@ -96,7 +96,7 @@ async def _server(node: Any, settings: Settings, where: str) -> AsyncIterator[Fi
 
 
 async def _missing(node: Any, settings: Settings) -> str:
-    """Try each command; tell what the user may not do, "" when there is nothing."""
+    """Try each command. Return what the user may not do, "" if it may do everything."""
     kind, database = _place(settings.redis.url)
     key = Keys(settings.redis.prefix).probe()
     missing = []
@@ -119,7 +119,7 @@ async def _appendfsync(node: Any, info: Mapping[str, Any], where: str) -> Findin
     try:
         found = await node.config_get("appendfsync")
     except RedisError:
-        return Finding("ok", where, "appendfsync cannot be looked at by this user, who needs not")
+        return Finding("ok", where, "appendfsync is not visible to this user, which does not need it")
     policy = next((value for name, value in found.items() if _text(name) == "appendfsync"), "")
     if info.get("aof_enabled") and _text(policy) == "no":
         text = "appendfsync is no: a power failure loses what the system has not written yet, up to half a minute"
@@ -143,7 +143,7 @@ async def _latency(node: Any, where: str) -> Finding:
 async def _clock(node: Any, where: str) -> Finding:
     seconds, microseconds = await node.time()
     skew_s = time.time() - (int(seconds) + int(microseconds) / 1_000_000)
-    text = f"this machine's clock is {skew_s:+.1f} s beside its"
+    text = f"has a clock that is {-skew_s:+.1f} s off from this machine's"
     if abs(skew_s) > _SKEW_S:
         return Finding(
             "warning", where, text, "set both by NTP: licences expire by the one, periods renew by the other"
@@ -191,7 +191,7 @@ def _ledger(path: Path) -> list[Finding]:
 
 
 async def _backend(name: str, backend: BackendSettings, *, is_on: bool) -> Finding:
-    """Ask for its models, as the relay would."""
+    """Ask a backend for its models, as the relay does."""
     subject = f"backends.{name}"
     if not is_on:
         return Finding("ok", subject, "off")
@@ -207,17 +207,17 @@ async def _backend(name: str, backend: BackendSettings, *, is_on: bool) -> Findi
             status = answer.status
     except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
         text = f"{redacted(backend.url)} cannot be reached: {str(error) or type(error).__name__}"
-        return Finding("problem", subject, text, f"see that it runs, and that {subject}.url leads there")
+        return Finding("problem", subject, text, f"check that it runs, and that {subject}.url leads there")
     if status in _REFUSED:
         return Finding("problem", subject, f"it refuses the key ({status})", f"set {subject}.api_key")
     if status >= 300:  # noqa: PLR2004  a status
         text = f"{redacted(backend.url)}/models answers {status}"
-        return Finding("warning", subject, text, f"see that {subject}.url ends as in its own documentation, as in …/v1")
+        return Finding("warning", subject, text, f"check that {subject}.url ends as its documentation says, as in …/v1")
     return Finding("ok", subject, f"{redacted(backend.url)} answers")
 
 
 def _place(url: str) -> tuple[Kind, int]:
-    """Give the kind of a URL, and the number of its database."""
+    """Return the kind of a URL, and the number of its database."""
     topology = None if url.startswith("embedded:") else parse_url(url)
     if topology is not None:
         return topology.kind, int(topology.database or 0)

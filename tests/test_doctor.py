@@ -234,7 +234,7 @@ async def test_doctor_when_redis_is_set_up_badly_then_it_says_what_to_do(own_ser
     server.kill()
     place = server.url.removeprefix("redis://")
     assert f"problem redis://:***@{place}: " in worst(await found(f"redis://:hidden@{place}"))["redis"]
-    assert "is no Redis URL" in worst(await found("http://hidden"))["redis"]
+    assert "is not a valid Redis URL" in worst(await found("http://hidden"))["redis"]
 
 
 async def test_doctor_when_settings_lead_nowhere_then_each_is_named(own_server: MakeServer, tmp_path: Path) -> None:

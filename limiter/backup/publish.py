@@ -40,7 +40,7 @@ class Publication:
         self._cancel = CancelWatch()
 
     async def current(self, last: DumpedFile | None) -> DumpedFile | None:
-        """Look at the file that is there; None when there is none. One that is not `last` is read as a whole."""
+        """Return the file that is there, None if there is none. One that is not `last` is read as a whole."""
         try:
             if last is not None and last.is_still(self.path.stat()):
                 return last

@@ -1,6 +1,6 @@
-"""What a Redis URL says: which kind of set-up, where it is, and the plain URL of each of its servers.
+"""Parse Redis URLs: the kind of topology, its addresses, and the plain URL of each of its servers.
 
-It reads text. It connects to nothing, and puts no password into an error.
+It connects to nothing, and puts no password into an error.
 """
 
 import re
@@ -44,7 +44,17 @@ class Address:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Topology:
-    """A URL, read. seeds: the Sentinels, or some nodes of the cluster. name: what the Sentinels call the primary."""
+    """A parsed URL.
+
+    Args:
+        kind: of the servers; a single one is not parsed here.
+        scheme: of the plain URL of each server.
+        login: user and password with the @ after them, or "".
+        seeds: the Sentinels, or some nodes of the cluster.
+        name: what the Sentinels call the primary.
+        database: its number, or "".
+        query: the options after the question mark.
+    """
 
     kind: Kind
     scheme: str
@@ -55,12 +65,12 @@ class Topology:
     query: tuple[tuple[str, str], ...]
 
     def url_of(self, address: Address) -> str:
-        """Give the plain URL of one server that holds rows."""
+        """Return the plain URL of one server that holds rows."""
         query = [(key, value) for key, value in self.query if key not in _SENTINEL_LOGIN]
         return self._url(self.login, address, self.database, query)
 
     def sentinel_url_of(self, address: Address) -> str:
-        """Give the plain URL of a Sentinel, which has credentials of its own and no databases."""
+        """Return the plain URL of a Sentinel, which has credentials of its own and no databases."""
         said = dict(self.query)
         user, password = (quote(said.get(key, ""), safe="") for key in _SENTINEL_LOGIN)
         query = [(key, value) for key, value in self.query if key.startswith("ssl_")]
@@ -71,9 +81,9 @@ class Topology:
 
 
 def parse_url(url: str) -> Topology | None:
-    """Read a URL of several servers; None for one of a single server, which redis-py reads itself.
+    """Return the topology of a URL of several servers; None for one of a single server, which redis-py parses itself.
 
-    Raises SettingsError, which says what a URL looks like, for one that is none.
+    Raises SettingsError, which says what a URL looks like, for one that is not valid.
     """
     scheme, separator, rest = url.partition("://")
     if scheme not in _SCHEMES or not separator:
@@ -95,12 +105,12 @@ def parse_url(url: str) -> Topology | None:
 
 
 def invalid_url(url: str) -> SettingsError:
-    """Make the error for a text that is no Redis URL."""
-    return SettingsError(f"{redacted(url)!r} is no Redis URL: give {_FORMS}")
+    """Return the error for a text that is not a valid Redis URL."""
+    return SettingsError(f"{redacted(url)!r} is not a valid Redis URL: give {_FORMS}")
 
 
 def redacted(url: str) -> str:
-    """Give the URL without its passwords, for logs and errors; it need not be a URL that can be parsed."""
+    """Return the URL without its passwords, for logs and errors; it need not be valid."""
     scheme, separator, rest = url.partition("://")
     login, at, place = rest.rpartition("@")
     user = login.partition(":")[0] + ":***" if ":" in login else login
@@ -108,7 +118,7 @@ def redacted(url: str) -> str:
 
 
 def passwords_of(url: str) -> list[str]:
-    """Give the passwords in a URL, each as it is written there and as it is meant, to be kept out of logs."""
+    """Return the passwords in a URL, to be masked in logs: each as it is written there, and decoded."""
     rest = url.partition("://")[2]
     login = rest.rpartition("@")[0]
     written = [login.partition(":")[2], *re.findall(r"password=([^&]*)", rest)]

@@ -21,7 +21,7 @@ SERVERS = pytest.mark.parametrize("binary", ["valkey", "redis"])
 
 @pytest.mark.parametrize("url", ["", "localhost:6379", "http://localhost", "redis://localhost:port", "redis://[::1"])
 async def test_url_when_it_is_none_then_it_is_a_settings_error_that_says_what_one_looks_like(url: str) -> None:
-    with pytest.raises(SettingsError, match="is no Redis URL: give redis://"):
+    with pytest.raises(SettingsError, match="is not a valid Redis URL: give redis://"):
         await connect(url)
 
 
@@ -44,7 +44,7 @@ async def test_url_when_it_is_none_then_it_is_a_settings_error_that_says_what_on
 async def test_url_of_several_servers_when_it_is_none_then_the_error_has_no_password(
     url: str,
 ) -> None:
-    with pytest.raises(SettingsError, match="is no Redis URL: give redis://") as refused:
+    with pytest.raises(SettingsError, match="is not a valid Redis URL: give redis://") as refused:
         await connect(url)
     assert "sec" not in str(refused.value)
 

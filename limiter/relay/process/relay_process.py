@@ -77,7 +77,7 @@ async def serve(settings: Settings, started: Callable[[Serving], None], slot: Wo
 
 
 def is_echo(settings: Settings) -> bool:
-    """Tell whether no backend is set, so that the echo answers."""
+    """Return whether no backend is set, so that the echo server answers."""
     return not settings.backends.gemini.api_key.get_secret_value() and not settings.backends.hardware.url
 
 

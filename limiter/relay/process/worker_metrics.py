@@ -45,13 +45,13 @@ class WorkerSlot:
         return orjson.dumps(asdict(self)).decode()
 
     def socket_of(self, number: int) -> str:
-        """Give the path at which a worker tells its metrics."""
+        """Return the path of the socket at which a worker serves its metrics."""
         return str(Path(self.folder) / f"{number}.sock")
 
 
 @asynccontextmanager
 async def worker_metrics_served(slot: WorkerSlot, render: Render) -> AsyncIterator[None]:
-    """Tell the others this worker's metrics until the block ends."""
+    """Serve this worker's metrics to the others until the block ends."""
 
     async def tell(_request: web.Request) -> web.Response:
         return web.Response(body=render())
