@@ -41,6 +41,9 @@ line; `limiter lua show NAME` prints a script as Redis receives it.
 
 A test compares each head with what Python sends. A hash is the [row of an install](row.md) unless it says otherwise."""
 _BINDING = re.compile(r"local (\w+) += .*?(KEYS|ARGV)\b(?:\[(\d+)\])?.*? -- (.+)")
+# Of put_row: its last arguments are the values of a row's fields, which a table lists.
+_REST = re.compile(r"local \w+ += \{ select\((\d+), unpack\(ARGV\)\) \}")
+_FIELD = re.compile(r'  \{ "(\w+)", .* \}, +-- (.+)')
 _MARKUP = re.compile(r"\[/?(?:bold|italic|dim|cyan)\]")
 
 
@@ -112,10 +115,15 @@ def lua_page() -> Iterator[str]:
 
 
 def _script(name: str, lines: list[str]) -> Iterator[str]:
-    head, bindings, includes = [], [], []
+    head, bindings, includes, rest = [], [], [], 0
     for line in lines[1:]:
         if line.startswith("--@include "):
             includes.append(line.split()[1])
+        elif found := _REST.match(line):
+            rest = int(found[1])
+        elif found := _FIELD.match(line):
+            bindings.append((found[1], f"ARGV[{rest}]", found[2]))
+            rest += 1
         elif found := _BINDING.match(line):
             bindings.append((found[1], f"{found[2]}[{found[3]}]" if found[3] else f"all of {found[2]}", found[4]))
         elif line.startswith("--") and not bindings:

@@ -1,6 +1,6 @@
 """From Redis to credits.json, once. It reads rows and never writes one.
 
-What becomes of a file that is there already is `publishing`'s to decide.
+What becomes of a file that is there already is `publish`'s to decide.
 """
 
 import base64
@@ -16,12 +16,13 @@ from limiter._util.atomic_file import in_thread
 from limiter._util.cancellation import CancelWatch
 from limiter._util.timestamps import iso_from_ms
 from limiter.backup.publish import Publication, Writer
+from limiter.credits.models import STORED_FIELDS
 from limiter.credits.rows import read_fields, read_values, row_or_error, scan_keys
 from limiter.credits.session import Session
 from limiter.errors import BrokenRow, LedgerFileError
 from limiter.ledger.rotation import KEEP, prune
 from limiter.ledger.row_codec import line_from_row
-from limiter.ledger.row_fast_path import STORED_FIELDS, line_from_values
+from limiter.ledger.row_fast_path import line_from_values
 from limiter.ledger.trailer import DumpedFile
 from limiter.ledger.writer import LedgerWriter, SideFile
 from limiter.redis.errors import translate_error

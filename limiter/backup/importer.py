@@ -1,6 +1,6 @@
 """From credits.json into Redis. A file is read to its end before anything is written.
 
-Rows go in through `row_sender` only. It reads files through `ledger` and never decides what a row means.
+Rows go in through `row_writer` only. It reads files through `ledger` and never decides what a row means.
 """
 
 import asyncio

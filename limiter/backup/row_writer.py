@@ -14,12 +14,12 @@ from redis.exceptions import ClusterCrossSlotError, RedisError
 
 from limiter.credits.models import Row, Status
 from limiter.credits.rows import Fields, decode_row
-from limiter.credits.scripts import PutMode, status_of, stored_text, stored_values
+from limiter.credits.scripts import PutMode, stored_text
 from limiter.credits.session import Session
 from limiter.errors import BrokenRow, ScriptContractError
 from limiter.ledger.file import Entry
 from limiter.ledger.row_codec import merged_extra
-from limiter.ledger.row_fast_path import row_from_groups
+from limiter.ledger.row_fast_path import row_from_groups, stored_text_from_groups
 from limiter.redis.errors import translate_error
 
 _ROWS_IN_A_CALL = 20  # others wait for them, less than half a millisecond
@@ -41,7 +41,7 @@ class Item(NamedTuple):
     @property
     def text(self) -> str:
         """What create_rows.lua stores of it."""
-        return "\n".join((*self.entry.groups[1:], "")) if self.read is None else stored_text(self.read)
+        return stored_text_from_groups(self.entry.groups) if self.read is None else stored_text(self.read)
 
 
 class RowWriter:
@@ -88,21 +88,17 @@ class RowWriter:
     async def put(self, batch: Sequence[Item], mode: PutMode, *, asks: bool) -> "Counter[Status]":
         """Run put_row for each row, or with `asks` only find out what that would do; count the answers."""
         settled = await self._settled(batch, mode)
-        word = f"{mode}?" if asks else mode
         calls = (
             self._session.retry(
-                partial(
-                    self._scripts.call, "put_row", self._session.keys.install(row.install_id), word, *stored_values(row)
-                )
+                partial(self._scripts.put_row, self._session.keys.install(row.install_id), row, mode=mode, dry_run=asks)
             )
             for _, row in settled
         )
         answers: Counter[Status] = Counter()
         for (item, _), reply in zip(settled, await asyncio.gather(*calls, return_exceptions=True), strict=True):
             if not isinstance(reply, BaseException):
-                status = status_of(reply)
-                answers[status] += 1
-                if status is Status.EXISTS and not asks:
+                answers[reply] += 1
+                if reply is Status.EXISTS and not asks:
                     await self._reject(item.entry, *2 * ("Redis got another row of this install meanwhile",))
             elif not isinstance(reply, BrokenRow):
                 raise reply

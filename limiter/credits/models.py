@@ -6,9 +6,9 @@ What each decision makes anew is a named tuple: it is made four times as fast as
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Literal, NamedTuple
+from dataclasses import MISSING, dataclass, field, fields
+from enum import Enum, StrEnum
+from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from limiter._util.timestamps import iso_from_ms, ms_from_iso
 from limiter.errors import SettingsError, UnknownTier
@@ -206,36 +206,67 @@ class HeldCredits:
     lapses_ms: int
 
 
+class FieldKind(Enum):
+    """What a field of a row holds. Each reader and writer of rows has one rule for each of these."""
+
+    TIER = "1 to 20 characters of A-Z a-z 0-9 _ -"
+    COUNT = "an integer from 0 to 2^53 - 1"
+    DAY = "an integer from 1 to 31"
+    TIME = "a time like 2026-05-11T23:02:57.123Z"
+    OTHERS = "a JSON object"
+
+
+TierName = Annotated[str, FieldKind.TIER]
+Count = Annotated[int, FieldKind.COUNT]
+Day = Annotated[int, FieldKind.DAY]
+IsoTime = Annotated[str, FieldKind.TIME]
+JsonObject = Annotated[str, FieldKind.OTHERS]
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One install's row, as stored. `extra` is the JSON object of members that are not ours, or ""."""
+    """One install's row, as stored. `extra` is the JSON object of members that are not ours, or "".
+
+    It is also the table of a row's fields (`FIELDS`), in the order that the scripts and credits.json have them in. A
+    field with a default is optional: the default is neither stored nor written to a file.
+    """
 
     install_id: str
-    tier_snapshot: str
-    lifetime_consumed: int
-    lifetime_gemini_consumed: int
-    last_renewal_at: str
-    anniversary_day: int
-    monthly_consumed: int
-    monthly_gemini_consumed: int
-    last_active_at: str
-    extra: str = ""
-    holds: tuple[HeldCredits, ...] = field(default=(), compare=False)
+    tier_snapshot: TierName
+    lifetime_consumed: Count
+    lifetime_gemini_consumed: Count
+    last_renewal_at: IsoTime
+    anniversary_day: Day
+    monthly_consumed: Count
+    monthly_gemini_consumed: Count
+    last_active_at: IsoTime
+    extra: JsonObject = field(default="", kw_only=True)  # the last one: it alone may have line ends
+    holds: tuple[HeldCredits, ...] = field(default=(), compare=False, kw_only=True)
 
     def as_dict(self) -> dict[str, object]:
-        """Give the row as credits.json has it, in the old ledger's order of members; other members come last."""
-        own: dict[str, object] = {name: getattr(self, name) for name in ROW_MEMBERS}
+        """Return the row as credits.json has it, in the old ledger's order of members; other members come last."""
+        own: dict[str, object] = {"install_id": self.install_id}
+        own |= {each.name: value for each in MEMBERS if (value := getattr(self, each.name)) != each.default}
         return own | json.loads(self.extra) if self.extra else own
 
 
-ROW_MEMBERS = (
-    "install_id",
-    "tier_snapshot",
-    "lifetime_consumed",
-    "lifetime_gemini_consumed",
-    "last_renewal_at",
-    "anniversary_day",
-    "monthly_consumed",
-    "monthly_gemini_consumed",
-    "last_active_at",
-)
+class RowField(NamedTuple):
+    """A stored field of a row. default: of an optional one, else None."""
+
+    name: str
+    kind: FieldKind
+    default: str | int | None
+
+
+def _row_fields() -> Iterator[RowField]:
+    hints = get_type_hints(Row, include_extras=True)
+    for each in fields(Row):
+        if get_origin(hints[each.name]) is Annotated:
+            _, kind = get_args(hints[each.name])
+            yield RowField(each.name, kind, None if each.default is MISSING else each.default)
+
+
+FIELDS = tuple(_row_fields())
+STORED_FIELDS = tuple(each.name for each in FIELDS)
+MEMBERS = tuple(each for each in FIELDS if each.kind is not FieldKind.OTHERS)  # each is a member in credits.json, too
+ROW_MEMBERS = ("install_id", *(each.name for each in MEMBERS))

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,7 +11,7 @@ from redis.exceptions import RedisError
 
 from limiter._util.timestamps import is_canonical, ms_from_iso
 from limiter.credits.keys import Keys
-from limiter.credits.models import CORE, MAX_COUNT, HeldCredits, Row
+from limiter.credits.models import CORE, FIELDS, MAX_COUNT, FieldKind, HeldCredits, Row
 from limiter.credits.session import Session
 from limiter.errors import BrokenRow, LimiterUnavailable
 from limiter.redis.errors import translate_error
@@ -24,6 +24,7 @@ Values = list[bytes | None]  # of some of its fields
 _READ_S = 5.0
 _INTEGER = re.compile(r"\d{1,20}", re.ASCII)  # a bound, for Python does not convert thousands of digits
 _HOLD = re.compile(r"(gemini|hardware) (\S+) (lifetime|monthly) (\d{1,20}) (\d{1,20})", re.ASCII)
+_COUNTS = range(MAX_COUNT + 1)
 _DAYS = range(1, 32)
 
 
@@ -92,20 +93,17 @@ def decode_row(keys: Keys, key: str, fields: Fields) -> Row:
     """Read a row's fields. Raises BrokenRow, which names key and field."""
     text = {name.decode(errors="replace"): value.decode(errors="replace") for name, value in fields.items()}
     stored = _RowFields(key, text)
-    began = stored.time("last_renewal_at")
-    return Row(
-        install_id=keys.install_id(key),
-        tier_snapshot=text.get("tier_snapshot", CORE),
-        lifetime_consumed=stored.counter("lifetime_consumed"),
-        lifetime_gemini_consumed=stored.counter("lifetime_gemini_consumed"),
-        last_renewal_at=began,
-        anniversary_day=stored.day("anniversary_day", str(int(began[8:10]))),
-        monthly_consumed=stored.counter("monthly_consumed"),
-        monthly_gemini_consumed=stored.counter("monthly_gemini_consumed"),
-        last_active_at=stored.time("last_active_at", began),
-        extra=stored.members("extra"),
-        holds=tuple(stored.hold(name) for name in text if name.startswith("hold:")),
-    )
+    began = stored.value("last_renewal_at", FieldKind.TIME, "")
+    implied = {
+        FieldKind.TIER: CORE,
+        FieldKind.COUNT: "0",
+        FieldKind.DAY: str(int(began[8:10])),
+        FieldKind.TIME: began,
+        FieldKind.OTHERS: "",
+    }
+    values = {name: stored.value(name, kind, implied[kind]) for name, kind, _ in FIELDS}
+    holds = tuple(stored.hold(name) for name in text if name.startswith("hold:"))
+    return Row(install_id=keys.install_id(key), **values, holds=holds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,32 +113,12 @@ class _RowFields:
     key: str
     text: Mapping[str, str]
 
-    def counter(self, name: str) -> int:
-        value = self.text.get(name, "0")
-        if not (_INTEGER.fullmatch(value) and int(value) <= MAX_COUNT):
-            raise self._broken(name, "an integer from 0 to 2^53 - 1")
-        return int(value)
-
-    def time(self, name: str, default: str = "") -> str:
-        value = self.text.get(name, default)
-        try:
-            if is_canonical(value) and ms_from_iso(value) is not None:
-                return value
-        except ValueError:
-            pass
-        raise self._broken(name, "a time like 2026-05-11T23:02:57.123Z")
-
-    def day(self, name: str, default: str) -> int:
-        value = self.text.get(name, default)
-        if not (_INTEGER.fullmatch(value) and int(value) in _DAYS):
-            raise self._broken(name, "an integer from 1 to 31")
-        return int(value)
-
-    def members(self, name: str) -> str:
-        value = self.text.get(name, "")
-        if value and not _is_object(value):
-            raise self._broken(name, "a JSON object")
-        return value
+    def value(self, name: str, kind: FieldKind, implied: str) -> Any:
+        """Return the field's value, an int of a count or a day. implied: what it is where the row does not have it."""
+        text = self.text.get(name, implied)
+        if not _IS_VALID[kind](text):
+            raise self._broken(name, kind.value)
+        return int(text) if kind in _INTEGERS else text
 
     def hold(self, name: str) -> HeldCredits:
         parts = _HOLD.fullmatch(self.text[name])
@@ -153,8 +131,29 @@ class _RowFields:
         return BrokenRow(self.key, f"field {name} is {self.text.get(name, '')[:80]!r}, want {want}")
 
 
+def _is_integer(text: str, allowed: range) -> bool:
+    return _INTEGER.fullmatch(text) is not None and int(text) in allowed
+
+
+def _is_time(text: str) -> bool:
+    try:
+        return is_canonical(text) and ms_from_iso(text) is not None
+    except ValueError:
+        return False
+
+
 def _is_object(text: str) -> bool:
     try:
-        return isinstance(json.loads(text), dict)
+        return not text or isinstance(json.loads(text), dict)
     except (ValueError, RecursionError):
         return False
+
+
+_INTEGERS = frozenset({FieldKind.COUNT, FieldKind.DAY})
+_IS_VALID: Mapping[FieldKind, Callable[[str], bool]] = {
+    FieldKind.TIER: lambda _: True,
+    FieldKind.COUNT: lambda text: _is_integer(text, _COUNTS),
+    FieldKind.DAY: lambda text: _is_integer(text, _DAYS),
+    FieldKind.TIME: _is_time,
+    FieldKind.OTHERS: _is_object,
+}

@@ -5,11 +5,23 @@ A method here makes one attempt. It never repeats: who may repeat what is decide
 
 from collections.abc import Awaitable, Callable, Sequence
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any, Literal, TypeVar
 
 from redis.exceptions import NoScriptError, RedisError
 
-from limiter.credits.models import Backend, Balance, Decision, Reason, Row, Settlement, Status, Tier
+from limiter.credits.models import (
+    FIELDS,
+    STORED_FIELDS,
+    Backend,
+    Balance,
+    Decision,
+    Reason,
+    Row,
+    Settlement,
+    Status,
+    Tier,
+)
 from limiter.redis.errors import translate_error
 from limiter.redis.lua_source import compose
 from limiter.redis.multiplexed import CommandChannel
@@ -19,6 +31,8 @@ T = TypeVar("T")
 PutMode = Literal["create", "replace", "merge"]
 _STATUS = {status.value.encode(): status for status in Status}
 _REASON = {reason.value.encode(): reason for reason in Reason}
+_VALUES = attrgetter(*STORED_FIELDS)
+_DEFAULTS = tuple(each.default for each in FIELDS)
 _BACKEND: dict[bytes, Backend | None] = {b"": None, b"gemini": "gemini", b"hardware": "hardware"}
 
 
@@ -108,9 +122,9 @@ class Scripts:
         """Run release.lua."""
         return status_of(await self.call("release", row_key, hold_id, now_ms))
 
-    async def put_row(self, row_key: str, row: Row, *, mode: PutMode) -> Status:
-        """Run put_row.lua."""
-        return status_of(await self.call("put_row", row_key, mode, *stored_values(row)))
+    async def put_row(self, row_key: str, row: Row, *, mode: PutMode, dry_run: bool = False) -> Status:
+        """Run put_row.lua. dry_run: only return what it would do."""
+        return status_of(await self.call("put_row", row_key, mode, int(dry_run), *stored_values(row)))
 
     def create_rows(self, row_keys: Sequence[str], texts: Sequence[str]) -> Awaitable[list[Status]]:
         """Run create_rows.lua. texts: the `stored_text` of each row."""
@@ -151,22 +165,13 @@ def _template(name: str, *usual: Argument) -> Template:
 
 
 def stored_values(row: Row) -> tuple[str | int, ...]:
-    """Give what put_row.lua stores of a row, in its order."""
-    return (
-        row.tier_snapshot,
-        row.lifetime_consumed,
-        row.lifetime_gemini_consumed,
-        row.last_renewal_at,
-        row.anniversary_day,
-        row.monthly_consumed,
-        row.monthly_gemini_consumed,
-        row.last_active_at,
-        row.extra,
-    )
+    """Return what put_row.lua stores of a row, in its order: "" for what is not stored."""
+    values: tuple[str | int, ...] = _VALUES(row)
+    return tuple("" if value == default else value for value, default in zip(values, _DEFAULTS, strict=True))
 
 
 def stored_text(row: Row) -> str:
-    """Give what create_rows.lua stores of a row: the same values, a line each."""
+    """Return what create_rows.lua stores of a row: the same values, a line each."""
     return "\n".join(map(str, stored_values(row)))
 
 

@@ -1,4 +1,4 @@
-"""credits.json, read as a whole. Its other parts: `ledger_row`, `ledger_regular`, `ledger_writer`, `ledger_seal`.
+"""credits.json, read as a whole. Its other parts: `row_codec`, `row_fast_path`, `writer`, `trailer`.
 
 No Redis here. It streams: memory does not grow with the file, but for 12 to 24 bytes an install id, by which
 duplicates are told. What it gives up, it gives up with line, column and cause, and before anybody wrote anything.
@@ -33,7 +33,7 @@ _KINDS = {"{": "an object", "[": "a list", '"': "a text", "t": "true", "f": "fal
 class Entry(NamedTuple):
     """One member of `rows`.
 
-    found: where `ledger_regular.REGULAR_ROW` found it; None for any other form. value: the others as the file has them.
+    found: where `row_fast_path.REGULAR_ROW` found it; None for any other form. value: the others as the file has them.
     """
 
     install_id: str
@@ -59,7 +59,7 @@ class Entry(NamedTuple):
 
     @property
     def undated(self) -> frozenset[str]:
-        """The fields of its row that the file says nothing of; see `ledger_row.undated_fields`."""
+        """The fields of its row that the file says nothing of; see `row_codec.undated_fields`."""
         return frozenset() if self.is_regular else undated_fields(self.value)
 
     def row(self, *, now_ms: int) -> Row:

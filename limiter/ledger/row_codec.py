@@ -1,7 +1,7 @@
 """One row of credits.json: from the file's JSON to a Row, by the rules of the old ledger, and from a Row to its line.
 
 Pure: no file, no Redis, no clock. The rules are those of credits.js, which loads and migrates a file when it starts.
-Nearly all rows need none of them: `ledger_regular` knows those at a look.
+Nearly all rows need none of them: `row_fast_path` knows those at a look.
 """
 
 import json
@@ -10,13 +10,13 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from operator import attrgetter
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import orjson
 
 from limiter._util.timestamps import iso_from_ms
 from limiter.credits.keys import normalise_install_id
-from limiter.credits.models import CORE, MAX_COUNT, ROW_MEMBERS, TIER_NAME, Row
+from limiter.credits.models import CORE, MAX_COUNT, MEMBERS, ROW_MEMBERS, TIER_NAME, FieldKind, Row
 from limiter.errors import InvalidInstallId, LedgerFileError, LedgerRowError
 from limiter.ledger.row_fast_path import COMMON_TIME
 
@@ -32,6 +32,7 @@ _FIRST_ISO, _END_ISO = f"{_FIRST_YEAR}-", f"{_LAST_YEAR + 1}-"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
 _VALUES = attrgetter(*ROW_MEMBERS)
+_OPTIONAL = [(each.name, each.default) for each in MEMBERS if each.default is not None]
 _SHOWN_CHARACTERS = 60
 
 
@@ -131,31 +132,33 @@ def _row(install_id: str, member: object, now_ms: int) -> Row:
     named = member.get("install_id")
     if named is not None and named != install_id and (not isinstance(named, str) or normalise_install_id(named) != key):
         raise _Unusable("install_id is", _shown(named), "its key")
-    tier = member.get("tier_snapshot")
-    if tier is None:
-        tier = CORE
-    elif not isinstance(tier, str) or not TIER_NAME.fullmatch(tier):
-        raise _Unusable("tier_snapshot is", _shown(tier), "1 to 20 characters of A-Z a-z 0-9 _ -")
+    tier = _tier(member, "tier_snapshot")
     others = member.keys() - _OWN
     if _is_undated(member):
         began = _month_start(member) or iso_from_ms(now_ms)
         others.discard("month")
     else:
         began = _time(member, "last_renewal_at")
-    active = member.get("last_active_at")
     day = _day(member.get("anniversary_day"))
-    return Row(
-        install_id=key,
-        tier_snapshot=tier,
-        lifetime_consumed=_counter(member, "lifetime_consumed"),
-        lifetime_gemini_consumed=_counter(member, "lifetime_gemini_consumed"),
-        last_renewal_at=began,
-        anniversary_day=int(began[8:10]) if day is None else day,
-        monthly_consumed=_counter(member, "monthly_consumed"),
-        monthly_gemini_consumed=_counter(member, "monthly_gemini_consumed"),
-        last_active_at=began if active is None or active == "" else _time(member, "last_active_at"),
-        extra=extra_text({name: member[name] for name in member if name in others}) if others else "",
-    )
+    values: dict[str, Any] = {
+        "tier_snapshot": tier,
+        "last_renewal_at": began,
+        "anniversary_day": int(began[8:10]) if day is None else day,
+    }
+    for name, kind, _ in MEMBERS:
+        if name not in values:
+            values[name] = _counter(member, name) if kind is FieldKind.COUNT else _time_since(began, member, name)
+    extra = extra_text({name: member[name] for name in member if name in others}) if others else ""
+    return Row(install_id=key, **values, extra=extra)
+
+
+def _tier(member: Mapping[str, object], name: str) -> str:
+    value = member.get(name)
+    if value is None:
+        return CORE
+    if not isinstance(value, str) or not TIER_NAME.fullmatch(value):
+        raise _Unusable(f"{name} is", _shown(value), FieldKind.TIER.value)
+    return value
 
 
 def _counter(member: Mapping[str, object], name: str) -> int:
@@ -167,7 +170,7 @@ def _counter(member: Mapping[str, object], name: str) -> int:
     # Bounds before int(): a Decimal of 1e999999999 has that many digits. 3.0 is an integer to JavaScript.
     if isinstance(value, float | Decimal) and 0 <= value <= MAX_COUNT and value == int(value):
         return int(value)
-    raise _Unusable(f"{name} is", _shown(value), "an integer from 0 to 2^53 - 1")
+    raise _Unusable(f"{name} is", _shown(value), FieldKind.COUNT.value)
 
 
 def _day(value: object) -> int | None:
@@ -175,7 +178,7 @@ def _day(value: object) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal) or not 1 <= value <= 31:  # noqa: PLR2004
         return None
     if value != int(value):
-        raise _Unusable("anniversary_day is", _shown(value), "an integer from 1 to 31")
+        raise _Unusable("anniversary_day is", _shown(value), FieldKind.DAY.value)
     return int(value)
 
 
@@ -199,13 +202,17 @@ def _month_start(member: Mapping[str, object]) -> str | None:
     return f"{year}-{index + 1:02d}-01T00:00:00.000Z"
 
 
+def _time_since(began: str, member: Mapping[str, object], name: str) -> str:
+    return began if member.get(name) in (None, "") else _time(member, name)
+
+
 def _time(member: Mapping[str, object], name: str) -> str:
     value = member[name]
     if isinstance(value, str) and COMMON_TIME.fullmatch(value):
         return value
     moment = _moment(value) if isinstance(value, str) else None
     if moment is None:
-        raise _Unusable(f"{name} is", _shown(value), "a time like 2026-05-11T23:02:57.123Z")
+        raise _Unusable(f"{name} is", _shown(value), FieldKind.TIME.value)
     if not _FIRST_YEAR <= moment.year <= _LAST_YEAR:
         raise _Unusable(f"{name} is", _shown(value), f"a year from {_FIRST_YEAR} to {_LAST_YEAR}")
     return iso_from_ms((moment - _EPOCH) // _MILLISECOND)
@@ -235,11 +242,15 @@ def _line(row: Row) -> bytes:
     if normalise_install_id(row.install_id) != row.install_id:
         raise ValueError("its key is not in lower case")
     if not TIER_NAME.fullmatch(row.tier_snapshot):
-        raise _Unusable("tier_snapshot is", _shown(row.tier_snapshot), "1 to 20 characters of A-Z a-z 0-9 _ -")
+        raise _Unusable("tier_snapshot is", _shown(row.tier_snapshot), FieldKind.TIER.value)
     for time in (row.last_renewal_at, row.last_active_at):
         if not _FIRST_ISO <= time < _END_ISO:
             raise ValueError(f"it has the time {time}, want a year from {_FIRST_YEAR} to {_LAST_YEAR}")
-    own = orjson.dumps(dict(zip(ROW_MEMBERS, _VALUES(row), strict=True)))
+    members = dict(zip(ROW_MEMBERS, _VALUES(row), strict=True))
+    for name, default in _OPTIONAL:
+        if members[name] == default:
+            del members[name]
+    own = orjson.dumps(members)
     if row.extra:
         others = _members_of(row.extra)
         ours = others.keys() & _OWN

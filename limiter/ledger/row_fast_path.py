@@ -1,60 +1,71 @@
 """Rows of credits.json in the form that nearly all of them have, read and written in one look each.
 
-Pure: no file, no Redis, no clock. What has any other form, and may be as good, is `ledger_row`'s to read and to write.
+Pure: no file, no Redis, no clock. What has any other form, and may be as good, is `row_codec`'s to read and to write.
 """
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
-from limiter.credits.models import ROW_MEMBERS, TIER_NAME, Row
+from limiter.credits.models import FIELDS, TIER_NAME, FieldKind, Row
 
-STORED_FIELDS = (*ROW_MEMBERS[1:], "extra")
 # The stored form, but for 29 February: valid as it stands. Nearly all times are, so nothing else is looked at.
 COMMON_TIME = re.compile(
     r"(?:19[7-9]\d|2\d{3})-(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1\d|2[0-8])|(?:0[13-9]|1[0-2])-(?:29|30)|(?:0[13578]|1[02])-31)"
     r"T(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d\.\d{3}Z",
     re.ASCII,
 )
-_COUNT = r"(0|[1-9]\d{0,14})"
+# Of each kind the values that are valid as they stand, and print as they came.
+_COMMON = {
+    FieldKind.TIER: TIER_NAME.pattern,
+    FieldKind.COUNT: r"0|[1-9]\d{0,14}",
+    FieldKind.DAY: r"[1-9]|[12]\d|3[01]",
+    FieldKind.TIME: COMMON_TIME.pattern,
+}
+_QUOTE = {FieldKind.TIER: '"', FieldKind.COUNT: "", FieldKind.DAY: "", FieldKind.TIME: '"'}
+_REQUIRED = [each for each in FIELDS if each.default is None]
+_INTEGERS = [at for at, each in enumerate(_REQUIRED, 1) if not _QUOTE[each.kind]]
 # A member of `rows` as both ledgers write nearly all of them, with its comma: valid as it stands, and read in one look.
-# The groups are the values of ROW_MEMBERS.
+# The groups are the install id and the values of the required fields; a row with an optional one has another form.
 REGULAR_ROW = re.compile(
-    rf'"([a-z0-9._-]{{1,64}})":{{"install_id":"\1","tier_snapshot":"({TIER_NAME.pattern})",'
-    rf'"lifetime_consumed":{_COUNT},"lifetime_gemini_consumed":{_COUNT},"last_renewal_at":"({COMMON_TIME.pattern})",'
-    rf'"anniversary_day":([1-9]|[12]\d|3[01]),"monthly_consumed":{_COUNT},"monthly_gemini_consumed":{_COUNT},'
-    rf'"last_active_at":"({COMMON_TIME.pattern})"}},\n?',
+    r'"([a-z0-9._-]{1,64})":{"install_id":"\1",'
+    + ",".join(f'"{name}":{_QUOTE[kind]}({_COMMON[kind]}){_QUOTE[kind]}' for name, kind, _ in _REQUIRED)
+    + r"},\n?",
     re.ASCII,
 )
-_TIME = COMMON_TIME.pattern.encode()
-# A whole row as Redis has it, its stored values a line each: what `ledger_row.line_from_row` would check, in one look.
+_NOT_STORED = [None] * (len(FIELDS) - len(_REQUIRED))
+_EMPTY_LINES = "\n" * len(_NOT_STORED)
+# A whole row as Redis has it, its stored values a line each: what `row_codec.line_from_row` would check, in one look.
 _COMMON_ROW = re.compile(
-    rb"[a-z0-9._-]{1,64}\n[A-Za-z0-9_-]{1,20}\n(?:(?:0|[1-9]\d{0,14})\n){2}%b\n(?:[1-9]|[12]\d|3[01])\n"
-    rb"(?:(?:0|[1-9]\d{0,14})\n){2}%b" % (_TIME, _TIME)
+    "\n".join(("[a-z0-9._-]{1,64}", *(f"(?:{_COMMON[each.kind]})" for each in _REQUIRED))).encode()
 )
 _COMMON_LINE = (
-    b'"%b":{"install_id":"%b",'
-    + b",".join(
-        b'"%b":%b' % (name.encode(), b"%b" if name.endswith(("_consumed", "_day")) else b'"%b"')
-        for name in ROW_MEMBERS[1:]
-    )
-    + b"}"
-)
+    '"%b":{"install_id":"%b",'
+    + ",".join(f'"{name}":{_QUOTE[kind]}%b{_QUOTE[kind]}' for name, kind, _ in _REQUIRED)
+    + "}"
+).encode()
 
 
 def row_from_groups(groups: Sequence[str]) -> Row:
-    """Give the row of what REGULAR_ROW found."""
-    key, tier, lifetime, lifetime_gemini, began, day, monthly, monthly_gemini, active = groups
-    counts = int(lifetime), int(lifetime_gemini)
-    return Row(key, tier, *counts, began, int(day), int(monthly), int(monthly_gemini), active)
+    """Return the row of what REGULAR_ROW found."""
+    values: list[Any] = list(groups)
+    for at in _INTEGERS:
+        values[at] = int(values[at])
+    return Row(*values)
 
 
-def line_from_values(install_id: bytes, values: Sequence[bytes | None]) -> bytes | None:
-    """Give the line of a row as Redis has it, if it needs no second look; None for any other, which may be as good.
+def stored_text_from_groups(groups: Sequence[str]) -> str:
+    """Return what create_rows.lua stores of what REGULAR_ROW found, as `credits.scripts.stored_text` does of a row."""
+    return "\n".join(groups[1:]) + _EMPTY_LINES
 
-    values: of STORED_FIELDS. The line is what `ledger_row.line_from_row` gives in ten times as long.
+
+def line_from_values(install_id: bytes, values: list[bytes | None]) -> bytes | None:
+    """Return the line of a row as Redis has it, if it needs no second look; None for any other, which may be as good.
+
+    values: of STORED_FIELDS. The line is what `row_codec.line_from_row` gives in ten times as long.
     """
-    *own, extra = values
-    if extra is not None or None in own:
+    own = values[: len(_REQUIRED)]
+    if values[len(_REQUIRED) :] != _NOT_STORED or None in own:
         return None
     if not _COMMON_ROW.fullmatch(b"\n".join((install_id, *own))):  # type: ignore[arg-type]  # None was seen to
         return None

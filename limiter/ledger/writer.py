@@ -7,7 +7,7 @@ No Redis here. The form, which JSON.parse reads as the old ledger's:
     "<install id>":{…}
     }, "meta": {…}}
 
-`ledger_regular` and `ledger_row` give the lines, `ledger_seal` the last of them.
+`row_fast_path` and `row_codec` give the lines, `trailer` the last of them.
 """
 
 import asyncio

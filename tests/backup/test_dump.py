@@ -17,11 +17,12 @@ from redis.asyncio import Redis
 
 from limiter import CreditLimiter, LedgerFileError, LimiterUnavailable, connect
 from limiter.backup.dump import dump
-from limiter.credits.models import Row
+from limiter.credits.models import STORED_FIELDS, Row
+from limiter.credits.scripts import stored_values
 from limiter.ledger.file import LedgerFile
 from limiter.ledger.rotation import generations, prune
 from limiter.ledger.row_codec import line_from_row
-from limiter.ledger.row_fast_path import STORED_FIELDS, line_from_values
+from limiter.ledger.row_fast_path import line_from_values
 from tests.support.credits import TIERS, Clock
 from tests.support.redis_servers import Server
 from tests.support.wait import eventually
@@ -378,7 +379,7 @@ ROWS = st.builds(
 
 @given(row=ROWS)
 def test_line_when_it_is_made_of_the_stored_values_then_it_is_that_of_the_row_or_none(row: Row) -> None:
-    values = [str(getattr(row, name)).encode() or None for name in STORED_FIELDS]
+    values = [str(value).encode() or None for value in stored_values(row)]
     try:
         line = line_from_row(row)
     except LedgerFileError:

@@ -17,6 +17,7 @@ from limiter._util.timestamps import iso_from_ms
 from limiter.backup.dump import dump
 from limiter.backup.importer import _BATCHES_SENT, BATCH_ROWS, Progress, import_file
 from limiter.credits.models import ROW_MEMBERS
+from limiter.credits.scripts import PutMode
 from limiter.ledger.file import LedgerFile
 from tests.support.credits import TIERS, Clock
 from tests.support.imports import Member, counts, dumps, many, member, run_import
@@ -391,15 +392,16 @@ async def test_merge_when_the_stored_row_is_broken_then_it_is_rejected_and_repla
 
 async def test_put_row_when_it_only_asks_then_it_tells_and_writes_nothing(limiter: CreditLimiter, redis: Redis) -> None:
     row = Row("a", "core", 1, 0, "2026-05-04T00:00:00.000Z", 4, 0, 0, "2026-05-04T00:00:00.000Z")
-    asked = await limiter.put_row(row, mode="create?")  # type: ignore[arg-type]  # the importer's own
-    assert asked is Status.CREATED
+    scripts, key = limiter.session.scripts(timeout_ms=1000), limiter.session.keys.install("a")
+    assert await scripts.put_row(key, row, mode="create", dry_run=True) is Status.CREATED
     assert await dumps(redis) == {}
     await limiter.put_row(row, mode="create")
     before = await dumps(redis)
-    other = Row("a", "core", 2, 0, "2026-05-04T00:00:00.000Z", 4, 0, 0, "2026-05-04T00:00:00.000Z", '{"a":1}')
-    for mode, status in (("create?", Status.EXISTS), ("merge?", Status.MERGED), ("replace?", Status.REPLACED)):
-        assert await limiter.put_row(other, mode=mode) is status  # type: ignore[arg-type]  # the importer's own
-        assert await limiter.put_row(row, mode=mode) is Status.SAME  # type: ignore[arg-type]  # the importer's own
+    other = Row("a", "core", 2, 0, "2026-05-04T00:00:00.000Z", 4, 0, 0, "2026-05-04T00:00:00.000Z", extra='{"a":1}')
+    wanted: dict[PutMode, Status] = {"create": Status.EXISTS, "merge": Status.MERGED, "replace": Status.REPLACED}
+    for mode, status in wanted.items():
+        assert await scripts.put_row(key, other, mode=mode, dry_run=True) is status
+        assert await scripts.put_row(key, row, mode=mode, dry_run=True) is Status.SAME
     assert await dumps(redis) == before
 
 

@@ -222,7 +222,7 @@ class Credits(RuleBasedStateMachine):
     ) -> None:
         when = iso(moment(self.clock.now_ms - age_ms))
         lifetime, lifetime_gemini, monthly, monthly_gemini = counts
-        row = Row(install, snapshot, lifetime, lifetime_gemini, when, day, monthly, monthly_gemini, when, extra)
+        row = Row(install, snapshot, lifetime, lifetime_gemini, when, day, monthly, monthly_gemini, when, extra=extra)
         answer = self.run(self.limiter.put_row(row, mode=mode))
         assert answer == self.reference.put_row(row, mode=mode)
         stored = self.stored(install)

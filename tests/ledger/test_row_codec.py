@@ -204,6 +204,6 @@ def test_merged_extra_when_both_have_members_then_the_given_ones_win_and_none_is
     "extra", ["[]", "{", '{"a":NaN}', '{"a":1,"a":2}', '{"monthly_consumed":1}', '{"a":"\\ud800"}']
 )
 def test_line_when_somebody_edited_the_extra_then_the_row_is_refused_and_not_the_file_spoilt(extra: str) -> None:
-    broken = Row("a", "core", 0, 0, NOW, 11, 0, 0, NOW, extra)
+    broken = Row("a", "core", 0, 0, NOW, 11, 0, 0, NOW, extra=extra)
     with pytest.raises(LedgerFileError, match=r"^row 'a': "):
         line_from_row(broken)

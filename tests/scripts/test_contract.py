@@ -29,6 +29,8 @@ BINDING = re.compile(
     r"^local (?P<name>\w+) += (?:ARGV\[(?P<optional>\d+)\] ~= \"\" and )?(?P<call>tonumber\()?"
     r"(?P<table>KEYS|ARGV)\[(?P<index>\d+)\](?(call)\))(?P<sum> \+ 0)?(?: == \"1\")? +-- (?P<comment>.+)$"
 )
+# Of put_row, whose last arguments are listed in a table: the values of a row's fields, in its order.
+FIELD = re.compile(r'^  \{ "(?P<name>\w+)", "(?P<kind>\w+)".* \}, +-- (?P<comment>.+)$')
 LUA_WORDS = frozenset(
     re.findall(
         r"\w+",
@@ -50,8 +52,20 @@ class Binding:
 
 
 def bindings(name: str) -> Iterator[Binding]:
+    count = 0
     for line in (LUA / f"{name}.lua").read_text().splitlines():
+        if found := FIELD.match(line):
+            count += 1
+            yield Binding(
+                found["name"],
+                "ARGV",
+                count,
+                found["kind"] in {"count", "day"},
+                True,
+                found["comment"],
+            )
         if found := BINDING.match(line):
+            count = int(found["index"])
             yield Binding(
                 found["name"],
                 found["table"],
@@ -63,7 +77,7 @@ def bindings(name: str) -> Iterator[Binding]:
 
 
 TIERS = Tiers.from_mapping({"core": {"lifetime": 9}, "pro": {"monthly": 701, "gemini_cap": 702, "max_in_flight": 703}})
-ROW = Row("a", "pro", 11, 12, "2026-05-01T08:00:00.000Z", 14, 15, 16, "2026-05-10T09:30:00.000Z", '{"x":1}')
+ROW = Row("a", "pro", 11, 12, "2026-05-01T08:00:00.000Z", 14, 15, 16, "2026-05-10T09:30:00.000Z", extra='{"x":1}')
 PRO = {"tier_name": "pro", "counter": "monthly", "quota": "701", "gemini_cap": "702"}
 NOW = {"now_arg": "1778540577123"}
 CALLS: dict[str, tuple[Callable[[CreditLimiter], Awaitable[object]], dict[str, str]]] = {
@@ -97,6 +111,7 @@ CALLS: dict[str, tuple[Callable[[CreditLimiter], Awaitable[object]], dict[str, s
         lambda limiter: limiter.put_row(ROW, mode="merge"),
         {
             "mode": "merge",
+            "dry_run": "0",
             "tier_snapshot": "pro",
             "lifetime_consumed": "11",
             "lifetime_gemini_consumed": "12",
@@ -266,7 +281,7 @@ def test_includes_when_pasted_then_what_each_takes_is_above_it_and_what_it_gives
         *[("debit", "cost", value) for value in ("0", "-1", "1.5")],
         *[("commit", "used_cost", value) for value in ("0", "-1", "1.5")],
         *[("commit", "hold_id", ""), ("release", "hold_id", ""), ("balance", "counter", "weekly")],
-        *[("put_row", "mode", value) for value in ("", "erase", "create??")],
+        *[("put_row", "mode", value) for value in ("", "erase", "create?", "create??")],
         *[
             ("idempotency_claim", "owner", ""),
             ("idempotency_claim", "fingerprint", ""),

@@ -20,7 +20,7 @@ def beside(install_id: str) -> str:
 
 A = beside("b")
 ROW = Row(A, "pro", 11, 12, "2026-05-01T08:00:00.000Z", 14, 15, 16, "2026-05-10T09:30:00.000Z")
-OTHER = Row("b", "core", 1, 0, "2026-05-02T08:00:00.000Z", 2, 0, 0, "2026-05-02T08:00:00.000Z", '{"x":1}')
+OTHER = Row("b", "core", 1, 0, "2026-05-02T08:00:00.000Z", 2, 0, 0, "2026-05-02T08:00:00.000Z", extra='{"x":1}')
 
 
 async def create(limiter: CreditLimiter, *rows: Row) -> list[Status]:
