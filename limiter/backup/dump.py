@@ -23,8 +23,9 @@ from limiter.errors import BrokenRow, LedgerFileError
 from limiter.ledger.rotation import KEEP, prune
 from limiter.ledger.row_codec import line_from_row
 from limiter.ledger.row_fast_path import line_from_values
+from limiter.ledger.side_file import SideFile
 from limiter.ledger.trailer import DumpedFile
-from limiter.ledger.writer import LedgerWriter, SideFile
+from limiter.ledger.writer import LedgerWriter
 from limiter.redis.errors import translate_error
 from limiter.redis.resp import hmget
 

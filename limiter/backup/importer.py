@@ -20,8 +20,8 @@ from limiter.credits.scripts import PutMode
 from limiter.credits.session import Session
 from limiter.errors import LedgerFileError, LedgerRowError, LimiterError
 from limiter.ledger.file import Entry, LedgerFile
+from limiter.ledger.side_file import SideFile
 from limiter.ledger.trailer import check_trailer
-from limiter.ledger.writer import SideFile
 
 Phase = Literal["check", "compare", "write"]
 BATCH_ROWS = 500  # read at once, before others on this loop have their turn

@@ -22,8 +22,6 @@ from limiter.ledger.json_stream import JsonStream, Unusable
 from limiter.ledger.row_codec import row_from_member, undated_fields
 from limiter.ledger.row_fast_path import REGULAR_ROW, row_from_groups
 
-__all__ = ["Entry", "LedgerFile", "row_from_member", "undated_fields"]
-
 _MAX_NAMES = 64  # of the file itself: rows, meta, and whatever else somebody keeps there
 _ROW_BYTES = 300  # of most rows: so many ids are expected
 _MAX_OTHER_BYTES = 8 * 1024 * 1024  # of each of those

@@ -5,12 +5,12 @@ Memory is that of a window on the file, which grows with the value that is read,
 
 import codecs
 import json
-from collections.abc import Iterable, Iterator
-from decimal import Decimal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
 
 from limiter.errors import LedgerFileError
+from limiter.ledger.strict_json import DECODER, RefusedJson
 
 READ_BYTES = 256 * 1024
 _MAX_ITEM_BYTES = 1024 * 1024  # of a row, or a name
@@ -119,7 +119,7 @@ class JsonStream:
         self.peek()
         while True:
             try:
-                value, end = _DECODER.raw_decode(self.window, self.at)
+                value, end = DECODER.raw_decode(self.window, self.at)
             except json.JSONDecodeError as error:
                 if len(self.window) - self.at > most_bytes:
                     self.fail(f"{of} is longer than {most_bytes:,} bytes")
@@ -128,7 +128,7 @@ class JsonStream:
                 if may_go_on and self.fill():
                     continue
                 self._fail_broken(error, self.at + offset)
-            except _Refused as error:
+            except RefusedJson as error:
                 self.fail(f"{of}: {error}")
             except (ValueError, ArithmeticError):
                 self.fail(f"{of} has a number beyond every range")
@@ -165,19 +165,6 @@ class Unusable(NamedTuple):
     text: str
 
 
-class _Refused(Exception):  # noqa: N818  it does not leave this module
-    """JSON that we do not take, by its text."""
-
-
-def _members(pairs: Iterable[tuple[str, object]]) -> dict[str, object]:
-    members: dict[str, object] = {}
-    for name, value in pairs:
-        if name in members:
-            raise _Refused(f"the member {name[:80]!r} is there twice")
-        members[name] = value
-    return members
-
-
 def _fault_of(value: object, text: str) -> str:
     """Tell what JSON can say and nobody else can take; empty for nearly all."""
     if text.count("[") + text.count("{") > _MAX_DEPTH and _is_deeper(value, _MAX_DEPTH):
@@ -190,13 +177,6 @@ def _fault_of(value: object, text: str) -> str:
     return ""
 
 
-def _no_constant(word: str) -> NoReturn:
-    raise _Refused(f"{word} is no JSON number")
-
-
 def _is_deeper(value: object, levels: int) -> bool:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
     return inner is not None and (levels == 0 or any(_is_deeper(each, levels - 1) for each in inner))
-
-
-_DECODER = json.JSONDecoder(parse_float=Decimal, parse_constant=_no_constant, object_pairs_hook=_members)

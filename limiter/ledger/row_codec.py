@@ -6,11 +6,11 @@ Nearly all rows need none of them: `row_fast_path` knows those at a look.
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from operator import attrgetter
-from typing import Any, NoReturn
+from typing import Any
 
 import orjson
 
@@ -19,6 +19,7 @@ from limiter.credits.keys import normalise_install_id
 from limiter.credits.models import CORE, MAX_COUNT, MEMBERS, ROW_MEMBERS, TIER_NAME, FieldKind, Row
 from limiter.errors import InvalidInstallId, LedgerFileError, LedgerRowError
 from limiter.ledger.row_fast_path import COMMON_TIME
+from limiter.ledger.strict_json import DECODER, RefusedJson
 
 MAX_EXTRA_BYTES = 64 * 1024
 _OWN = frozenset(ROW_MEMBERS)
@@ -263,26 +264,13 @@ def _line(row: Row) -> bytes:
 
 def _members_of(text: str) -> dict[str, object]:
     try:
-        members = json.loads(text, parse_float=Decimal, parse_constant=_no_constant, object_pairs_hook=_no_twice)
+        members = DECODER.decode(text)
     except RecursionError:
         raise ValueError("its extra is nested too deeply") from None
-    except ValueError as error:
+    except (ValueError, RefusedJson) as error:
         raise ValueError(f"its extra is no JSON: {error}") from None
     if not isinstance(members, dict):
         raise ValueError(f"its extra is {kind_of(members)}, want an object")  # noqa: TRY004  it was edited by hand
-    return members
-
-
-def _no_constant(word: str) -> NoReturn:
-    raise ValueError(f"{word} is no JSON number")
-
-
-def _no_twice(pairs: Iterable[tuple[str, object]]) -> dict[str, object]:
-    members: dict[str, object] = {}
-    for name, value in pairs:
-        if name in members:
-            raise ValueError(f"the member {name[:_SHOWN_CHARACTERS]!r} is there twice")
-        members[name] = value
     return members
 
 
