@@ -13,13 +13,13 @@ from typing import Literal
 from limiter._util.atomic_file import in_thread
 from limiter._util.cancellation import CancelWatch
 from limiter.backup.import_lock import StillOurs, exclusive_import
-from limiter.backup.row_writer import Item, RowWriter
+from limiter.backup.row_writer import GoodEntry, ParsedEntry, RegularEntry, Rejection, RowWriter
 from limiter.credits.models import Status
 from limiter.credits.rows import scan_keys
 from limiter.credits.scripts import PutMode
 from limiter.credits.session import Session
 from limiter.errors import LedgerFileError, LedgerRowError, LimiterError
-from limiter.ledger.file import Entry, LedgerFile
+from limiter.ledger.file import LedgerFile
 from limiter.ledger.side_file import SideFile
 from limiter.ledger.trailer import check_trailer
 
@@ -138,7 +138,7 @@ class _Import:
                 try:
                     entry.row(now_ms=self._now_ms)
                 except LedgerRowError as error:
-                    await self._reject(entry, str(error), error.fault)
+                    await self._reject(Rejection(entry, reason=str(error), fault=error.fault))
             if self.total % BATCH_ROWS == 0:
                 self._report("check", self.total)
                 await asyncio.sleep(0)  # others on this loop have their turn, and a cancellation is seen
@@ -161,7 +161,7 @@ class _Import:
         answers: Counter[Status] = Counter()
         rows = 0
         for batch in self._batches():
-            answers += await self._writer.put(batch, mode, asks=True)
+            answers += await self._writer.preview(batch, mode)
             rows += len(batch)
             self._report("compare", rows)
         if mode == "create":
@@ -199,11 +199,13 @@ class _Import:
                 task.cancel()
             await asyncio.gather(*(task for _, task in sent), return_exceptions=True)
 
-    def _batches(self) -> Iterator[list[Item]]:
-        batch: list[Item] = []
+    def _batches(self) -> Iterator[list[GoodEntry]]:
+        batch: list[GoodEntry] = []
         for entry in self._file.entries():
             try:
-                batch.append(Item(entry, None if entry.is_regular else entry.row(now_ms=self._now_ms)))
+                batch.append(
+                    RegularEntry(entry) if entry.is_regular else ParsedEntry(entry, entry.row(now_ms=self._now_ms))
+                )
             except LedgerFileError:  # the check has noted it
                 continue
             if len(batch) == BATCH_ROWS:
@@ -212,7 +214,8 @@ class _Import:
         if batch:
             yield batch
 
-    async def _reject(self, entry: Entry, reason: str, fault: str) -> None:
+    async def _reject(self, rejection: Rejection) -> None:
+        entry, reason, fault = rejection
         self.rejected += 1
         self.faults[fault if fault in self.faults or len(self.faults) < _FAULTS_KEPT else "other faults"] += 1
         if len(self.first_rejected) < _REASONS_KEPT:

@@ -24,28 +24,53 @@ from limiter.redis.errors import translate_error
 
 _ROWS_IN_A_CALL = 20  # others wait for them, less than half a millisecond
 _TIMEOUT_MS = 30_000  # the server may be busy with others, and no client waits for an import
-Reject = Callable[[Entry, str, str], Awaitable[None]]  # the reason, and what of it all such rows have in common
 
 
-class Item(NamedTuple):
-    """A good row of a file. read: its row; None for an entry of the regular form, of which it follows."""
+class RegularEntry(NamedTuple):
+    """A good row of a file, in the regular form: it is only made a Row where one is needed."""
 
     entry: Entry
-    read: Row | None
 
-    @property
     def row(self) -> Row:
-        """The row."""
-        return row_from_groups(self.entry.groups) if self.read is None else self.read
+        """Return the row."""
+        return row_from_groups(self.entry.groups)
 
-    @property
     def text(self) -> str:
-        """What create_rows.lua stores of it."""
-        return stored_text_from_groups(self.entry.groups) if self.read is None else stored_text(self.read)
+        """Return what create_rows.lua stores of it."""
+        return stored_text_from_groups(self.entry.groups)
+
+
+class ParsedEntry(NamedTuple):
+    """A good row of a file, in any other form, as it was read."""
+
+    entry: Entry
+    parsed: Row
+
+    def row(self) -> Row:
+        """Return the row."""
+        return self.parsed
+
+    def text(self) -> str:
+        """Return what create_rows.lua stores of it."""
+        return stored_text(self.parsed)
+
+
+GoodEntry = RegularEntry | ParsedEntry
+
+
+class Rejection(NamedTuple):
+    """A row that does not go into Redis. fault: what is wrong, in the same words for all rows with that fault."""
+
+    entry: Entry
+    reason: str
+    fault: str
+
+
+Reject = Callable[[Rejection], Awaitable[None]]
 
 
 class RowWriter:
-    """Sends batches to one Redis. reject: told of each row that Redis cannot take, and why.
+    """Sends batches to one Redis. reject: called with each row that Redis cannot take.
 
     Methods raise LimiterUnavailable: then some rows of the batch may be in, each of them whole.
     """
@@ -55,28 +80,52 @@ class RowWriter:
         self._scripts = session.scripts(timeout_ms=_TIMEOUT_MS)
         self._has_slots = False  # of a cluster, once its first answer said so
 
-    async def store(self, batch: Sequence[Item], mode: PutMode) -> "Counter[Status]":
-        """Store the rows that Redis has not, many in a call, then the others as put_row does; count the answers."""
-        others = await self._others_than_new(batch)
-        answers = Counter({Status.CREATED: len(batch) - len(others)})
-        return answers + await self.put(others, mode, asks=False) if others else answers
+    async def preview(self, batch: Sequence[GoodEntry], mode: PutMode) -> "Counter[Status]":
+        """Count what put_row would do with each row, and write nothing."""
+        answers: Counter[Status] = Counter()
+        for item, answer in await self._put(batch, mode, dry_run=True):
+            if not isinstance(answer, BrokenRow):
+                answers[answer] += 1
+            elif mode == "create":
+                answers[Status.EXISTS] += 1
+            else:
+                await self._reject_broken(item.entry, answer)
+        return answers
 
-    async def _others_than_new(self, batch: Sequence[Item]) -> Sequence[Item]:
-        """Store the rows that Redis has not, and give those that are left for put_row."""
+    async def store(self, batch: Sequence[GoodEntry], mode: PutMode) -> "Counter[Status]":
+        """Store the rows that Redis has not, many in a call, then the others as put_row does; count the answers."""
+        others = await self._create(batch)
+        answers = Counter({Status.CREATED: len(batch) - len(others)})
+        for item, answer in await self._put(others, mode, dry_run=False):
+            if isinstance(answer, BrokenRow):
+                await self._reject_broken(item.entry, answer)
+                continue
+            answers[answer] += 1
+            if answer is Status.EXISTS:
+                fault = "Redis got another row of this install meanwhile"
+                await self._reject(Rejection(item.entry, reason=fault, fault=fault))
+        return answers
+
+    async def _reject_broken(self, entry: Entry, error: BrokenRow) -> None:
+        fault = "its row in Redis is broken"
+        await self._reject(Rejection(entry, reason=f"{fault}: {error}", fault=fault))
+
+    async def _create(self, batch: Sequence[GoodEntry]) -> Sequence[GoodEntry]:
+        """Store the rows that Redis has not, and return the others, which are left for put_row."""
         if self._has_slots:
             return batch
         calls = [batch[at : at + _ROWS_IN_A_CALL] for at in range(0, len(batch), _ROWS_IN_A_CALL)]
-        answered = await asyncio.gather(*(self._created(call) for call in calls), return_exceptions=True)
-        others: list[Item] = []
+        answered = await asyncio.gather(*(self._create_some(call) for call in calls), return_exceptions=True)
+        others: list[GoodEntry] = []
         for call, statuses in zip(calls, answered, strict=True):
             if isinstance(statuses, BaseException):  # the other calls are over by now
                 raise statuses
             others += [item for item, status in zip(call, statuses, strict=True) if status is not Status.CREATED]
         return others
 
-    async def _created(self, call: Sequence[Item]) -> list[Status]:
+    async def _create_some(self, call: Sequence[GoodEntry]) -> list[Status]:
         keys = [self._session.keys.install(item.entry.install_id) for item in call]
-        texts = [item.text for item in call]
+        texts = [item.text() for item in call]
         try:
             return await self._session.retry(lambda: self._scripts.create_rows(keys, texts))
         except ScriptContractError as error:
@@ -85,36 +134,31 @@ class RowWriter:
             self._has_slots = True  # a call's rows are in one slot there, and those of a file are not
             return [Status.EXISTS] * len(call)
 
-    async def put(self, batch: Sequence[Item], mode: PutMode, *, asks: bool) -> "Counter[Status]":
-        """Run put_row for each row, or with `asks` only find out what that would do; count the answers."""
+    async def _put(
+        self, batch: Sequence[GoodEntry], mode: PutMode, *, dry_run: bool
+    ) -> list[tuple[GoodEntry, Status | BrokenRow]]:
+        """Run put_row for each row, and return what it answers."""
         settled = await self._settled(batch, mode)
-        calls = (
-            self._session.retry(
-                partial(self._scripts.put_row, self._session.keys.install(row.install_id), row, mode=mode, dry_run=asks)
-            )
-            for _, row in settled
+        keys = [self._session.keys.install(row.install_id) for _, row in settled]
+        attempts = (
+            partial(self._scripts.put_row, key, row, mode=mode, dry_run=dry_run)
+            for key, (_, row) in zip(keys, settled, strict=True)
         )
-        answers: Counter[Status] = Counter()
-        for (item, _), reply in zip(settled, await asyncio.gather(*calls, return_exceptions=True), strict=True):
-            if not isinstance(reply, BaseException):
-                answers[reply] += 1
-                if reply is Status.EXISTS and not asks:
-                    await self._reject(item.entry, *2 * ("Redis got another row of this install meanwhile",))
-            elif not isinstance(reply, BrokenRow):
-                raise reply
-            elif asks and mode == "create":
-                answers[Status.EXISTS] += 1
-            else:
-                await self._reject(item.entry, f"its row in Redis is broken: {reply}", "its row in Redis is broken")
-        return answers
+        answers = await asyncio.gather(*map(self._session.retry, attempts), return_exceptions=True)
+        answered: list[tuple[GoodEntry, Status | BrokenRow]] = []
+        for (item, _), answer in zip(settled, answers, strict=True):
+            if isinstance(answer, BaseException) and not isinstance(answer, BrokenRow):
+                raise answer
+            answered.append((item, answer))
+        return answered
 
-    async def _settled(self, batch: Sequence[Item], mode: PutMode) -> list[tuple[Item, Row]]:
-        """Give the rows to send: what the file leaves open is filled from the row that is stored already.
+    async def _settled(self, batch: Sequence[GoodEntry], mode: PutMode) -> list[tuple[GoodEntry, Row]]:
+        """Return the rows to send: what the file leaves open is filled from the row that is stored already.
 
         A row without a period began "now", and a repeat has another now. And a merge keeps the other members of both.
         This looks before it writes, which is safe: a stored period only moves on, and put_row lets a later one win.
         """
-        rows = [(item, item.row) for item in batch]
+        rows = [(item, item.row()) for item in batch]
         keys = [
             self._session.keys.install(row.install_id)
             for item, row in rows
@@ -125,15 +169,16 @@ class RowWriter:
         pipeline = self._session.redis.pipeline(transaction=False)
         for key in keys:
             pipeline.hgetall(key)
-        found = zip(keys, await _executed(pipeline, keys[0]), strict=True)
+        found = zip(keys, await _results_of(pipeline, keys[0]), strict=True)
         stored = {key: row for key, fields in found if (row := self._stored(key, fields))}
-        settled: list[tuple[Item, Row]] = []
+        settled: list[tuple[GoodEntry, Row]] = []
         for item, row in rows:
             known = stored.get(self._session.keys.install(row.install_id))
             try:
                 settled.append((item, row if known is None else _filled(item, row, known, mode)))
             except ValueError as cause:
-                await self._reject(item.entry, f"it cannot be merged: {cause}", "it cannot be merged")
+                fault = "it cannot be merged"
+                await self._reject(Rejection(item.entry, reason=f"{fault}: {cause}", fault=fault))
         return settled
 
     def _stored(self, key: str, fields: "Fields | Exception") -> Row | None:
@@ -145,14 +190,14 @@ class RowWriter:
             return None
 
 
-def _filled(item: Item, row: Row, stored: Row, mode: PutMode) -> Row:
+def _filled(item: GoodEntry, row: Row, stored: Row, mode: PutMode) -> Row:
     filled = replace(row, **{name: getattr(stored, name) for name in item.entry.undated})
     if mode == "merge":
         return replace(filled, extra=merged_extra(stored.extra, filled.extra))
     return filled if filled == stored else row
 
 
-async def _executed(pipeline: Any, key: str) -> list[Any]:
+async def _results_of(pipeline: Any, key: str) -> list[Any]:
     try:
         return cast("list[Any]", await pipeline.execute(raise_on_error=False))
     except (RedisError, OSError, TimeoutError) as error:

@@ -20,7 +20,7 @@ from limiter import CreditLimiter, LedgerFileError, LimiterUnavailable, Status, 
 from limiter.backup.dump import dump
 from limiter.backup.import_lock import exclusive_import
 from limiter.backup.importer import _BATCHES_SENT, BATCH_ROWS, Progress, import_file
-from limiter.backup.row_writer import Item, RowWriter
+from limiter.backup.row_writer import ParsedEntry, RowWriter
 from limiter.credits.scripts import Scripts
 from limiter.credits.session import Session
 from limiter.ledger.file import LedgerFile
@@ -249,7 +249,7 @@ async def test_batch_when_one_of_its_calls_fails_then_the_others_are_over_when_i
     monkeypatch.setattr(limiter.session, "retry", unrepeated)
     writer = RowWriter(limiter.session, reject=lambda *_: asyncio.sleep(0))
     with LedgerFile(path) as file, pytest.raises(LimiterUnavailable):
-        await writer.store([Item(entry, entry.row(now_ms=0)) for entry in file.entries()], "create")
+        await writer.store([ParsedEntry(entry, entry.row(now_ms=0)) for entry in file.entries()], "create")
     assert len(over) == 4
     assert server.dbsize() == 80
 
