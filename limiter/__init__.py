@@ -2,7 +2,19 @@
 
 from limiter.credits.hold import Hold
 from limiter.credits.limiter import CreditLimiter
-from limiter.credits.models import Balance, Decision, HeldCredits, Reason, Row, Settlement, Status, Tier, Tiers
+from limiter.credits.models import (
+    Balance,
+    Decision,
+    DecisionStatus,
+    HeldCredits,
+    PutStatus,
+    Reason,
+    Row,
+    Settlement,
+    SettlementStatus,
+    Tier,
+    Tiers,
+)
 from limiter.errors import (
     BrokenRow,
     InvalidInstallId,
@@ -23,6 +35,7 @@ __all__ = [
     "BrokenRow",
     "CreditLimiter",
     "Decision",
+    "DecisionStatus",
     "HeldCredits",
     "Hold",
     "InvalidInstallId",
@@ -30,12 +43,13 @@ __all__ = [
     "LimiterError",
     "LimiterUnavailable",
     "Overloaded",
+    "PutStatus",
     "Reason",
     "Row",
     "ScriptContractError",
     "SettingsError",
     "Settlement",
-    "Status",
+    "SettlementStatus",
     "Tier",
     "Tiers",
     "UnknownTier",

@@ -14,7 +14,7 @@ from limiter._util.atomic_file import in_thread
 from limiter._util.cancellation import CancelWatch
 from limiter.backup.import_lock import StillOurs, exclusive_import
 from limiter.backup.row_writer import GoodEntry, ParsedEntry, RegularEntry, Rejection, RowWriter
-from limiter.credits.models import Status
+from limiter.credits.models import PutStatus
 from limiter.credits.rows import scan_keys
 from limiter.credits.scripts import PutMode
 from limiter.credits.session import Session
@@ -92,16 +92,16 @@ async def import_file(
         else:
             async with exclusive_import(session) as still_ours:
                 answers = await run.compared(mode) if mode == "create" else Counter()
-                if not answers or answers.total() != answers[Status.SAME]:
+                if not answers or answers.total() != answers[PutStatus.SAME]:
                     try:
                         answers = await run.store(mode, still_ours)
                     finally:
                         session.announce_bulk_change()
         return ImportReport(
             total=run.total,
-            new=answers[Status.CREATED],
-            same=answers[Status.SAME],
-            changed=answers[Status.MERGED] + answers[Status.REPLACED],
+            new=answers[PutStatus.CREATED],
+            same=answers[PutStatus.SAME],
+            changed=answers[PutStatus.MERGED] + answers[PutStatus.REPLACED],
             rejected=run.rejected,
             faults=dict(run.faults.most_common()),
             first_rejected=tuple(run.first_rejected),
@@ -150,15 +150,15 @@ class _Import:
                 "verify tells which are whole), or delete its member meta if you changed it on purpose"
             )
 
-    async def compared(self, mode: PutMode) -> "Counter[Status]":
+    async def compared(self, mode: PutMode) -> "Counter[PutStatus]":
         """Find out what storing every good row would do; count the answers.
 
         Raises LedgerFileError for the mode `create` and a Redis that has other rows.
         """
         stored = await _count_rows(self._session) if mode == "create" else 0
         if mode == "create" and not stored:
-            return Counter({Status.CREATED: self.good})
-        answers: Counter[Status] = Counter()
+            return Counter({PutStatus.CREATED: self.good})
+        answers: Counter[PutStatus] = Counter()
         rows = 0
         for batch in self._batches():
             answers += await self._writer.preview(batch, mode)
@@ -168,15 +168,15 @@ class _Import:
             _refuse_other_rows(self._file.path, stored, answers)
         return answers
 
-    async def store(self, mode: PutMode, still_ours: StillOurs) -> "Counter[Status]":
+    async def store(self, mode: PutMode, still_ours: StillOurs) -> "Counter[PutStatus]":
         """Store every good row; count the answers. While Redis has a batch in work the next one is read.
 
         still_ours: raises when another import began; what is under way by then still comes in. Whatever ends it early,
         the error tells what is in.
         """
-        answers: Counter[Status] = Counter()
+        answers: Counter[PutStatus] = Counter()
         rows = 0
-        sent: deque[tuple[int, asyncio.Task[Counter[Status]]]] = deque()
+        sent: deque[tuple[int, asyncio.Task[Counter[PutStatus]]]] = deque()
         batches = self._batches()
         self._report("write", 0)
         try:
@@ -237,9 +237,9 @@ def _is_intact(path: Path) -> bool:
         raise LedgerFileError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _refuse_other_rows(path: Path, stored: int, answers: "Counter[Status]") -> None:
-    differing = answers[Status.EXISTS]
-    others = max(0, stored - differing - answers[Status.SAME])
+def _refuse_other_rows(path: Path, stored: int, answers: "Counter[PutStatus]") -> None:
+    differing = answers[PutStatus.EXISTS]
+    others = max(0, stored - differing - answers[PutStatus.SAME])
     if differing or others:
         raise LedgerFileError(
             f"Redis has {differing} rows that differ from those of {path}, and {others} that it does not have; nothing "

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 
 from redis.exceptions import ClusterCrossSlotError, RedisError
 
-from limiter.credits.models import Row, Status
+from limiter.credits.models import PutStatus, Row
 from limiter.credits.rows import Fields, decode_row
 from limiter.credits.scripts import PutMode, stored_text
 from limiter.credits.session import Session
@@ -80,28 +80,28 @@ class RowWriter:
         self._scripts = session.scripts(timeout_ms=_TIMEOUT_MS)
         self._has_slots = False  # of a cluster, once its first answer said so
 
-    async def preview(self, batch: Sequence[GoodEntry], mode: PutMode) -> "Counter[Status]":
+    async def preview(self, batch: Sequence[GoodEntry], mode: PutMode) -> "Counter[PutStatus]":
         """Count what put_row would do with each row, and write nothing."""
-        answers: Counter[Status] = Counter()
+        answers: Counter[PutStatus] = Counter()
         for item, answer in await self._put(batch, mode, dry_run=True):
             if not isinstance(answer, BrokenRow):
                 answers[answer] += 1
             elif mode == "create":
-                answers[Status.EXISTS] += 1
+                answers[PutStatus.EXISTS] += 1
             else:
                 await self._reject_broken(item.entry, answer)
         return answers
 
-    async def store(self, batch: Sequence[GoodEntry], mode: PutMode) -> "Counter[Status]":
+    async def store(self, batch: Sequence[GoodEntry], mode: PutMode) -> "Counter[PutStatus]":
         """Store the rows that Redis has not, many in a call, then the others as put_row does; count the answers."""
         others = await self._create(batch)
-        answers = Counter({Status.CREATED: len(batch) - len(others)})
+        answers = Counter({PutStatus.CREATED: len(batch) - len(others)})
         for item, answer in await self._put(others, mode, dry_run=False):
             if isinstance(answer, BrokenRow):
                 await self._reject_broken(item.entry, answer)
                 continue
             answers[answer] += 1
-            if answer is Status.EXISTS:
+            if answer is PutStatus.EXISTS:
                 fault = "Redis got another row of this install meanwhile"
                 await self._reject(Rejection(item.entry, reason=fault, fault=fault))
         return answers
@@ -120,10 +120,10 @@ class RowWriter:
         for call, statuses in zip(calls, answered, strict=True):
             if isinstance(statuses, BaseException):  # the other calls are over by now
                 raise statuses
-            others += [item for item, status in zip(call, statuses, strict=True) if status is not Status.CREATED]
+            others += [item for item, status in zip(call, statuses, strict=True) if status is not PutStatus.CREATED]
         return others
 
-    async def _create_some(self, call: Sequence[GoodEntry]) -> list[Status]:
+    async def _create_some(self, call: Sequence[GoodEntry]) -> list[PutStatus]:
         keys = [self._session.keys.install(item.entry.install_id) for item in call]
         texts = [item.text() for item in call]
         try:
@@ -132,11 +132,11 @@ class RowWriter:
             if not isinstance(error.__cause__, ClusterCrossSlotError):
                 raise
             self._has_slots = True  # a call's rows are in one slot there, and those of a file are not
-            return [Status.EXISTS] * len(call)
+            return [PutStatus.EXISTS] * len(call)
 
     async def _put(
         self, batch: Sequence[GoodEntry], mode: PutMode, *, dry_run: bool
-    ) -> list[tuple[GoodEntry, Status | BrokenRow]]:
+    ) -> list[tuple[GoodEntry, PutStatus | BrokenRow]]:
         """Run put_row for each row, and return what it answers."""
         settled = await self._settled(batch, mode)
         keys = [self._session.keys.install(row.install_id) for _, row in settled]
@@ -145,7 +145,7 @@ class RowWriter:
             for key, (_, row) in zip(keys, settled, strict=True)
         )
         answers = await asyncio.gather(*map(self._session.retry, attempts), return_exceptions=True)
-        answered: list[tuple[GoodEntry, Status | BrokenRow]] = []
+        answered: list[tuple[GoodEntry, PutStatus | BrokenRow]] = []
         for (item, _), answer in zip(settled, answers, strict=True):
             if isinstance(answer, BaseException) and not isinstance(answer, BrokenRow):
                 raise answer

@@ -7,7 +7,7 @@ what remained, not across a renewal, and never after a change that this process 
 import time
 from collections.abc import Callable
 
-from limiter.credits.models import Balance, Decision, Reason, Status
+from limiter.credits.models import Balance, Decision, DecisionStatus, Reason
 
 Asked = tuple[int, float]  # how many changes there had been, and when: epoch or monotonic milliseconds
 _MAX_REFUSALS = 10_000  # refusals that are kept; the oldest go first
@@ -43,7 +43,7 @@ class DenialCache:
         if cost <= (balance.remaining or 0):
             return None
         balance = balance._replace(now_ms=balance.now_ms + int(now_ms - asked_ms))
-        return Decision(Status.DENIED, Reason.OUT_OF_CREDITS, None, hold_id, balance, from_memory=True)
+        return Decision(DecisionStatus.DENIED, Reason.OUT_OF_CREDITS, None, hold_id, balance, from_memory=True)
 
     def record(self, row_key: str, asked: Asked, decision: Decision | None) -> None:
         """Remember a refusal; anything else may have changed the row. None: nobody knows what was decided.
@@ -52,7 +52,7 @@ class DenialCache:
         """
         if not self._keep_ms:
             return
-        if decision is None or decision.status is not Status.DENIED:
+        if decision is None or decision.status is not DecisionStatus.DENIED:
             self.invalidate(row_key)
         elif decision.reason is Reason.OUT_OF_CREDITS and not decision.balance.held:
             balance = decision.balance

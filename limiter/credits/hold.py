@@ -9,10 +9,10 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from limiter._util.cancellation import run_to_completion
-from limiter.credits.models import Backend, Decision, Settlement, Status
+from limiter.credits.models import Backend, Decision, Settlement, SettlementStatus
 from limiter.errors import LimiterError, LimiterUnavailable
 
-Release = Callable[[], Coroutine[Any, Any, Status]]
+Release = Callable[[], Coroutine[Any, Any, SettlementStatus]]
 _UNSETTLED = "The hold was not settled and will lapse by itself"
 
 
@@ -73,7 +73,7 @@ async def _undo(reserving: "asyncio.Future[Decision]", release: Release) -> None
         await release()
 
 
-async def _noting(reason: BaseException, release: Awaitable[Status | None]) -> None:
+async def _noting(reason: BaseException, release: Awaitable[SettlementStatus | None]) -> None:
     """Await a release whose failure must not hide why it is made, least of all a cancellation."""
     try:
         await release

@@ -13,7 +13,17 @@ from limiter._util.ids import random_id
 from limiter.credits.denial_cache import DenialCache
 from limiter.credits.hold import Hold, hold_context
 from limiter.credits.keys import normalise_install_id
-from limiter.credits.models import MAX_COST, Backend, Balance, Decision, Row, Settlement, Status, Tiers
+from limiter.credits.models import (
+    MAX_COST,
+    Backend,
+    Balance,
+    Decision,
+    PutStatus,
+    Row,
+    Settlement,
+    SettlementStatus,
+    Tiers,
+)
 from limiter.credits.rows import read_row
 from limiter.credits.scripts import PutMode
 from limiter.credits.session import Session
@@ -115,7 +125,7 @@ class CreditLimiter:
         finally:
             self._denial_cache.invalidate(key)
 
-    async def release(self, install_id: str, hold_id: str) -> Status:
+    async def release(self, install_id: str, hold_id: str) -> SettlementStatus:
         """Give a hold back: RELEASED, or GONE when there is no such hold. Raises as `commit`."""
         key = self.session.keys.install(install_id)
         hold = _checked_hold_id(hold_id)
@@ -163,7 +173,7 @@ class CreditLimiter:
         install_id = normalise_install_id(install_id)
         return await self.session.retry(lambda: read_row(self.session, install_id))
 
-    async def put_row(self, row: Row, *, mode: PutMode) -> Status:
+    async def put_row(self, row: Row, *, mode: PutMode) -> PutStatus:
         """Store a row: `create` leaves an existing one alone, `replace` overwrites it, `merge` keeps larger counters.
 
         CREATED, SAME, REPLACED, MERGED or EXISTS. Live holds stay. Raises as `commit`.

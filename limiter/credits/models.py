@@ -23,18 +23,28 @@ TIER_NAME = re.compile(r"[A-Za-z0-9_-]{1,20}", re.ASCII)
 _TIER_KEYS = frozenset({"lifetime", "monthly", "gemini_cap", "max_in_flight"})
 
 
-class Status(StrEnum):
-    """What a script did. The words are the same in Lua, JSON and metrics."""
+class DecisionStatus(StrEnum):
+    """What reserve or debit decided. As with the other statuses, the words are the same in Lua, JSON and metrics."""
 
     ALLOWED = "ALLOWED"
     REPLAY = "REPLAY"
+    COMMITTED = "COMMITTED"
     DENIED = "DENIED"
     UNKNOWN_INSTALL = "UNKNOWN_INSTALL"
+
+
+class SettlementStatus(StrEnum):
+    """What commit or release did with a hold."""
+
     COMMITTED = "COMMITTED"
     LATE = "LATE"
-    GONE = "GONE"
     RELEASED = "RELEASED"
-    KNOWN = "KNOWN"
+    GONE = "GONE"
+
+
+class PutStatus(StrEnum):
+    """What put_row or create_rows did with a row."""
+
     CREATED = "CREATED"
     SAME = "SAME"
     REPLACED = "REPLACED"
@@ -169,7 +179,7 @@ class Decision(NamedTuple):
     from_memory: Redis was not asked, as it has just refused the same.
     """
 
-    status: Status
+    status: DecisionStatus
     reason: Reason | None
     backend: Backend | None
     hold_id: str
@@ -182,13 +192,13 @@ class Decision(NamedTuple):
         return self.status in _ALLOWING
 
 
-_ALLOWING = frozenset({Status.ALLOWED, Status.REPLAY, Status.COMMITTED})
+_ALLOWING = frozenset({DecisionStatus.ALLOWED, DecisionStatus.REPLAY, DecisionStatus.COMMITTED})
 
 
 class Settlement(NamedTuple):
     """What commit did: COMMITTED, LATE or GONE, and what it debited (`cost` 0 when GONE)."""
 
-    status: Status
+    status: SettlementStatus
     tier: str | None = None
     backend: Backend | None = None
     cost: int = 0

@@ -16,10 +16,12 @@ from limiter.credits.models import (
     Backend,
     Balance,
     Decision,
+    DecisionStatus,
+    PutStatus,
     Reason,
     Row,
     Settlement,
-    Status,
+    SettlementStatus,
     Tier,
 )
 from limiter.redis.errors import translate_error
@@ -29,7 +31,9 @@ from limiter.redis.resp import Argument, Template, encode
 
 T = TypeVar("T")
 PutMode = Literal["create", "replace", "merge"]
-_STATUS = {status.value.encode(): status for status in Status}
+_DECIDED = {status.value.encode(): status for status in DecisionStatus}
+_SETTLED = {status.value.encode(): status for status in SettlementStatus}
+_PUT = {status.value.encode(): status for status in PutStatus}
 _REASON = {reason.value.encode(): reason for reason in Reason}
 _VALUES = attrgetter(*STORED_FIELDS)
 _DEFAULTS = tuple(each.default for each in FIELDS)
@@ -101,8 +105,8 @@ class Scripts:
 
     async def balance(self, row_key: str, *, tier: Tier, now_ms: int | None) -> Balance:
         """Run balance.lua."""
-        reply = await self.call("balance", row_key, tier.counter, tier.quota, tier.gemini_cap, now_ms)
-        return _decision(reply, tier, "").balance
+        _, _, _, *left = await self.call("balance", row_key, tier.counter, tier.quota, tier.gemini_cap, now_ms)
+        return _balance(tier, *left)
 
     def commit(
         self,
@@ -118,15 +122,17 @@ class Scripts:
         template = _template("commit", backend, cost, lifetime_tiers, now_ms)
         return self._run("commit", row_key, template.fill(row_key, hold_id), _settlement)
 
-    async def release(self, row_key: str, *, hold_id: str, now_ms: int | None) -> Status:
+    async def release(self, row_key: str, *, hold_id: str, now_ms: int | None) -> SettlementStatus:
         """Run release.lua."""
-        return status_of(await self.call("release", row_key, hold_id, now_ms))
+        status, *_ = await self.call("release", row_key, hold_id, now_ms)
+        return _SETTLED[status]
 
-    async def put_row(self, row_key: str, row: Row, *, mode: PutMode, dry_run: bool = False) -> Status:
+    async def put_row(self, row_key: str, row: Row, *, mode: PutMode, dry_run: bool = False) -> PutStatus:
         """Run put_row.lua. dry_run: only return what it would do."""
-        return status_of(await self.call("put_row", row_key, mode, int(dry_run), *stored_values(row)))
+        status, *_ = await self.call("put_row", row_key, mode, int(dry_run), *stored_values(row))
+        return _PUT[status]
 
-    def create_rows(self, row_keys: Sequence[str], texts: Sequence[str]) -> Awaitable[list[Status]]:
+    def create_rows(self, row_keys: Sequence[str], texts: Sequence[str]) -> Awaitable[list[PutStatus]]:
         """Run create_rows.lua. texts: the `stored_text` of each row."""
         evalsha = encode("EVALSHA", compose("create_rows").sha, len(row_keys), *row_keys, *texts)
         return self._run("create_rows", row_keys[0], evalsha, _statuses)
@@ -175,28 +181,36 @@ def stored_text(row: Row) -> str:
     return "\n".join(map(str, stored_values(row)))
 
 
-def status_of(reply: list[bytes]) -> Status:
-    """Give the status word that a flat reply begins with."""
-    return _STATUS[reply[0]]
-
-
 def _as_it_is(reply: Any) -> Any:
     return reply
 
 
-def _statuses(reply: list[bytes]) -> list[Status]:
-    return [_STATUS[word] for word in reply]
+def _statuses(reply: list[bytes]) -> list[PutStatus]:
+    return [_PUT[word] for word in reply]
 
 
 def _settlement(reply: list[Any]) -> Settlement:
     status, tier, backend, cost = reply
-    return Settlement(_STATUS[status], tier.decode() or None, _BACKEND[backend], cost)
+    return Settlement(_SETTLED[status], tier.decode() or None, _BACKEND[backend], cost)
 
 
 def _decision(reply: list[Any], tier: Tier, hold_id: str) -> Decision:
     status, reason, backend, remaining, gemini_remaining, held, renews_ms, began_at, now_ms = reply
+    balance = _balance(tier, remaining, gemini_remaining, held, renews_ms, began_at, now_ms)
+    return Decision(_DECIDED[status], _REASON.get(reason), _BACKEND[backend], hold_id, balance)
+
+
+def _balance(  # noqa: PLR0917  all that a reply says of it, in its order
+    tier: Tier,
+    remaining: int | None,
+    gemini_remaining: int | None,
+    held: int,
+    renews_ms: int,
+    began_at: bytes,
+    now_ms: int,
+) -> Balance:
     monthly = tier.counter == "monthly"
-    balance = Balance(
+    return Balance(
         tier.name,
         tier.counter,
         tier.quota,
@@ -208,4 +222,3 @@ def _decision(reply: list[Any], tier: Tier, hold_id: str) -> Decision:
         renews_ms if monthly else None,
         now_ms,
     )
-    return Decision(_STATUS[status], _REASON.get(reason), _BACKEND[backend], hold_id, balance)

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from redis.asyncio import Redis
 
-from limiter import CreditLimiter, LedgerFileError, LimiterUnavailable, Row, Status, connect
+from limiter import CreditLimiter, LedgerFileError, LimiterUnavailable, PutStatus, Row, connect
 from limiter._util.timestamps import iso_from_ms
 from limiter.backup.dump import dump
 from limiter.backup.importer import _BATCHES_SENT, BATCH_ROWS, Progress, import_file
@@ -393,15 +393,19 @@ async def test_merge_when_the_stored_row_is_broken_then_it_is_rejected_and_repla
 async def test_put_row_when_it_only_asks_then_it_tells_and_writes_nothing(limiter: CreditLimiter, redis: Redis) -> None:
     row = Row("a", "core", 1, 0, "2026-05-04T00:00:00.000Z", 4, 0, 0, "2026-05-04T00:00:00.000Z")
     scripts, key = limiter.session.scripts(timeout_ms=1000), limiter.session.keys.install("a")
-    assert await scripts.put_row(key, row, mode="create", dry_run=True) is Status.CREATED
+    assert await scripts.put_row(key, row, mode="create", dry_run=True) is PutStatus.CREATED
     assert await dumps(redis) == {}
     await limiter.put_row(row, mode="create")
     before = await dumps(redis)
     other = Row("a", "core", 2, 0, "2026-05-04T00:00:00.000Z", 4, 0, 0, "2026-05-04T00:00:00.000Z", extra='{"a":1}')
-    wanted: dict[PutMode, Status] = {"create": Status.EXISTS, "merge": Status.MERGED, "replace": Status.REPLACED}
+    wanted: dict[PutMode, PutStatus] = {
+        "create": PutStatus.EXISTS,
+        "merge": PutStatus.MERGED,
+        "replace": PutStatus.REPLACED,
+    }
     for mode, status in wanted.items():
         assert await scripts.put_row(key, other, mode=mode, dry_run=True) is status
-        assert await scripts.put_row(key, row, mode=mode, dry_run=True) is Status.SAME
+        assert await scripts.put_row(key, row, mode=mode, dry_run=True) is PutStatus.SAME
     assert await dumps(redis) == before
 
 

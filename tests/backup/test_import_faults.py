@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from redis import Redis as BlockingRedis
 
-from limiter import CreditLimiter, LedgerFileError, LimiterUnavailable, Status, connect
+from limiter import CreditLimiter, LedgerFileError, LimiterUnavailable, PutStatus, connect
 from limiter.backup.dump import dump
 from limiter.backup.import_lock import exclusive_import
 from limiter.backup.importer import _BATCHES_SENT, BATCH_ROWS, Progress, import_file
@@ -235,14 +235,14 @@ async def test_batch_when_one_of_its_calls_fails_then_the_others_are_over_when_i
     over: list[str] = []
     create_rows = Scripts.create_rows
 
-    async def some_fail(scripts: Scripts, keys: Sequence[str], texts: Sequence[str]) -> list[Status]:
+    async def some_fail(scripts: Scripts, keys: Sequence[str], texts: Sequence[str]) -> list[PutStatus]:
         if keys[0].endswith(":i-20"):
             raise LimiterUnavailable("no answer", executed=None)
         await asyncio.sleep(0.05)
         over.append(keys[0])
         return await create_rows(scripts, keys, texts)
 
-    async def unrepeated(attempt: Callable[[], Awaitable[list[Status]]]) -> list[Status]:
+    async def unrepeated(attempt: Callable[[], Awaitable[list[PutStatus]]]) -> list[PutStatus]:
         return await attempt()
 
     monkeypatch.setattr(Scripts, "create_rows", some_fail)

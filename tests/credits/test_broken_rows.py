@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 from redis.asyncio import Redis
 
-from limiter import BrokenRow, CreditLimiter, Status
+from limiter import BrokenRow, CreditLimiter, PutStatus, SettlementStatus
 from limiter.credits.rows import read_fields, row_or_error, scan_keys
 from tests.support.credits import Clock, LimiterWith, fields_of
 
@@ -126,7 +126,7 @@ async def test_row_when_mended_by_a_replacement_then_it_works_again(redis: Redis
     await redis.hset(KEY, mapping={"lifetime_consumed": "many", "anniversary_day": "never"})
     with pytest.raises(BrokenRow):
         await limiter.put_row(good, mode="merge")
-    assert await limiter.put_row(good, mode="replace") is Status.REPLACED
+    assert await limiter.put_row(good, mode="replace") is PutStatus.REPLACED
     assert await limiter.row("a") == good
 
 
@@ -196,8 +196,8 @@ async def test_clock_when_it_steps_back_then_no_sum_goes_wrong_for_long(
     clock.now_ms += limiter.hold_ms
     await limiter.reserve("a", tier="pro", has_hardware=False, cost=3, hold_id="h2")
     clock.now_ms -= 5000
-    assert (await limiter.commit("a", "h1")).status is Status.COMMITTED
+    assert (await limiter.commit("a", "h1")).status is SettlementStatus.COMMITTED
     assert (await limiter.balance("a", tier="pro")).held == 3
-    assert (await limiter.commit("a", "h2")).status is Status.COMMITTED
+    assert (await limiter.commit("a", "h2")).status is SettlementStatus.COMMITTED
     fields = await fields_of(redis, "a")
     assert (fields["monthly_consumed"], "held" in fields) == ("5", False)

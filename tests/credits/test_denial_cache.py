@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from redis.asyncio import Redis
 
-from limiter import CreditLimiter, Reason, Status, Tiers, connect
+from limiter import CreditLimiter, DecisionStatus, Reason, Tiers, connect
 from limiter.credits.denial_cache import DenialCache
 from limiter.credits.models import Balance, Decision
 from tests.support.credits import Clock
@@ -170,7 +170,7 @@ async def test_hold_when_it_is_live_already_then_it_is_replayed_though_no_credit
     assert row
     await limiter.put_row(replace(row, lifetime_consumed=3), mode="replace")
     assert (await reserve(limiter)).reason is Reason.OUT_OF_CREDITS
-    assert (await reserve(limiter, hold_id="h")).status is Status.REPLAY
+    assert (await reserve(limiter, hold_id="h")).status is DecisionStatus.REPLAY
 
 
 async def test_other_refusals_when_given_then_they_are_not_remembered(limiter: CreditLimiter) -> None:
@@ -217,7 +217,7 @@ async def test_any_sequence_when_only_this_node_changes_the_row_then_no_refusal_
 
 def refusal(now_ms: int = 0) -> Decision:
     balance = Balance("core", "lifetime", 3, 0, None, None, 0, None, None, now_ms)
-    return Decision(Status.DENIED, Reason.OUT_OF_CREDITS, None, "h", balance)
+    return Decision(DecisionStatus.DENIED, Reason.OUT_OF_CREDITS, None, "h", balance)
 
 
 @pytest.mark.parametrize("told", ["a change", "another answer", "no answer"])
@@ -227,7 +227,9 @@ def test_refusal_when_the_row_was_changed_since_redis_was_asked_then_it_is_not_k
     if told == "a change":
         denials.invalidate("key")
     else:
-        denials.record("key", before, refusal()._replace(status=Status.ALLOWED) if told == "another answer" else None)
+        denials.record(
+            "key", before, refusal()._replace(status=DecisionStatus.ALLOWED) if told == "another answer" else None
+        )
     denials.record("key", before, refusal())
     assert denials.lookup("key", "core", 1, "h") is None
     denials.record("key", denials.snapshot(), refusal())

@@ -10,7 +10,7 @@ from typing import get_args
 import pytest
 from redis.asyncio import Redis
 
-from limiter import CreditLimiter, LimiterUnavailable, Status, connect
+from limiter import CreditLimiter, DecisionStatus, LimiterUnavailable, SettlementStatus, connect
 from limiter.redis.lua_source import compose
 from tests.support.credits import TIERS, fields_of
 from tests.support.paths import ROOT
@@ -39,7 +39,7 @@ async def spent_by_nodes(
     outputs = await asyncio.gather(*(node.communicate(b"\n") for node in nodes))
     assert [node.returncode for node in nodes] == [0] * NODES
     spent = [Counter(json.loads(output)) for output, _ in outputs]
-    assert not any(Status.GONE in each for each in spent), "a commit was repeated, though no reply was lost"
+    assert not any(SettlementStatus.GONE in each for each in spent), "a commit was repeated, though no reply was lost"
     return spent
 
 
@@ -107,15 +107,18 @@ async def proxied(proxy: Proxy) -> AsyncIterator[CreditLimiter]:
 
 async def reserve_and_commit(limiter: CreditLimiter, install_id: str) -> None:
     decision = await limiter.reserve(install_id, tier="pro", has_hardware=False, cost=3)
-    assert decision.status in {Status.ALLOWED, Status.REPLAY}
+    assert decision.status in {DecisionStatus.ALLOWED, DecisionStatus.REPLAY}
     settlement = await limiter.commit(install_id, decision.hold_id)
-    assert settlement.status in {Status.COMMITTED, Status.GONE}  # GONE: the lost reply was the commit's
+    assert settlement.status in {
+        SettlementStatus.COMMITTED,
+        SettlementStatus.GONE,
+    }  # GONE: the lost reply was the commit's
 
 
 async def reserve_and_release(limiter: CreditLimiter, install_id: str) -> None:
     decision = await limiter.reserve(install_id, tier="pro", has_hardware=False, cost=3)
     assert decision.allowed
-    assert await limiter.release(install_id, decision.hold_id) in {Status.RELEASED, Status.GONE}
+    assert await limiter.release(install_id, decision.hold_id) in {SettlementStatus.RELEASED, SettlementStatus.GONE}
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from redis.asyncio import Redis
 
-from limiter import CreditLimiter, Row, Status, Tiers, connect
+from limiter import CreditLimiter, DecisionStatus, Row, SettlementStatus, Tiers, connect
 from limiter.credits.models import Backend
 from limiter.credits.scripts import PutMode
 from tests.support.credits import PATIENCE_MS, Clock, fields_of
@@ -133,10 +133,10 @@ class Credits(RuleBasedStateMachine):
         )
         assert answer == expected
         after = self.stored(install)
-        if answer.status is Status.ALLOWED:
+        if answer.status is DecisionStatus.ALLOWED:
             self.assert_within_quota(install, tier)
             assert int(after["held"].split()[-1]) > self.clock.now_ms, "the sums would be counted anew each time"
-        elif answer.status is Status.DENIED:
+        elif answer.status is DecisionStatus.DENIED:
             assert _without_period(after) == _without_period(before) or not before
         else:
             assert after == before
@@ -151,7 +151,7 @@ class Credits(RuleBasedStateMachine):
         before = self.stored(install)
         answer = self.run(self.limiter.commit(install, hold_id, backend=backend, cost=cost))
         assert answer == self.reference.commit(install, hold_id, backend=backend, cost=cost)
-        if answer.status is Status.GONE:
+        if answer.status is SettlementStatus.GONE:
             assert self.stored(install) == before
         else:
             self.debited[install, before[f"hold:{hold_id}"].split()[2]] = answer.cost
@@ -168,7 +168,7 @@ class Credits(RuleBasedStateMachine):
         answer = self.run(self.limiter.release(install, hold_id))
         assert answer == self.reference.release(install, hold_id)
         after = self.stored(install)
-        if answer is Status.GONE:
+        if answer is SettlementStatus.GONE:
             assert after == before
         else:
             assert _without_holds(after) == _without_holds(before)

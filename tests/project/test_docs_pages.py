@@ -230,6 +230,11 @@ def test_hooks_when_they_are_read_then_each_runs_a_tool_of_the_environment() -> 
 def test_python_page_when_read_then_it_names_every_public_name() -> None:
     page = text_of("docs/reference/python-api.md")
     documented = set(re.findall(r"^\.\. auto\w+:: limiter\.(\w+)$", page, re.MULTILINE))
-    explained_elsewhere = {"Status", "Reason"}  # the tables of statuses and of error codes
+    explained_elsewhere = {
+        "DecisionStatus",
+        "SettlementStatus",
+        "PutStatus",
+        "Reason",
+    }  # the tables of statuses and of error codes
     assert documented == set(limiter.__all__) - explained_elsewhere
     assert all(f"`{name}`" in page for name in explained_elsewhere)

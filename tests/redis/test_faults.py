@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 import pytest
 from redis.asyncio import Redis
 
-from limiter import CreditLimiter, Hold, LimiterUnavailable, Status, connect
+from limiter import CreditLimiter, DecisionStatus, Hold, LimiterUnavailable, SettlementStatus, connect
 from tests.support.credits import TIERS, fields_of
 from tests.support.redis_servers import Server
 from tests.support.wait import eventually
@@ -30,7 +30,7 @@ async def test_scripts_when_flushed_in_mid_traffic_then_every_request_is_counted
         if number % 10 == 0:
             await redis.script_flush()
         decision = await limiter.reserve("a", tier="pro", has_hardware=False)
-        assert (await limiter.commit("a", decision.hold_id)).status is Status.COMMITTED
+        assert (await limiter.commit("a", decision.hold_id)).status is SettlementStatus.COMMITTED
         assert (await limiter.debit("a", tier="pro", has_hardware=False)).allowed
 
     await asyncio.gather(*(request(number) for number in range(100)))
@@ -51,7 +51,7 @@ async def test_server_when_killed_and_started_again_then_rows_and_holds_are_ther
     server.start()
     assert (await limiter.reserve("b", tier="pro", has_hardware=False)).allowed
     assert await fields_of(limiter.session.redis, "a") == before
-    assert (await limiter.commit("a", "h1")).status is Status.COMMITTED
+    assert (await limiter.commit("a", "h1")).status is SettlementStatus.COMMITTED
     assert (await fields_of(limiter.session.redis, "a"))["monthly_consumed"] == "5"
 
 
@@ -76,7 +76,7 @@ async def test_server_when_away_then_each_call_says_so_within_its_deadline_and_w
             await call
         assert time.monotonic() - began < 2, "the deadline is 0.3 s"
     server.start()
-    assert (await limiter.commit("a", "h1")).status is Status.COMMITTED
+    assert (await limiter.commit("a", "h1")).status is SettlementStatus.COMMITTED
 
 
 async def test_server_when_it_comes_back_within_the_deadline_then_the_caller_does_not_notice(
@@ -87,7 +87,7 @@ async def test_server_when_it_comes_back_within_the_deadline_then_the_caller_doe
     server.stop()
     waiting = asyncio.create_task(limiter.reserve("a", tier="pro", has_hardware=False))
     await asyncio.to_thread(server.start)
-    assert (await waiting).status is Status.ALLOWED
+    assert (await waiting).status is DecisionStatus.ALLOWED
 
 
 @pytest.mark.slow

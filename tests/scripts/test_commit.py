@@ -3,7 +3,7 @@
 import pytest
 from redis.asyncio import Redis
 
-from limiter import CreditLimiter, LimiterUnavailable, Settlement, Status
+from limiter import CreditLimiter, LimiterUnavailable, Settlement, SettlementStatus
 from limiter.credits.models import MAX_COUNT
 from tests.support.credits import Clock, LimiterWith, fields_of
 
@@ -15,7 +15,7 @@ async def test_commit_when_a_hold_is_live_then_it_becomes_a_debit_and_the_row_is
 ) -> None:
     await limiter.reserve("a", tier="core", has_hardware=False, cost=2, hold_id="h1")
     clock.now_ms += 5000
-    assert await limiter.commit("a", "h1") == Settlement(Status.COMMITTED, "core", "gemini", 2)
+    assert await limiter.commit("a", "h1") == Settlement(SettlementStatus.COMMITTED, "core", "gemini", 2)
     assert await fields_of(redis, "a") == {
         "tier_snapshot": "core",
         "lifetime_consumed": "2",
@@ -35,20 +35,20 @@ async def test_commit_when_repeated_then_the_second_finds_no_hold_and_debits_not
     await limiter.commit("a", "h1")
     before = await fields_of(redis, "a")
     clock.now_ms += 1
-    assert await limiter.commit("a", "h1") == Settlement(Status.GONE)
+    assert await limiter.commit("a", "h1") == Settlement(SettlementStatus.GONE)
     assert await fields_of(redis, "a") == before
 
 
 async def test_commit_when_the_hold_was_released_then_it_is_gone(limiter: CreditLimiter) -> None:
     await limiter.reserve("a", tier="pro", has_hardware=False, hold_id="h1")
     await limiter.release("a", "h1")
-    assert (await limiter.commit("a", "h1")).status is Status.GONE
+    assert (await limiter.commit("a", "h1")).status is SettlementStatus.GONE
 
 
 async def test_commit_when_the_install_is_unknown_then_it_is_gone_and_creates_nothing(
     redis: Redis, limiter: CreditLimiter
 ) -> None:
-    assert (await limiter.commit("a", "h1")).status is Status.GONE
+    assert (await limiter.commit("a", "h1")).status is SettlementStatus.GONE
     assert await redis.dbsize() == 0
 
 
@@ -56,7 +56,9 @@ async def test_commit_when_the_request_fell_back_to_hardware_then_hardware_is_de
     redis: Redis, limiter: CreditLimiter
 ) -> None:
     await limiter.reserve("a", tier="pro", has_hardware=True, cost=3, hold_id="h1")
-    assert await limiter.commit("a", "h1", backend="hardware") == Settlement(Status.COMMITTED, "pro", "hardware", 3)
+    assert await limiter.commit("a", "h1", backend="hardware") == Settlement(
+        SettlementStatus.COMMITTED, "pro", "hardware", 3
+    )
     fields = await fields_of(redis, "a")
     assert (fields["monthly_consumed"], fields["monthly_gemini_consumed"]) == ("3", "0")
 
@@ -77,9 +79,9 @@ async def test_commit_when_the_hold_has_just_lapsed_then_it_is_late_and_debited_
 ) -> None:
     await limiter.reserve("a", tier="pro", has_hardware=False, hold_id="h1")
     clock.now_ms += limiter.hold_ms
-    assert await limiter.commit("a", "h1") == Settlement(Status.LATE, "pro", "gemini", 1)
+    assert await limiter.commit("a", "h1") == Settlement(SettlementStatus.LATE, "pro", "gemini", 1)
     assert (await fields_of(redis, "a"))["monthly_consumed"] == "1"
-    assert (await limiter.commit("a", "h1")).status is Status.GONE
+    assert (await limiter.commit("a", "h1")).status is SettlementStatus.GONE
 
 
 async def test_commit_when_the_grace_is_over_and_the_hold_was_dropped_then_it_is_gone(
@@ -88,7 +90,7 @@ async def test_commit_when_the_grace_is_over_and_the_hold_was_dropped_then_it_is
     await limiter.reserve("a", tier="pro", has_hardware=False, hold_id="h1")
     clock.now_ms += limiter.hold_ms + HOUR_MS
     await limiter.reserve("a", tier="pro", has_hardware=False, hold_id="h2")
-    assert (await limiter.commit("a", "h1")).status is Status.GONE
+    assert (await limiter.commit("a", "h1")).status is SettlementStatus.GONE
     assert (await fields_of(redis, "a"))["monthly_consumed"] == "0"
 
 
@@ -189,7 +191,7 @@ async def test_commit_when_the_server_is_out_of_memory_then_it_is_taken_and_only
         with pytest.raises(LimiterUnavailable) as refused:
             await impatient.reserve("a", tier="pro", has_hardware=False)
         assert refused.value.executed is False
-        assert (await limiter.commit("a", "h1")).status is Status.COMMITTED
-        assert await limiter.release("a", "h2") is Status.RELEASED
+        assert (await limiter.commit("a", "h1")).status is SettlementStatus.COMMITTED
+        assert await limiter.release("a", "h2") is SettlementStatus.RELEASED
     finally:
         await redis.config_set("maxmemory", "0")

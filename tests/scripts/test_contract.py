@@ -11,7 +11,7 @@ import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from limiter import CreditLimiter, Row, Status, Tiers, connect
+from limiter import CreditLimiter, DecisionStatus, PutStatus, Row, SettlementStatus, Tiers, connect
 from limiter.backup.lease import Lease, LeaseStatus
 from limiter.credits.keys import Keys
 from limiter.licences.seats import Seats, SeatStatus
@@ -38,7 +38,9 @@ LUA_WORDS = frozenset(
         "ipairs math redis string table tonumber unpack",
     )
 )
-STATUS = r"\b(?:" + "|".join([*Status, *ClaimStatus, *SeatStatus, *MintStatus, *LeaseStatus]) + r")\b"
+STATUSES = (DecisionStatus, SettlementStatus, PutStatus, ClaimStatus, SeatStatus, MintStatus, LeaseStatus)
+WORDS = ["KNOWN", *(status for statuses in STATUSES for status in statuses)]  # the first is balance's; Python drops it
+STATUS = r"\b(?:" + "|".join(WORDS) + r")\b"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import pytest
 from redis.asyncio import Redis
 
-from limiter import CreditLimiter, Reason, Status
+from limiter import CreditLimiter, DecisionStatus, Reason
 from tests.support.credits import Clock, LimiterWith, fields_of
 
 
@@ -11,7 +11,7 @@ async def test_debit_when_allowed_then_the_credits_are_gone_at_once_and_nothing_
     redis: Redis, limiter: CreditLimiter
 ) -> None:
     decision = await limiter.debit("a", tier="pro", has_hardware=False, cost=3)
-    assert (decision.status, decision.allowed, decision.backend) == (Status.COMMITTED, True, "gemini")
+    assert (decision.status, decision.allowed, decision.backend) == (DecisionStatus.COMMITTED, True, "gemini")
     assert (decision.balance.remaining, decision.balance.gemini_remaining, decision.balance.held) == (997, 397, 0)
     assert await fields_of(redis, "a") == {
         "tier_snapshot": "pro",
@@ -39,7 +39,7 @@ async def test_debit_when_the_quota_is_spent_then_it_is_denied_and_writes_nothin
     before = await fields_of(redis, "a")
     clock.now_ms += 1
     denied = await limiter.debit("a", tier="core", has_hardware=True)
-    assert (denied.status, denied.reason, denied.balance.remaining) == (Status.DENIED, Reason.OUT_OF_CREDITS, 0)
+    assert (denied.status, denied.reason, denied.balance.remaining) == (DecisionStatus.DENIED, Reason.OUT_OF_CREDITS, 0)
     assert await fields_of(redis, "a") == before
 
 
@@ -71,7 +71,7 @@ async def test_debit_when_the_install_is_unknown_and_may_not_be_created_then_it_
     redis: Redis, limiter: CreditLimiter
 ) -> None:
     decision = await limiter.debit("a", tier="pro", has_hardware=False, may_create=False)
-    assert decision.status is Status.UNKNOWN_INSTALL
+    assert decision.status is DecisionStatus.UNKNOWN_INSTALL
     assert not decision.allowed
     assert await redis.dbsize() == 0
 

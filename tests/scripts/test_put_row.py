@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from redis.asyncio import Redis
 
-from limiter import CreditLimiter, Row, ScriptContractError, Status
+from limiter import CreditLimiter, PutStatus, Row, ScriptContractError, SettlementStatus
 from limiter.credits.models import MAX_COUNT
 from tests.support.credits import fields_of
 
@@ -26,7 +26,7 @@ ROW = Row(
 async def test_put_row_when_there_is_none_then_it_is_created_and_reads_back_equal(
     redis: Redis, limiter: CreditLimiter
 ) -> None:
-    assert await limiter.put_row(ROW, mode="create") is Status.CREATED
+    assert await limiter.put_row(ROW, mode="create") is PutStatus.CREATED
     assert await limiter.row("a") == ROW
     assert await fields_of(redis, "a") == {
         "tier_snapshot": "pro",
@@ -44,12 +44,12 @@ async def test_put_row_when_there_is_none_then_it_is_created_and_reads_back_equa
 @pytest.mark.parametrize("mode", ["create", "replace", "merge"])
 async def test_put_row_when_the_row_reads_so_already_then_it_is_the_same(limiter: CreditLimiter, mode: str) -> None:
     await limiter.put_row(ROW, mode="create")
-    assert await limiter.put_row(ROW, mode=mode) is Status.SAME  # type: ignore[arg-type]  # one of the three
+    assert await limiter.put_row(ROW, mode=mode) is PutStatus.SAME  # type: ignore[arg-type]  # one of the three
 
 
 async def test_put_row_when_create_meets_another_row_then_that_is_left_alone(limiter: CreditLimiter) -> None:
     await limiter.put_row(ROW, mode="create")
-    assert await limiter.put_row(replace(ROW, monthly_consumed=0), mode="create") is Status.EXISTS
+    assert await limiter.put_row(replace(ROW, monthly_consumed=0), mode="create") is PutStatus.EXISTS
     assert await limiter.row("a") == ROW
 
 
@@ -59,11 +59,11 @@ async def test_put_row_when_it_replaces_then_nothing_of_the_old_row_stays_but_li
     await limiter.put_row(ROW, mode="create")
     await limiter.reserve("a", tier="pro", has_hardware=False, cost=3, hold_id="h1")
     new = Row("a", "core", 0, 0, "2026-05-11T00:00:00.000Z", 11, 0, 0, "2026-05-11T00:00:00.000Z")
-    assert await limiter.put_row(new, mode="replace") is Status.REPLACED
+    assert await limiter.put_row(new, mode="replace") is PutStatus.REPLACED
     assert await limiter.row("a") == new
     assert "extra" not in await fields_of(redis, "a")
     assert (await limiter.balance("a", tier="pro")).held == 3
-    assert (await limiter.commit("a", "h1")).status is Status.COMMITTED
+    assert (await limiter.commit("a", "h1")).status is SettlementStatus.COMMITTED
 
 
 async def test_put_row_when_it_merges_within_one_period_then_the_larger_counters_win_each(
@@ -73,10 +73,10 @@ async def test_put_row_when_it_merges_within_one_period_then_the_larger_counters
     other = replace(
         ROW, lifetime_consumed=3, lifetime_gemini_consumed=3, monthly_consumed=31, monthly_gemini_consumed=7
     )
-    assert await limiter.put_row(other, mode="merge") is Status.MERGED
+    assert await limiter.put_row(other, mode="merge") is PutStatus.MERGED
     merged = replace(ROW, lifetime_gemini_consumed=3, monthly_consumed=31)
     assert await limiter.row("a") == merged
-    assert await limiter.put_row(replace(merged, monthly_consumed=30), mode="merge") is Status.SAME
+    assert await limiter.put_row(replace(merged, monthly_consumed=30), mode="merge") is PutStatus.SAME
     assert await limiter.row("a") == merged
 
 
@@ -108,7 +108,7 @@ async def test_put_row_when_it_merges_an_inferred_anniversary_day_then_the_store
 async def test_put_row_when_it_merges_then_the_tier_is_that_of_the_last_activity(limiter: CreditLimiter) -> None:
     await limiter.put_row(ROW, mode="create")
     stale = replace(ROW, tier_snapshot="core", last_active_at="2026-05-09T00:00:00.000Z")
-    assert await limiter.put_row(stale, mode="merge") is Status.SAME
+    assert await limiter.put_row(stale, mode="merge") is PutStatus.SAME
     fresh = replace(ROW, tier_snapshot="max", last_active_at="2026-05-11T00:00:00.000Z")
     await limiter.put_row(fresh, mode="merge")
     assert await limiter.row("a") == fresh
@@ -116,7 +116,7 @@ async def test_put_row_when_it_merges_then_the_tier_is_that_of_the_last_activity
 
 async def test_put_row_when_it_merges_without_extra_members_then_the_stored_ones_stay(limiter: CreditLimiter) -> None:
     await limiter.put_row(ROW, mode="create")
-    assert await limiter.put_row(replace(ROW, extra=""), mode="merge") is Status.SAME
+    assert await limiter.put_row(replace(ROW, extra=""), mode="merge") is PutStatus.SAME
     await limiter.put_row(replace(ROW, extra='{"note":"new"}'), mode="merge")
     assert await limiter.row("a") == replace(ROW, extra='{"note":"new"}')
 

@@ -3,7 +3,7 @@
 import pytest
 from redis.asyncio import Redis
 
-from limiter import CreditLimiter, Status
+from limiter import CreditLimiter, SettlementStatus
 from tests.support.credits import Clock, LimiterWith, fields_of
 
 HOUR_MS = 60 * 60 * 1000
@@ -13,7 +13,7 @@ async def test_release_when_a_hold_is_live_then_the_row_is_as_before_it(redis: R
     await limiter.debit("a", tier="pro", has_hardware=False)
     before = await fields_of(redis, "a")
     await limiter.reserve("a", tier="core", has_hardware=False, cost=4, hold_id="h1")
-    assert await limiter.release("a", "h1") is Status.RELEASED
+    assert await limiter.release("a", "h1") is SettlementStatus.RELEASED
     assert await fields_of(redis, "a") == before
 
 
@@ -22,7 +22,7 @@ async def test_release_when_repeated_then_it_is_gone_and_nothing_changes(redis: 
     await limiter.reserve("a", tier="pro", has_hardware=False, hold_id="h2")
     await limiter.release("a", "h1")
     before = await fields_of(redis, "a")
-    assert await limiter.release("a", "h1") is Status.GONE
+    assert await limiter.release("a", "h1") is SettlementStatus.GONE
     assert await fields_of(redis, "a") == before
 
 
@@ -31,14 +31,14 @@ async def test_release_when_committed_before_then_it_is_gone_and_the_debit_stand
 ) -> None:
     await limiter.reserve("a", tier="pro", has_hardware=False, hold_id="h1")
     await limiter.commit("a", "h1")
-    assert await limiter.release("a", "h1") is Status.GONE
+    assert await limiter.release("a", "h1") is SettlementStatus.GONE
     assert (await fields_of(redis, "a"))["monthly_consumed"] == "1"
 
 
 async def test_release_when_the_install_is_unknown_then_it_is_gone_and_creates_nothing(
     redis: Redis, limiter: CreditLimiter
 ) -> None:
-    assert await limiter.release("a", "h1") is Status.GONE
+    assert await limiter.release("a", "h1") is SettlementStatus.GONE
     assert await redis.dbsize() == 0
 
 
@@ -49,7 +49,7 @@ async def test_release_when_the_hold_had_lapsed_then_it_is_released_and_frees_no
     await limiter.reserve("a", tier="core", has_hardware=False, hold_id="h1")
     clock.now_ms += limiter.hold_ms
     await limiter.reserve("a", tier="core", has_hardware=False, hold_id="h2")
-    assert await limiter.release("a", "h1") is Status.RELEASED
+    assert await limiter.release("a", "h1") is SettlementStatus.RELEASED
     assert (await limiter.balance("a", tier="core")).held == 1
 
 

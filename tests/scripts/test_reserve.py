@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from redis.asyncio import Redis
 
-from limiter import CreditLimiter, HeldCredits, Reason, Status, UnknownTier
+from limiter import CreditLimiter, DecisionStatus, HeldCredits, Reason, SettlementStatus, UnknownTier
 from tests.support.credits import PATIENCE_MS, Clock, LimiterWith, fields_of
 
 HOUR_MS = 60 * 60 * 1000
@@ -16,7 +16,7 @@ async def test_reserve_when_an_install_is_new_then_its_row_is_a_core_row_of_now_
 ) -> None:
     decision = await limiter.reserve("new", tier="pro", has_hardware=False, cost=2, hold_id="h1")
     assert (decision.status, decision.backend, decision.reason, decision.hold_id) == (
-        Status.ALLOWED,
+        DecisionStatus.ALLOWED,
         "gemini",
         None,
         "h1",
@@ -60,7 +60,12 @@ async def test_reserve_when_repeated_with_its_hold_id_then_it_is_a_replay_that_h
     await limiter.reserve("a", tier="pro", has_hardware=True, cost=5, hold_id="h1")
     before = await fields_of(redis, "a")
     again = await limiter.reserve("a", tier="pro", has_hardware=True, cost=5, hold_id="h1")
-    assert (again.status, again.allowed, again.backend, again.balance.held) == (Status.REPLAY, True, "gemini", 5)
+    assert (again.status, again.allowed, again.backend, again.balance.held) == (
+        DecisionStatus.REPLAY,
+        True,
+        "gemini",
+        5,
+    )
     assert await fields_of(redis, "a") == before
 
 
@@ -69,7 +74,7 @@ async def test_reserve_when_repeated_after_the_quota_is_gone_then_it_is_still_th
 ) -> None:
     await limiter_with(pro={"monthly": 1}).reserve("a", tier="pro", has_hardware=False, hold_id="h1")
     again = await limiter_with(pro={"monthly": 0}).reserve("a", tier="pro", has_hardware=False, hold_id="h1")
-    assert again.status is Status.REPLAY
+    assert again.status is DecisionStatus.REPLAY
 
 
 async def test_reserve_when_the_quota_is_spent_then_it_is_denied_for_good_and_writes_nothing(
@@ -79,7 +84,7 @@ async def test_reserve_when_the_quota_is_spent_then_it_is_denied_for_good_and_wr
     await limiter.debit("a", tier="core", has_hardware=True, cost=3)
     before = await fields_of(redis, "a")
     decision = await limiter.reserve("a", tier="core", has_hardware=True)
-    assert (decision.status, decision.reason, decision.backend) == (Status.DENIED, Reason.OUT_OF_CREDITS, None)
+    assert (decision.status, decision.reason, decision.backend) == (DecisionStatus.DENIED, Reason.OUT_OF_CREDITS, None)
     assert await fields_of(redis, "a") == before
 
 
@@ -172,7 +177,11 @@ async def test_reserve_when_the_install_is_unknown_and_may_not_be_created_then_i
     redis: Redis, limiter: CreditLimiter
 ) -> None:
     decision = await limiter.reserve("a", tier="core", has_hardware=False, may_create=False)
-    assert (decision.status, decision.allowed, decision.balance.remaining) == (Status.UNKNOWN_INSTALL, False, 50)
+    assert (decision.status, decision.allowed, decision.balance.remaining) == (
+        DecisionStatus.UNKNOWN_INSTALL,
+        False,
+        50,
+    )
     assert await redis.dbsize() == 0
 
 
@@ -224,7 +233,7 @@ async def test_hold_when_lapsed_and_reserved_again_by_its_id_then_it_is_planned_
     await limiter.reserve("a", tier="core", has_hardware=False, cost=2, hold_id="h1")
     clock.now_ms += limiter.hold_ms
     again = await limiter.reserve("a", tier="pro", has_hardware=False, cost=3, hold_id="h1")
-    assert (again.status, again.balance.held) == (Status.ALLOWED, 3)
+    assert (again.status, again.balance.held) == (DecisionStatus.ALLOWED, 3)
     row = await limiter.row("a")
     assert row
     lapses_ms = clock.now_ms + limiter.hold_ms
@@ -240,8 +249,8 @@ async def test_holds_when_thousands_died_with_their_node_then_the_row_still_work
     sums = ("held", f"9000 0 0 0 9000 9000 {clock.now_ms + 1}")
     await redis.hset("credits:install:a", items=[word for field in (*dead, sums) for word in field])
     clock.now_ms += 3 * HOUR_MS
-    assert (await limiter.commit("a", "dead-0")).status is Status.LATE
-    assert await limiter.release("a", "dead-1") in {Status.RELEASED, Status.GONE}
+    assert (await limiter.commit("a", "dead-0")).status is SettlementStatus.LATE
+    assert await limiter.release("a", "dead-1") in {SettlementStatus.RELEASED, SettlementStatus.GONE}
     for i in range(9):
         assert (await limiter.reserve("a", tier="max", has_hardware=False, hold_id=f"h{i}")).balance.held == i + 1
     assert not [name for name in await fields_of(redis, "a") if name.startswith("hold:dead")]

@@ -18,7 +18,7 @@ from typing import Self, TypeVar
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from limiter import CreditLimiter, LimiterUnavailable, Status
+from limiter import CreditLimiter, LimiterUnavailable, SettlementStatus
 from tests.support.wait import eventually
 
 T = TypeVar("T")
@@ -91,7 +91,7 @@ class Spending:
             )
             assert decision.allowed, decision
             settlement = await self._insist(lambda: self._limiter.commit(install, hold_id))  # noqa: B023
-            if settlement.status is Status.GONE:
+            if settlement.status is SettlementStatus.GONE:
                 self.unsure[install] += 1
                 continue
             self.committed[install] += settlement.cost

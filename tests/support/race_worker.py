@@ -13,7 +13,7 @@ import random
 import sys
 from collections import Counter
 
-from limiter import CreditLimiter, Reason, Status, Tiers, connect
+from limiter import CreditLimiter, Reason, SettlementStatus, Tiers, connect
 
 TASKS = 64
 LASTING = (Reason.OUT_OF_CREDITS, Reason.GEMINI_CAP)
@@ -33,7 +33,7 @@ async def spend(
             await limiter.release(install_id, decision.hold_id)
             continue
         settlement = await limiter.commit(install_id, decision.hold_id)
-        if settlement.status is Status.GONE:  # it was debited when it was sent first, and the answer was lost
+        if settlement.status is SettlementStatus.GONE:  # it was debited when it was sent first, and the answer was lost
             spent[settlement.status] += 1
             continue
         assert settlement.backend

@@ -10,7 +10,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
-from limiter import Balance, Decision, Reason, Row, Settlement, Status, Tier, Tiers
+from limiter import Balance, Decision, DecisionStatus, PutStatus, Reason, Row, Settlement, SettlementStatus, Tier, Tiers
 from limiter.credits.models import MAX_COUNT, Backend, Counter
 from limiter.credits.scripts import PutMode
 
@@ -141,16 +141,16 @@ class ReferenceLimiter:
     ) -> Decision:
         limits, account = self.tiers[tier], self._account(install_id)
         if install_id not in self.rows and not may_create:
-            return self._decision(Status.UNKNOWN_INSTALL, account, limits, hold_id)
+            return self._decision(DecisionStatus.UNKNOWN_INSTALL, account, limits, hold_id)
         held = account.holds.get(hold_id)
         if held and held.is_live(self.now_ms):
-            return self._decision(Status.REPLAY, account, limits, hold_id, backend=held.backend)
+            return self._decision(DecisionStatus.REPLAY, account, limits, hold_id, backend=held.backend)
         backend, reason = self._plan(account, limits, cost, has_hardware=has_hardware, in_flight=limits.max_in_flight)
         if backend:
             account.drop_dead(self.now_ms)
             account.holds[hold_id] = Held(backend, tier, limits.counter, cost, self.now_ms + self.hold_ms)
         self.rows[install_id] = account
-        status = Status.ALLOWED if backend else Status.DENIED
+        status = DecisionStatus.ALLOWED if backend else DecisionStatus.DENIED
         return self._decision(status, account, limits, hold_id, backend=backend, reason=reason)
 
     def commit(
@@ -159,53 +159,57 @@ class ReferenceLimiter:
         account = self._account(install_id)
         held = account.holds.pop(hold_id, None)
         if held is None:
-            return Settlement(Status.GONE)
+            return Settlement(SettlementStatus.GONE)
         backend, cost = backend or held.backend, cost or held.cost
         account.drop_dead(self.now_ms)
         account.debit(held, backend=backend, cost=cost, now=self.now, tiers=self.tiers)
         self.rows[install_id] = account
-        status = Status.COMMITTED if held.is_live(self.now_ms) else Status.LATE
+        status = SettlementStatus.COMMITTED if held.is_live(self.now_ms) else SettlementStatus.LATE
         return Settlement(status, held.tier, backend, cost)
 
-    def release(self, install_id: str, hold_id: str) -> Status:
+    def release(self, install_id: str, hold_id: str) -> SettlementStatus:
         account = self.rows.get(install_id)
         if account is None or account.holds.pop(hold_id, None) is None:
-            return Status.GONE
+            return SettlementStatus.GONE
         account.drop_dead(self.now_ms)
-        return Status.RELEASED
+        return SettlementStatus.RELEASED
 
     def debit(
         self, install_id: str, *, tier: str, has_hardware: bool, cost: int = 1, may_create: bool = True
     ) -> Decision:
         limits, account = self.tiers[tier], self._account(install_id)
         if install_id not in self.rows and not may_create:
-            return self._decision(Status.UNKNOWN_INSTALL, account, limits)
+            return self._decision(DecisionStatus.UNKNOWN_INSTALL, account, limits)
         backend, reason = self._plan(account, limits, cost, has_hardware=has_hardware, in_flight=None)
         if backend:
             wanted = Held(backend, tier, limits.counter, cost, self.now_ms)
             account.debit(wanted, backend=backend, cost=cost, now=self.now, tiers=self.tiers)
         self.rows[install_id] = account
         return self._decision(
-            Status.COMMITTED if backend else Status.DENIED, account, limits, backend=backend, reason=reason
+            DecisionStatus.COMMITTED if backend else DecisionStatus.DENIED,
+            account,
+            limits,
+            backend=backend,
+            reason=reason,
         )
 
     def balance(self, install_id: str, *, tier: str) -> Balance:
         return self._balance(self._account(install_id), self.tiers[tier])
 
-    def put_row(self, row: Row, *, mode: PutMode) -> Status:
+    def put_row(self, row: Row, *, mode: PutMode) -> PutStatus:
         new, old = Account.of(row), self.rows.get(row.install_id)
         if old is None:
             self.rows[row.install_id] = new
-            return Status.CREATED
+            return PutStatus.CREATED
         if mode == "merge":
             self._merge(old, new)
         new.holds = old.holds
         if new == old:
-            return Status.SAME
+            return PutStatus.SAME
         if mode == "create":
-            return Status.EXISTS
+            return PutStatus.EXISTS
         self.rows[row.install_id] = new
-        return Status.MERGED if mode == "merge" else Status.REPLACED
+        return PutStatus.MERGED if mode == "merge" else PutStatus.REPLACED
 
     @staticmethod
     def _merge(old: Account, new: Account) -> None:
@@ -249,7 +253,7 @@ class ReferenceLimiter:
 
     def _decision(
         self,
-        status: Status,
+        status: DecisionStatus,
         account: Account,
         tier: Tier,
         hold_id: str = "",

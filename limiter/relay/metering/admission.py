@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 from aiohttp import web
 
 from limiter._util.cancellation import run_to_completion
-from limiter.credits.models import Decision, Status
+from limiter.credits.models import Decision, DecisionStatus
 from limiter.licences.seats import Seats, SeatStatus
 from limiter.licences.tokens import Licence
 from limiter.relay.http.client_address import Network, client_address
@@ -98,7 +98,7 @@ class Admission:
         raises.
         """
         decision = await self._reserve(credit, may_create=False)
-        if decision.status is not Status.UNKNOWN_INSTALL:
+        if decision.status is not DecisionStatus.UNKNOWN_INSTALL:
             return decision
         return await run_to_completion(
             self._reserve_new(request, licence, credit), if_it_fails="The new install was not created"
@@ -111,7 +111,7 @@ class Admission:
         async with creating:
             if is_concurrent:
                 decision = await self._reserve(credit, may_create=False)
-                if decision.status is not Status.UNKNOWN_INSTALL:
+                if decision.status is not DecisionStatus.UNKNOWN_INSTALL:
                     return decision
             try:
                 await self._new_installs.count(client_address(request, self._trusted_proxies))

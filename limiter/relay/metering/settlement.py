@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from limiter.credits.limiter import CreditLimiter
-from limiter.credits.models import Backend, Settlement, Status
+from limiter.credits.models import Backend, Settlement, SettlementStatus
 from limiter.log_events import event
 from limiter.relay.metering.background_retries import BackgroundRetries
 from limiter.relay.telemetry.metrics import GAVE_UP, Metrics, SettlementKind
@@ -89,7 +89,7 @@ class OpenHold:
         self._settle("release", lambda limiter: limiter.release(self._install_id, self._hold_id))
 
     def _settle(
-        self, kind: SettlementKind, operation: Callable[[CreditLimiter], Awaitable[Settlement | Status]]
+        self, kind: SettlementKind, operation: Callable[[CreditLimiter], Awaitable[Settlement | SettlementStatus]]
     ) -> None:
         if not self._settled:
             self._settled = True

@@ -22,7 +22,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from limiter import __version__
 from limiter._util.timestamps import ms_from_iso
-from limiter.credits.models import Backend, Reason, Status
+from limiter.credits.models import Backend, DecisionStatus, Reason, SettlementStatus
 from limiter.relay.telemetry.fast_metrics import FastCounter, FastHistogram
 from limiter.relay.upstream.circuit_breaker import State as BreakerState
 from limiter.relay.upstream.response import Outcome
@@ -34,9 +34,9 @@ UNAVAILABLE = "UNAVAILABLE"  # not decided, as Redis is unavailable
 METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"})  # any other is counted as "other"
 CLIENT_LEFT = 499  # nginx' status for a request whose client did not wait for the answer
 _OTHER = "other"
-_DECISIONS = frozenset({*Status, UNMETERED, UNAVAILABLE})
+_DECISIONS = frozenset({*DecisionStatus, UNMETERED, UNAVAILABLE})
 _REASONS = frozenset({*Reason, ""})
-_OUTCOMES = frozenset({*Status, FAILED, GAVE_UP})
+_OUTCOMES = frozenset({*SettlementStatus, FAILED, GAVE_UP})
 _STATUSES = frozenset({*(int(status) for status in HTTPStatus), CLIENT_LEFT})
 _BREAKER_STATES: tuple[BreakerState, ...] = get_args(BreakerState)
 _DECISION_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 3)
@@ -136,7 +136,7 @@ class Metrics:
             self._first_byte_s.observe(request.first_byte_s, route)
 
     def decided(self, status: str, reason: str | None, tier: str | None, *, from_memory: bool = False) -> None:
-        """Count a decision: a `Status`, UNMETERED or UNAVAILABLE."""
+        """Count a decision: a `DecisionStatus`, UNMETERED or UNAVAILABLE."""
         if from_memory:
             self._from_memory.inc()
         self._decisions.add(
@@ -154,7 +154,7 @@ class Metrics:
 
         Args:
             kind: commit, release or undo.
-            outcome: a `Status`, FAILED or GAVE_UP.
+            outcome: a `DecisionStatus`, FAILED or GAVE_UP.
             backend: the one that a commit debited.
             credits_: how many credits a commit debited.
         """

@@ -7,7 +7,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from redis.asyncio import Redis
 
-from limiter import CreditLimiter, Status, connect
+from limiter import CreditLimiter, SettlementStatus, connect
 from limiter.relay.telemetry.metrics import METRICS
 from limiter.relay.upstream.circuit_breaker import CircuitBreaker
 from tests.support.openai_backend import Backend
@@ -155,7 +155,7 @@ async def test_undo_when_too_many_are_under_way_then_it_is_counted_as_given_up(
         server.resume()
 
         async def released() -> bool:
-            return await limiter.release(relay.install_id, refused.headers["X-Request-Id"]) is Status.RELEASED
+            return await limiter.release(relay.install_id, refused.headers["X-Request-Id"]) is SettlementStatus.RELEASED
 
         await eventually(released, what="the hold that was left")
     await redis.aclose()
