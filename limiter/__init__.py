@@ -17,6 +17,7 @@ from limiter.credits.models import (
 )
 from limiter.errors import (
     BrokenRow,
+    Execution,
     InvalidInstallId,
     LedgerFileError,
     LimiterError,
@@ -36,6 +37,7 @@ __all__ = [
     "CreditLimiter",
     "Decision",
     "DecisionStatus",
+    "Execution",
     "HeldCredits",
     "Hold",
     "InvalidInstallId",

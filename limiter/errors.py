@@ -1,5 +1,7 @@
 """Every error that this package raises on purpose. A refusal is not an error but a value (`Decision`)."""
 
+from enum import Enum
+
 ACL_HINT = "`limiter doctor` prints the ACL line to copy"
 
 
@@ -7,16 +9,23 @@ class LimiterError(Exception):
     """Base of all errors of this package."""
 
 
-class LimiterUnavailable(LimiterError):  # noqa: N818  the usual term for it; "Error" would add nothing
-    """Redis did not reply: the outcome is unknown, unless `executed` is False.
+class Execution(Enum):
+    """Whether a call that was not answered was executed: not at all, or nobody knows. Unknown is not failed."""
 
-    Retry reserve, commit or release with the same hold id: they are idempotent. Retry a `debit` only if `executed` is
-    False. `hold_id` is that of a failed reserve, also when the limiter generated it.
+    UNKNOWN = "unknown"
+    NOT_EXECUTED = "not executed"
+
+
+class LimiterUnavailable(LimiterError):  # noqa: N818  the usual term for it; "Error" would add nothing
+    """Redis did not reply. `execution` says whether the outcome is unknown.
+
+    Retry reserve, commit or release with the same hold id: they are idempotent. Retry a `debit` only if it is
+    `NOT_EXECUTED`. `hold_id` is that of a failed reserve, also when the limiter generated it.
     """
 
-    def __init__(self, message: str, *, executed: bool | None = None, hold_id: str | None = None) -> None:
+    def __init__(self, message: str, *, execution: Execution = Execution.UNKNOWN, hold_id: str | None = None) -> None:
         super().__init__(message)
-        self.executed = executed
+        self.execution = execution
         self.hold_id = hold_id
 
 
@@ -24,7 +33,7 @@ class Overloaded(LimiterUnavailable):
     """Too many calls of this process are waiting for Redis. Nothing was sent, and Redis may be fine. Retry later."""
 
     def __init__(self, max_waiting: int) -> None:
-        super().__init__(f"{max_waiting} calls are waiting for Redis already", executed=False)
+        super().__init__(f"{max_waiting} calls are waiting for Redis already", execution=Execution.NOT_EXECUTED)
 
 
 class NotReplicated(LimiterError):  # noqa: N818  names the thing, as UnknownTier does

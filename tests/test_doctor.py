@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import BaseModel, SecretStr
 from redis.asyncio import Redis
 
-from limiter import CreditLimiter, LimiterUnavailable, SettingsError, connect
+from limiter import CreditLimiter, Execution, LimiterUnavailable, SettingsError, connect
 from limiter.backup.dump import dump
 from limiter.backup.importer import import_file
 from limiter.backup.persister import Persister
@@ -173,11 +173,14 @@ async def test_calls_when_a_right_is_taken_away_then_the_error_names_it_and_says
     credit_limiter = CreditLimiter(redis, TIERS, deadline_ms=1000)
     assert (await credit_limiter.debit("a", tier="pro", has_hardware=True)).allowed
     # Inside a script Redis 7.0 does not name it, and the doctor does.
-    for command, named, executed in (("hset", "ACL failure|can't run this", None), ("evalsha", "'evalsha'", False)):
+    for command, named, execution in (
+        ("hset", "ACL failure|can't run this", Execution.UNKNOWN),
+        ("evalsha", "'evalsha'", Execution.NOT_EXECUTED),
+    ):
         told(server, "ACL", "SETUSER", "limiter", f"-{command}")
         with pytest.raises(LimiterUnavailable, match=f"({named}).*`limiter doctor`") as refused:
             await credit_limiter.debit("a", tier="pro", has_hardware=True)
-        assert refused.value.executed in {executed, None}
+        assert refused.value.execution in {execution, Execution.UNKNOWN}
     with pytest.raises(SettingsError, match=r"'client\|setname'.*`limiter doctor`"):
         await connect(user_on(server, "ACL SETUSER limiter reset on >PASSWORD ~credits:* +info"))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from limiter._util.cancellation import run_to_completion
 from limiter.credits.models import Backend, Decision, Settlement, SettlementStatus
-from limiter.errors import LimiterError, LimiterUnavailable
+from limiter.errors import Execution, LimiterError, LimiterUnavailable
 
 Release = Callable[[], Coroutine[Any, Any, SettlementStatus]]
 _UNSETTLED = "The hold was not settled and will lapse by itself"
@@ -69,7 +69,7 @@ async def _undo(reserving: "asyncio.Future[Decision]", release: Release) -> None
     """Give back what a reserve holds, or may hold, whose answer came to nobody."""
     await asyncio.wait({reserving})
     failure = reserving.exception()
-    if failure is None or (isinstance(failure, LimiterUnavailable) and failure.executed is not False):
+    if failure is None or (isinstance(failure, LimiterUnavailable) and failure.execution is Execution.UNKNOWN):
         await release()
 
 

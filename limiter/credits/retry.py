@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from limiter._util.backoff import Backoff
-from limiter.errors import LimiterUnavailable, Overloaded
+from limiter.errors import Execution, LimiterUnavailable, Overloaded
 
 T = TypeVar("T")
 
@@ -27,20 +27,20 @@ async def retry(
         when_overloaded: whether it is repeated where more calls wait already than should: for what ends work that was
             begun.
 
-    Raises what the last attempt raised; its `executed` is None when an earlier one may have been executed.
+    Raises what the last attempt raised; its `execution` is UNKNOWN when an earlier one may have been executed.
     """
     ends_s = time.monotonic() + deadline_s
     try:
         return await attempt()
     except LimiterUnavailable as error:
         failure = error
-    unknown = failure.executed is not False
+    unknown = failure.execution is Execution.UNKNOWN
     backoff = Backoff(first_s=0.01, max_s=0.25)
     while True:
         pause_s = backoff.next_s()
         overloaded = isinstance(failure, Overloaded) and not when_overloaded
         if (unknown and not when_unknown) or overloaded or time.monotonic() + pause_s >= ends_s:
-            failure.executed = None if unknown else False
+            failure.execution = Execution.UNKNOWN if unknown else Execution.NOT_EXECUTED
             raise failure
         await asyncio.sleep(pause_s)
         try:
@@ -51,4 +51,4 @@ async def retry(
             raise LimiterUnavailable(message) from None
         except LimiterUnavailable as error:
             failure = error
-            unknown = unknown or error.executed is not False
+            unknown = unknown or error.execution is Execution.UNKNOWN

@@ -16,7 +16,7 @@ from redis.exceptions import AskError, ClusterDownError, MovedError, RedisError,
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from limiter.errors import LimiterUnavailable, Overloaded
+from limiter.errors import Execution, LimiterUnavailable, Overloaded
 from limiter.redis.client import Client
 from limiter.redis.resp import script_load
 from limiter.redis.slot_map import SlotMap, redirect_target, slot_of
@@ -163,7 +163,7 @@ class ClusterChannel:
             async with asyncio.timeout(timeout_s):
                 return await self._slots.owner(slot)
         except (RedisConnectionError, RedisTimeoutError, OSError, TimeoutError) as error:
-            raise LimiterUnavailable(f"Redis is not reachable: {error}", executed=False) from error
+            raise LimiterUnavailable(f"Redis is not reachable: {error}", execution=Execution.NOT_EXECUTED) from error
 
 
 class ClusterPipeline(Pipeline):

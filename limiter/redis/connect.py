@@ -8,7 +8,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 
-from limiter.errors import ACL_HINT, LimiterUnavailable, SettingsError
+from limiter.errors import ACL_HINT, Execution, LimiterUnavailable, SettingsError
 from limiter.log_events import event
 from limiter.redis import embedded
 from limiter.redis.client import Client
@@ -109,9 +109,9 @@ async def _check(redis: Client, url: str, *, allow_eviction: bool) -> None:
     except CLIENT_ERRORS as error:
         if "cluster support disabled" in str(error):
             raise SettingsError(f"{subject} is not a cluster: give a redis:// URL") from error
-        raise LimiterUnavailable(f"no {subject}: {error}", executed=False) from error
+        raise LimiterUnavailable(f"no {subject}: {error}", execution=Execution.NOT_EXECUTED) from error
     if not infos:
-        raise LimiterUnavailable(f"the cluster at {redacted(url)} serves no slot", executed=False)
+        raise LimiterUnavailable(f"the cluster at {redacted(url)} serves no slot", execution=Execution.NOT_EXECUTED)
     kind: Kind = "cluster" if isinstance(redis, ClusterClient) else "single"
     findings = [
         finding

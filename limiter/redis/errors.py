@@ -22,7 +22,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from limiter._util.cancellation import CancelWatch
-from limiter.errors import ACL_HINT, BrokenRow, LimiterUnavailable, ScriptContractError
+from limiter.errors import ACL_HINT, BrokenRow, Execution, LimiterUnavailable, ScriptContractError
 
 T = TypeVar("T")
 _NOT_EXECUTED = (
@@ -45,7 +45,7 @@ def translate_error(error: Exception, row_key: str) -> Exception:  # noqa: PLR09
     """Translate an error of redis-py into one of this package, which names the key where that helps."""
     text = str(error)
     if isinstance(error, _NOT_EXECUTED) or text.startswith(_REFUSALS):
-        return LimiterUnavailable(f"Redis cannot do this now: {text}", executed=False)
+        return LimiterUnavailable(f"Redis cannot do this now: {text}", execution=Execution.NOT_EXECUTED)
     if isinstance(error, RedisTimeoutError | TimeoutError):
         return LimiterUnavailable("Redis did not answer in time: the outcome is unknown")
     if isinstance(error, DataError):
@@ -53,8 +53,9 @@ def translate_error(error: Exception, row_key: str) -> Exception:  # noqa: PLR09
     if isinstance(error, RedisConnectionError | OSError):
         return LimiterUnavailable(f"Redis is not reachable: {text}")
     if isinstance(error, NoPermissionError) or any(words in text for words in _DENIED_IN_SCRIPT):
-        executed = False if isinstance(error, NoPermissionError) else None  # a script may have got half-way
-        return LimiterUnavailable(f"Redis does not let this user do it: {text}; {ACL_HINT}", executed=executed)
+        # A script may have got half-way.
+        execution = Execution.NOT_EXECUTED if isinstance(error, NoPermissionError) else Execution.UNKNOWN
+        return LimiterUnavailable(f"Redis does not let this user do it: {text}; {ACL_HINT}", execution=execution)
     if text.startswith("BADROW "):
         return BrokenRow(row_key, text.removeprefix(f"BADROW {row_key} "))
     if text.startswith("WRONGTYPE"):

@@ -14,7 +14,7 @@ import hiredis
 from redis.asyncio.connection import AbstractConnection
 
 from limiter._util.backoff import Backoff
-from limiter.errors import LimiterUnavailable, Overloaded
+from limiter.errors import Execution, LimiterUnavailable, Overloaded
 from limiter.redis.redis_private import error_from_reply, take_over
 from limiter.redis.resp import ASKING, script_load
 
@@ -34,8 +34,8 @@ class CommandChannel(Protocol):
     def send(self, key: str, command: bytes, timeout_s: float) -> Awaitable[Any]:
         """Send an encoded command about this key; the answer ends in time, whatever happens.
 
-        Raises what the server answered, as redis-py's errors; LimiterUnavailable, with `executed` False when nothing
-        was sent; Overloaded. A cancelled call that was sent is executed all the same.
+        Raises what the server answered, as redis-py's errors; LimiterUnavailable, with `execution` NOT_EXECUTED when
+        nothing was sent; Overloaded. A cancelled call that was sent is executed all the same.
         """
         ...
 
@@ -94,7 +94,7 @@ class MultiplexedConnection:
         if len(unsent) + (len(protocol.waiting) if protocol is not None else 0) >= self._max_waiting:
             raise Overloaded(self._max_waiting)
         if self._closed:
-            raise LimiterUnavailable("the connection was closed", executed=False)
+            raise LimiterUnavailable("the connection was closed", execution=Execution.NOT_EXECUTED)
         loop = self._loop
         now = loop.time()
         answer = loop.create_future()
@@ -123,7 +123,7 @@ class MultiplexedConnection:
         if self._tick is not None:
             self._tick.cancel()
         unsent, self._unsent = self._unsent, []
-        _fail(unsent, "the connection was closed", executed=False)
+        _fail(unsent, "the connection was closed", execution=Execution.NOT_EXECUTED)
         if self._dialling is not None:
             self._dialling.cancel()
             await asyncio.wait({self._dialling})  # it may connect all the same, see `CancelWatch`
@@ -145,7 +145,11 @@ class MultiplexedConnection:
         """Tell those whose commands were sent that nobody knows what became of them; the others are sent anew."""
         if protocol is self._protocol:
             self._protocol = None
-            _fail(protocol.waiting, f"the connection to Redis broke: {reason}: the outcome is unknown", executed=None)
+            _fail(
+                protocol.waiting,
+                f"the connection to Redis broke: {reason}: the outcome is unknown",
+                execution=Execution.UNKNOWN,
+            )
             if self._unsent:
                 self._flush()
 
@@ -156,7 +160,7 @@ class MultiplexedConnection:
         except Exception as error:  # noqa: BLE001  whatever it is, nobody may wait for ever
             self._pause_s = self._backoff.next_s()
             unsent, self._unsent = self._unsent, []
-            _fail(unsent, f"Redis is not reachable: {error}", executed=False)
+            _fail(unsent, f"Redis is not reachable: {error}", execution=Execution.NOT_EXECUTED)
         else:
             self._pause_s = 0.0
             self._backoff.reset()
@@ -169,11 +173,11 @@ class MultiplexedConnection:
         # Over by the last tick, that is: when the loop itself stood still, what has come meanwhile is read first.
         now, self._ticked = self._ticked, self._loop.time()
         if late := _late(self._unsent, now):
-            _fail(late, _UNREACHED, executed=False)
+            _fail(late, _UNREACHED, execution=Execution.NOT_EXECUTED)
             self._unsent = [call for call in self._unsent if not call.answer.done()]
         protocol = self._protocol
         if protocol is not None:
-            _fail(_late(protocol.waiting, now), _LATE, executed=None)
+            _fail(_late(protocol.waiting, now), _LATE, execution=Execution.UNKNOWN)
             if protocol.is_silent(now):
                 protocol.drop("it did not answer")
         busy = self._unsent or (self._protocol and self._protocol.waiting)
@@ -283,7 +287,7 @@ def _late(calls: Iterable[_Call], now: float) -> list[_Call]:
     return [call for call in calls if now - call.sent_s >= call.timeout_s]
 
 
-def _fail(calls: Iterable[_Call], message: str, *, executed: bool | None) -> None:
+def _fail(calls: Iterable[_Call], message: str, *, execution: Execution) -> None:
     for call in calls:
         if not call.answer.done():
-            call.answer.set_exception(LimiterUnavailable(message, executed=executed))
+            call.answer.set_exception(LimiterUnavailable(message, execution=execution))

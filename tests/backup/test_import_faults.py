@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from redis import Redis as BlockingRedis
 
-from limiter import CreditLimiter, LedgerFileError, LimiterUnavailable, PutStatus, connect
+from limiter import CreditLimiter, Execution, LedgerFileError, LimiterUnavailable, PutStatus, connect
 from limiter.backup.dump import dump
 from limiter.backup.import_lock import exclusive_import
 from limiter.backup.importer import _BATCHES_SENT, BATCH_ROWS, Progress, import_file
@@ -237,7 +237,7 @@ async def test_batch_when_one_of_its_calls_fails_then_the_others_are_over_when_i
 
     async def some_fail(scripts: Scripts, keys: Sequence[str], texts: Sequence[str]) -> list[PutStatus]:
         if keys[0].endswith(":i-20"):
-            raise LimiterUnavailable("no answer", executed=None)
+            raise LimiterUnavailable("no answer", execution=Execution.UNKNOWN)
         await asyncio.sleep(0.05)
         over.append(keys[0])
         return await create_rows(scripts, keys, texts)

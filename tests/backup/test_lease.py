@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from redis.asyncio import Redis
 
-from limiter import CreditLimiter, LimiterUnavailable
+from limiter import CreditLimiter, Execution, LimiterUnavailable
 from limiter.backup.lease import Lease, LeaseLost, LeaseState
 from tests.support.credits import Clock
 from tests.support.wait import eventually
@@ -85,7 +85,7 @@ async def test_keeper_when_a_renewal_fails_then_it_goes_on_and_the_next_check_as
     async def fail() -> LeaseState | None:
         nonlocal asked
         asked += 1
-        raise LimiterUnavailable("no answer", executed=None)
+        raise LimiterUnavailable("no answer", execution=Execution.UNKNOWN)
 
     ours = lease(limiter, "a")
     async with ours.kept(renew_every_s=0.01, since=await ours.take(), renew=fail) as keeper:

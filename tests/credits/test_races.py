@@ -10,7 +10,7 @@ from typing import get_args
 import pytest
 from redis.asyncio import Redis
 
-from limiter import CreditLimiter, DecisionStatus, LimiterUnavailable, SettlementStatus, connect
+from limiter import CreditLimiter, DecisionStatus, Execution, LimiterUnavailable, SettlementStatus, connect
 from limiter.redis.lua_source import compose
 from tests.support.credits import TIERS, fields_of
 from tests.support.paths import ROOT
@@ -155,7 +155,7 @@ async def test_debit_when_its_reply_is_lost_then_it_is_debited_once_and_the_call
     proxy.lose_reply(0, loss)
     with pytest.raises(LimiterUnavailable) as unknown:
         await proxied.debit("raced", tier="pro", has_hardware=False)
-    assert unknown.value.executed is None
+    assert unknown.value.execution is Execution.UNKNOWN
     await assert_row_tells(redis, "monthly", consumed=1, on_gemini=1)
     assert [command[0] for command in proxy.commands].count(b"EVALSHA") == 1, "somebody repeated it"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from limiter import CreditLimiter, LimiterUnavailable, SettingsError, connect
+from limiter import CreditLimiter, Execution, LimiterUnavailable, SettingsError, connect
 from limiter.redis.cluster import primaries_of
 from limiter.redis.url import Address, parse_url, passwords_of, redacted
 from tests.support.certificates import write_certificate
@@ -102,7 +102,7 @@ async def test_connect_when_it_fails_then_no_error_tells_the_password(url: str) 
 async def test_connect_when_nobody_listens_then_it_is_unavailable_and_nothing_was_executed() -> None:
     with pytest.raises(LimiterUnavailable, match=r"no Redis at redis://127\.0\.0\.1:") as away:
         await connect(f"redis://127.0.0.1:{free_port()}")
-    assert away.value.executed is False
+    assert away.value.execution is Execution.NOT_EXECUTED
 
 
 @SERVERS

@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 import pytest
 from redis.asyncio import Redis
 
-from limiter import CreditLimiter, DecisionStatus, Hold, LimiterUnavailable, SettlementStatus, connect
+from limiter import CreditLimiter, DecisionStatus, Execution, Hold, LimiterUnavailable, SettlementStatus, connect
 from tests.support.credits import TIERS, fields_of
 from tests.support.redis_servers import Server
 from tests.support.wait import eventually
@@ -106,7 +106,7 @@ async def test_server_when_it_stands_still_then_calls_end_in_time_and_count_once
         with pytest.raises(LimiterUnavailable) as unknown:
             await call
         assert time.monotonic() - began < 3
-        assert unknown.value.executed is None or not may_be_executed
+        assert unknown.value.execution is Execution.UNKNOWN or not may_be_executed
     server.resume()
     again = await limiter.reserve("a", tier="pro", has_hardware=False, cost=2, hold_id="h1")
     assert (again.allowed, again.balance.held) == (True, 2)

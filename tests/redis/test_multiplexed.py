@@ -10,7 +10,7 @@ import uvloop
 from redis.asyncio import Connection
 from redis.exceptions import NoScriptError, ResponseError
 
-from limiter.errors import LimiterUnavailable, Overloaded
+from limiter.errors import Execution, LimiterUnavailable, Overloaded
 from limiter.redis.multiplexed import MultiplexedConnection, _Call
 from limiter.redis.resp import encode
 from tests.support.redis_servers import Server
@@ -118,7 +118,7 @@ async def test_call_when_its_time_is_over_before_that_of_others_then_it_is_late_
         await eventually(lambda: came(recorder, 3), what="the calls")
         with pytest.raises(LimiterUnavailable, match="did not answer in time") as unknown:
             await late
-        assert unknown.value.executed is None
+        assert unknown.value.execution is Execution.UNKNOWN
         recorder.writers[-1].write(b"+one\r\n+two\r\n+three\r\n")
         assert (await first, await patient) == (b"one", b"three")
         assert len(recorder.writers) == 1
@@ -172,7 +172,7 @@ async def test_server_when_it_says_nothing_then_the_connection_is_given_up_and_t
         for call in (late, patient):
             with pytest.raises(LimiterUnavailable, match="the outcome is unknown") as unknown:
                 await call
-            assert unknown.value.executed is None
+            assert unknown.value.execution is Execution.UNKNOWN
         after = channel.send("", echo(3), PLENTY_S)
         await eventually(lambda: came(recorder, 3), what="the call")
         recorder.writers[-1].write(b"+three\r\n")
@@ -205,7 +205,7 @@ async def test_connection_when_it_breaks_then_who_was_sent_hears_that_nobody_kno
         recorder.writers[-1].close()
         with pytest.raises(LimiterUnavailable, match="broke: the server closed it: the outcome is unknown") as unknown:
             await sent
-        assert unknown.value.executed is None
+        assert unknown.value.execution is Execution.UNKNOWN
         after = channel.send("", echo(2), PLENTY_S)
         await eventually(lambda: came(recorder, 2), what="the call")
         recorder.writers[-1].write(b"+two\r\n")
@@ -230,7 +230,7 @@ async def test_server_when_away_then_calls_say_that_nothing_was_executed_and_go_
 
     while len(refused) < 3:
         assert not await answers()
-    assert all(error.executed is False or "broke" in str(error) for error in refused)
+    assert all(error.execution is Execution.NOT_EXECUTED or "broke" in str(error) for error in refused)
     server.start()
     await eventually(answers, what="the way back")
 
@@ -243,7 +243,7 @@ async def test_server_when_it_stands_still_at_the_greeting_then_the_call_ends_in
     server.pause()
     with pytest.raises(LimiterUnavailable, match="not reached in time") as unsent:
         await channel.send("", echo(1), 0.05)
-    assert unsent.value.executed is False
+    assert unsent.value.execution is Execution.NOT_EXECUTED
     server.resume()
 
 
@@ -254,7 +254,7 @@ async def test_calls_when_more_wait_than_may_then_the_next_is_overloaded_and_lat
     calls = [channel.send("", echo(number), PLENTY_S) for number in range(10)]
     with pytest.raises(Overloaded, match="10 calls are waiting") as refused:
         channel.send("", echo(10), PLENTY_S)
-    assert refused.value.executed is False
+    assert refused.value.execution is Execution.NOT_EXECUTED
     assert len(await asyncio.gather(*calls)) == 10
     assert await channel.send("", echo(11), PLENTY_S) == b"11"
 
@@ -278,10 +278,10 @@ async def test_server_when_it_reads_slower_than_calls_come_then_they_wait_here_a
                 calls.append(channel.send("", echo("x" * 1_000_000), 1.0))
                 await asyncio.sleep(0)
             outcomes = await asyncio.gather(*calls, return_exceptions=True)
-    executed = [outcome.executed for outcome in outcomes if isinstance(outcome, LimiterUnavailable)]
-    assert len(executed) == 30
-    assert executed[0] is None
-    assert executed[-1] is False
+    executions = [outcome.execution for outcome in outcomes if isinstance(outcome, LimiterUnavailable)]
+    assert len(executions) == 30
+    assert executions[0] is Execution.UNKNOWN
+    assert executions[-1] is Execution.NOT_EXECUTED
 
 
 async def test_errors_when_the_server_answers_one_then_the_caller_has_it_and_nobody_else(
@@ -328,7 +328,7 @@ async def test_wire_when_closed_with_calls_that_were_not_sent_then_they_are_told
         await channel.aclose()
         with pytest.raises(LimiterUnavailable, match="closed") as unsent:
             await call
-        assert unsent.value.executed is False
+        assert unsent.value.execution is Execution.NOT_EXECUTED
         assert (recorder.reads, len(recorder.writers), channel._dialling) == ([], 1, None)
 
 

@@ -3,7 +3,7 @@
 import pytest
 from redis.asyncio import Redis
 
-from limiter import CreditLimiter, LimiterUnavailable, Settlement, SettlementStatus
+from limiter import CreditLimiter, Execution, LimiterUnavailable, Settlement, SettlementStatus
 from limiter.credits.models import MAX_COUNT
 from tests.support.credits import Clock, LimiterWith, fields_of
 
@@ -190,7 +190,7 @@ async def test_commit_when_the_server_is_out_of_memory_then_it_is_taken_and_only
     try:
         with pytest.raises(LimiterUnavailable) as refused:
             await impatient.reserve("a", tier="pro", has_hardware=False)
-        assert refused.value.executed is False
+        assert refused.value.execution is Execution.NOT_EXECUTED
         assert (await limiter.commit("a", "h1")).status is SettlementStatus.COMMITTED
         assert await limiter.release("a", "h2") is SettlementStatus.RELEASED
     finally:

@@ -15,7 +15,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from limiter.credits.models import Backend, Decision
-from limiter.errors import LimiterUnavailable
+from limiter.errors import Execution, LimiterUnavailable
 from limiter.log_events import event
 from limiter.relay.handlers.context import RELAY, Relay
 from limiter.relay.handlers.forwarding import Metered, Unmetered, pass_answer
@@ -126,7 +126,7 @@ async def _reserve(call: _Call, hold_id: str) -> Decision:
         decision = await relay.admission.reserve(call.request, identity.licence, credit)
     except (asyncio.CancelledError, LimiterUnavailable) as error:
         # The client left while Redis was deciding, or the reply was lost: whatever was decided is undone.
-        if not isinstance(error, LimiterUnavailable) or error.executed is not False:
+        if not isinstance(error, LimiterUnavailable) or error.execution is Execution.UNKNOWN:
             relay.settlements.undo(identity.install_id, hold_id)
         raise
     record.status, record.reason, record.from_memory = decision.status, decision.reason, decision.from_memory

@@ -15,7 +15,7 @@ from limiter._util.backoff import Backoff
 from limiter.config.settings import OnRedisDown
 from limiter.credits.limiter import CreditLimiter
 from limiter.credits.models import CORE, Balance, Decision
-from limiter.errors import BrokenRow, LimiterError, LimiterUnavailable, Overloaded, ScriptContractError
+from limiter.errors import BrokenRow, Execution, LimiterError, LimiterUnavailable, Overloaded, ScriptContractError
 from limiter.log_events import event
 
 T = TypeVar("T")
@@ -29,7 +29,7 @@ class RedisUnavailable(LimiterUnavailable):
     """Redis was unavailable already: nothing was sent, so nothing can be held."""
 
     def __init__(self) -> None:
-        super().__init__("Redis is unavailable", executed=False)
+        super().__init__("Redis is unavailable", execution=Execution.NOT_EXECUTED)
 
 
 class RedisAvailability:

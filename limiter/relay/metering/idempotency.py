@@ -26,7 +26,7 @@ from typing import NoReturn, Self
 
 from aiohttp import web
 
-from limiter.errors import LimiterUnavailable
+from limiter.errors import Execution, LimiterUnavailable
 from limiter.relay.http.problems import REQUEST_ID, Problem, ProblemRaised, fail
 from limiter.relay.metering.answer_recorder import Answer, AnswerRecorder
 from limiter.relay.metering.background_retries import BackgroundRetries
@@ -177,7 +177,7 @@ class Idempotency:
             try:
                 claimed = await asyncio.shield(claiming)
             except (asyncio.CancelledError, LimiterUnavailable) as error:
-                if not isinstance(error, LimiterUnavailable) or error.executed is not False:
+                if not isinstance(error, LimiterUnavailable) or error.execution is Execution.UNKNOWN:
                     self._undo(slot, owner, claiming)
                 raise
             if claimed.status not in _UNDECIDED:
