@@ -167,7 +167,7 @@ class _Scan:
         await self.broken_file.add({"key": key, "reason": reason} | await self._as_redis_has_it(key))
 
     async def _as_redis_has_it(self, key: str) -> dict[str, object]:
-        """Give the fields to read, and Redis' own DUMP of the key, which its RESTORE takes back."""
+        """Return the fields to read, and Redis' own DUMP of the key, which its RESTORE takes back."""
         pipeline: Any = self._session.redis.pipeline(transaction=False)
         pipeline.hgetall(key)
         pipeline.dump(key)

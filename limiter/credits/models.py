@@ -93,7 +93,7 @@ class Tiers(Mapping[str, Tier]):
         return cls({name: _tier(name, limits) for name, limits in mapping.items()})
 
     def __getitem__(self, name: str) -> Tier:
-        """Give a tier. Raises UnknownTier, which is no KeyError: a typo must not read as "no such limit"."""
+        """Return a tier. Raises UnknownTier, which is no KeyError: a typo must not read as "no such limit"."""
         try:
             return self._tiers[name]
         except KeyError:

@@ -61,7 +61,7 @@ class Entry(NamedTuple):
         return frozenset() if self.is_regular else undated_fields(self.value)
 
     def row(self, *, now_ms: int) -> Row:
-        """Give its row. now_ms: where a row without a period begins. Raises LedgerFileError."""
+        """Return its row. now_ms: where a row without a period begins. Raises LedgerFileError."""
         if self.is_regular:
             return row_from_groups(self.groups)
         if isinstance(self.value, Unusable):
@@ -190,7 +190,7 @@ class LedgerFile:
 
 
 def _stored_id(install_id: str) -> str:
-    """Give the id as Redis would have it; of one that it would not take, itself."""
+    """Return the id as Redis would have it; of one that it would not take, itself."""
     try:
         return normalise_install_id(install_id)
     except InvalidInstallId:

@@ -166,7 +166,7 @@ class Unusable(NamedTuple):
 
 
 def _fault_of(value: object, text: str) -> str:
-    """Tell what JSON can say and nobody else can take; empty for nearly all."""
+    """Return what JSON can say and nobody else can take; empty for nearly all."""
     if text.count("[") + text.count("{") > _MAX_DEPTH and _is_deeper(value, _MAX_DEPTH):
         return f"is nested more than {_MAX_DEPTH} deep"
     if "\\u" in text:

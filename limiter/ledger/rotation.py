@@ -26,12 +26,12 @@ class Generation:
 
 
 def generation_name(path: Path, trailer: Trailer) -> Path:
-    """Give a free name for a file that is about to be replaced."""
+    """Return a free name for a file that is about to be replaced."""
     return free_name(path, _stamp(trailer.time))
 
 
 def set_aside_name(path: Path, time: str) -> Path:
-    """Give a free name for a file that must not be lost: it may have what Redis has not."""
+    """Return a free name for a file that must not be lost: it may have what Redis has not."""
     return free_name(path, f"before-{_stamp(time)}")
 
 

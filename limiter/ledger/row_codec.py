@@ -74,7 +74,7 @@ def undated_fields(member: object) -> frozenset[str]:
 
 
 def line_from_row(row: Row) -> bytes:
-    """Give the row as its line of credits.json, without comma and line end: `"<id>":{…}`.
+    """Return the row as its line of credits.json, without comma and line end: `"<id>":{…}`.
 
     Raises LedgerFileError for a row that an import would not take back, as one that was edited by hand.
     """
@@ -85,7 +85,7 @@ def line_from_row(row: Row) -> bytes:
 
 
 def merged_extra(stored: str, given: str) -> str:
-    """Give the other members of both; the given ones win. A stored text that is no JSON object is given up."""
+    """Return the other members of both; the given ones win. A stored text that is no JSON object is given up."""
     try:
         members = _members_of(stored) if stored else {}
     except ValueError:
@@ -94,7 +94,7 @@ def merged_extra(stored: str, given: str) -> str:
 
 
 def extra_text(members: Mapping[str, object]) -> str:
-    """Give other members as the JSON text that a row stores; "" for none. Raises ValueError when it is too long."""
+    """Return other members as the JSON text that a row stores; "" for none. Raises ValueError when it is too long."""
     if not members:
         return ""
     text = json_bytes(members)
@@ -175,7 +175,7 @@ def _counter(member: Mapping[str, object], name: str) -> int:
 
 
 def _day(value: object) -> int | None:
-    """Give a usable anniversary day; None for what the old ledger passes over, to go by last_renewal_at."""
+    """Return a usable anniversary day; None for what the old ledger passes over, to go by last_renewal_at."""
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal) or not 1 <= value <= 31:  # noqa: PLR2004
         return None
     if value != int(value):
@@ -184,13 +184,13 @@ def _day(value: object) -> int | None:
 
 
 def _is_undated(member: Mapping[str, object]) -> bool:
-    """Tell whether the old ledger would migrate it: last_renewal_at is missing, or nothing that JavaScript sees."""
+    """Return whether the old ledger would migrate it: last_renewal_at is missing, or nothing that JavaScript sees."""
     value = member.get("last_renewal_at")
     return value is None or (isinstance(value, str | int | float | Decimal) and not value)
 
 
 def _month_start(member: Mapping[str, object]) -> str | None:
-    """Give the first of the row's `month`, as JavaScript's Date.UTC has it: month 13 is the next year's January."""
+    """Return the first of the row's `month`, as JavaScript's Date.UTC has it: month 13 is the next year's January."""
     month = member.get("month")
     parts = _MONTH.fullmatch(month) if isinstance(month, str) else None
     if parts is None:

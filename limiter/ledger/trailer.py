@@ -55,7 +55,7 @@ class DumpedFile:
     stat: os.stat_result
 
     def is_still(self, status: os.stat_result) -> bool:
-        """Tell whether a stat is that of this very file, unchanged."""
+        """Return whether a stat is that of this very file, unchanged."""
         return (
             os.path.samestat(status, self.stat)
             and status.st_mtime_ns == self.stat.st_mtime_ns
@@ -64,14 +64,14 @@ class DumpedFile:
 
 
 def meta_line(*, epoch: int, sequence: int, time: str, rows: int, broken: int) -> bytes:
-    """Give the last line up to where the checksum begins."""
+    """Return the last line up to where the checksum begins."""
     return b'}, "meta": {"format":%d,"epoch":%d,"sequence":%d,"time":"%s","rows":%d,"broken":%d' % (
         *(FORMAT, epoch, sequence, time.encode(), rows, broken),
     )
 
 
 def checksum_end(checksum: str) -> bytes:
-    """Give the rest of it."""
+    """Return the rest of it."""
     return b',"checksum":"%s"}}\n' % checksum.encode()
 
 
@@ -107,7 +107,7 @@ def check_trailer(path: Path, *, on_read: Callable[[int], None] | None = None) -
 
 
 def has_header(path: Path) -> bool:
-    """Tell whether a file begins as those that limiter writes. Raises OSError."""
+    """Return whether a file begins as those that limiter writes. Raises OSError."""
     with path.open("rb") as stream:
         return stream.read(len(HEAD)) == HEAD
 
