@@ -36,7 +36,7 @@ async def read_row(session: Session, install_id: str) -> Row | None:
 
 
 async def scan_keys(session: Session) -> AsyncIterator[list[bytes]]:
-    """Yield the key of every row, once each and in no order, as many at a time as SCAN gives. Raises LimiterUnavailable.
+    """Yield the key of every row, once each and in no order, in the batches that SCAN gives. Raises LimiterUnavailable.
 
     A row that is made or deleted meanwhile may be among them or not. Memory: 12 to 24 bytes a row, by which a key is
     known again that SCAN gives twice while the key space is resized.
