@@ -1,7 +1,7 @@
 """The names of log events: stable words to search for and to alert on. docs/reference/log-events.md tells what to do.
 
-A line about a single request has its id in `request_id`. Whoever uses this package as a library sees the sentence of an
-event as the message of a standard log record, and its name as the record's attribute `event`.
+A line about a single request has its id in `request_id`. Where this package is used as a library, the sentence of an
+event is the message of a standard log record, and its name the record's attribute `event`.
 """
 
 from typing import Literal
@@ -32,6 +32,9 @@ LogEvent = Literal[
     "dump_set_aside",
     "import_waiting",
     "restore_waiting",
+    "lease_not_renewed",
+    "lease_not_released",
+    "redis_protocol_error",
 ]
 
 

@@ -9,7 +9,7 @@
 --   another request); answer is "" but for KEPT
 local claim_key   = KEYS[1]            -- hash: owner, fingerprint, begun_ms, busy_until_ms, answer, attempt, taker; has a TTL
 local owner       = ARGV[1]            -- string, 1..64 bytes: this attempt
-local fingerprint = ARGV[2]            -- string, 1..64 bytes: what is asked for
+local fingerprint = ARGV[2]            -- string, 1..64 bytes: what is requested
 local claim_ms    = tonumber(ARGV[3])  -- int > 0, milliseconds until the claim expires
 local attempt     = tonumber(ARGV[4])  -- int >= 0, the attempt's number; "" where the key names the request
 local missed_ms   = tonumber(ARGV[5])  -- int >= 0, milliseconds since its first attempt ended unclaimed; "" if none did

@@ -4,7 +4,7 @@
 -- Reply: {status}   status: KEPT | LOST (another attempt has the claim: nothing is noted)
 local claim_key   = KEYS[1]            -- hash, see idempotency_claim.lua; always with a TTL
 local owner       = ARGV[1]            -- string, 1..64 bytes: this attempt
-local fingerprint = ARGV[2]            -- string, 1..64 bytes: what is asked for
+local fingerprint = ARGV[2]            -- string, 1..64 bytes: what is requested
 local busy_ms     = tonumber(ARGV[3])  -- int >= 0, milliseconds for which it may still run; 0 when it is over
 local answer      = ARGV[4]            -- bytes, packed; "" for none
 local keep_ms     = tonumber(ARGV[5])  -- int > 0, milliseconds until the key is forgotten

@@ -87,7 +87,7 @@ async def dump(
     as from a command line, any dump of limiter's may be replaced. Rows that cannot be read are left out, and go as
     Redis has them to `<name>.broken.json`: the report then is not `clean`. Raises LedgerFileError, with nothing
     replaced, when the file cannot be written, has rows and Redis none, or is another's by now; LimiterUnavailable when
-    Redis goes away.
+    Redis becomes unavailable.
     """
     time = iso_from_ms(await session.server_time_ms())
     with SideFile(path.parent / f"{path.name}.broken.json", "broken") as broken_file, LedgerWriter(path) as file:

@@ -1,6 +1,6 @@
 """One import at a time: a lease of its own in Redis, beside that of the persisters. A second one waits for the first.
 
-It is for order, not for safety: each row is stored whole, whoever else stores rows.
+It is for order, not for safety: each row is stored whole, whatever else stores rows.
 """
 
 import asyncio

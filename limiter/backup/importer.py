@@ -80,7 +80,7 @@ async def import_file(
     `create` wants a Redis with no rows but those of this very file, as a repeat finds it; `merge` keeps the larger
     counters; `replace` overwrites. Rows that only Redis has stay, and so do live holds. A repeat changes nothing.
     Raises LedgerFileError, with nothing changed, for a file that is broken anywhere or a Redis with other rows;
-    LimiterUnavailable when Redis goes away, after which the same import can be repeated.
+    LimiterUnavailable when Redis becomes unavailable, after which the same import can be repeated.
     """
     now_ms = await session.server_time_ms()
     rejected_path = path.parent / f"{path.name}.rejected.json"
@@ -191,8 +191,8 @@ class _Import:
                 rows += sent.popleft()[0]
                 self._report("write", rows)
         except LimiterError as error:
-            told = str(error).rstrip(".")
-            error.args = (f"{told}. Of {self.good:,} rows {rows:,} or more are in, each whole: import the file again",)
+            cause = str(error).rstrip(".")
+            error.args = (f"{cause}. Of {self.good:,} rows {rows:,} or more are in, each whole: import the file again",)
             raise
         finally:
             for _, task in sent:

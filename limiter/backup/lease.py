@@ -18,6 +18,7 @@ from enum import StrEnum
 from limiter._util.cancellation import CancelWatch
 from limiter.credits.session import Session
 from limiter.errors import LimiterError
+from limiter.log_events import event
 
 _LOG = logging.getLogger("limiter")
 
@@ -91,7 +92,7 @@ class Lease:
         """Renew the lease in a task of its own until the block ends. It neither takes it nor gives it back.
 
         A renewal that fails is only logged, for the next one may succeed: a lease that has expired is missed when it is
-        needed, by `LeaseKeeper.check` or by whoever takes it again.
+        needed, by `LeaseKeeper.check` or by the next `take`.
 
         Args:
             renew_every_s: seconds between renewals; several should fit into `lease_s`.
@@ -152,7 +153,7 @@ class LeaseKeeper:
             try:
                 await self._renew_once()
             except LimiterError as error:
-                _LOG.debug("The lease was not renewed: %s", error)
+                _LOG.debug("The lease was not renewed: %s", error, extra=event("lease_not_renewed"))
             cancel.check()
 
     async def _renew_once(self) -> None:

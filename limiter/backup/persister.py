@@ -155,7 +155,7 @@ class Persister:
             try:
                 await self._lease.give_back()
             except LimiterError as error:
-                _LOG.debug("The lease was not given back, and will expire: %s", error)
+                _LOG.debug("The lease was not released, and will expire: %s", error, extra=event("lease_not_released"))
 
     async def _dump(self, leased: LeaseState) -> None:
         try:

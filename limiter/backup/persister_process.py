@@ -64,7 +64,7 @@ class PersisterProcess:
         return at if isinstance(at, str) else None
 
     async def _keep(self) -> None:
-        """Keep a child running until told to stop."""
+        """Keep a child running until `stop` is called."""
         backoff = Backoff(first_s=0.5, max_s=15.0)
         while True:
             reported, code = await self._run()

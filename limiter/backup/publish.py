@@ -1,6 +1,6 @@
 """How a dump takes the place of the file that is there: whether it may, and under which name that one stays.
 
-A file is replaced only by one that was scanned after it: whoever was paused meanwhile finds another file there, or
+A file is replaced only by one that was scanned after it: a writer that was paused finds another file there, or
 another writer's lease, and gives up. What is replaced stays: as a generation, or set aside when it may have what Redis
 has not. Rows never expire, so a file that has more is one that was not imported, or Redis has lost its data.
 """

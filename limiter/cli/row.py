@@ -58,7 +58,7 @@ def _document(row: Row, balances: list[Balance]) -> dict[str, object]:
                 "backend": hold.backend,
                 "tier": hold.tier,
                 "cost": hold.cost,
-                "lapses_at": iso_from_ms(hold.lapses_ms),
+                "lapses_at": iso_from_ms(hold.expires_ms),
             }
             for hold in row.holds
         ],
@@ -81,7 +81,7 @@ def _print(row: Row, balances: list[Balance]) -> None:
     OUT.print(table)
     now_ms = balances[0].now_ms if balances else int(time.time() * 1000)
     for hold in row.holds:
-        left_s = (hold.lapses_ms - now_ms) / 1000
+        left_s = (hold.expires_ms - now_ms) / 1000
         state = f"expires in {left_s:.0f} s" if left_s > 0 else "expired: it can still be committed for an hour"
         OUT.print(f"\nhold {hold.hold_id}: {hold.cost} of {hold.tier} on {hold.backend}, {state}", markup=False)
 

@@ -1,6 +1,6 @@
 """Remembers for a moment who was refused for want of credits, so that a client that hammers costs few calls.
 
-It may only refuse, and only what Redis would refuse too if nobody elsewhere had changed the row since: for a cost above
+It may only refuse, and only what Redis would refuse too if no other node had changed the row since: for a cost above
 what remained, not across a renewal, and never after a change that this process made.
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from limiter.credits.models import Balance, Decision, DecisionStatus, Reason
 
-Asked = tuple[int, float]  # how many changes there had been, and when: epoch or monotonic milliseconds
+Snapshot = tuple[int, float]  # how many changes there had been, and when: epoch or monotonic milliseconds
 _MAX_REFUSALS = 10_000  # refusals that are kept; the oldest go first
 _SLOTS = 4096  # a change forgets the refusals of some other installs, too, and costs no memory
 
@@ -22,16 +22,16 @@ class DenialCache:
     def __init__(self, keep_ms: int, clock: Callable[[], int] | None) -> None:
         self._keep_ms = keep_ms
         self._now_ms: Callable[[], float] = clock or _monotonic_ms
-        self._denied: dict[tuple[str, str], tuple[Asked, float, Balance]] = {}
+        self._denied: dict[tuple[str, str], tuple[Snapshot, float, Balance]] = {}
         self._changes = 0
         self._changed = [0] * _SLOTS
 
-    def snapshot(self) -> Asked:
-        """Give what `note` wants to know of the time before Redis was asked."""
+    def snapshot(self) -> Snapshot:
+        """Return what `record` needs to know of the time before the call to Redis."""
         return self._changes, self._now_ms() if self._keep_ms else 0
 
     def lookup(self, row_key: str, tier: str, cost: int, hold_id: str) -> Decision | None:
-        """Give the refusal that Redis would give, if it is known."""
+        """Return the refusal that Redis would make, if it is known."""
         denied = self._denied.get((row_key, tier))
         if denied is None:
             return None
@@ -45,10 +45,10 @@ class DenialCache:
         balance = balance._replace(now_ms=balance.now_ms + int(now_ms - asked_ms))
         return Decision(DecisionStatus.DENIED, Reason.OUT_OF_CREDITS, None, hold_id, balance, from_memory=True)
 
-    def record(self, row_key: str, asked: Asked, decision: Decision | None) -> None:
-        """Remember a refusal; anything else may have changed the row. None: nobody knows what was decided.
+    def record(self, row_key: str, before: Snapshot, decision: Decision | None) -> None:
+        """Remember a refusal; anything else may have changed the row. None: the outcome is unknown.
 
-        Where something is held, Redis is asked again: this hold id may be live already, which is no refusal.
+        Where something is held, the next call goes to Redis: this hold id may be live already, which is not a refusal.
         """
         if not self._keep_ms:
             return
@@ -57,13 +57,13 @@ class DenialCache:
         elif decision.reason is Reason.OUT_OF_CREDITS and not decision.balance.held:
             balance = decision.balance
             lasts_ms = self._keep_ms
-            if balance.renews_ms is not None:  # both by the server's clock; it had not come to now_ms when it was asked
+            if balance.renews_ms is not None:  # both by the server's clock; it had not reached now_ms at the call
                 lasts_ms = min(lasts_ms, balance.renews_ms - balance.now_ms)
             key = row_key, balance.tier
             self._denied.pop(key, None)
             if len(self._denied) >= _MAX_REFUSALS:
                 del self._denied[next(iter(self._denied))]
-            self._denied[key] = asked, asked[1] + lasts_ms, balance
+            self._denied[key] = before, before[1] + lasts_ms, balance
 
     def invalidate_all(self) -> None:
         """Forget everything."""
@@ -72,7 +72,7 @@ class DenialCache:
         self._changed = [self._changes] * _SLOTS
 
     def invalidate(self, row_key: str) -> None:
-        """Forget what is known of a row that this process changed, or may have, and what is being asked just now."""
+        """Forget what is known of a row that this process changed, or may have, and calls that are under way."""
         self._changes += 1
         self._changed[hash(row_key) % _SLOTS] = self._changes
 

@@ -1,6 +1,6 @@
 """The block of code that a hold lives in: its credits are reserved before it, and committed or given back after it.
 
-It settles on every way out, cancellation included. How to reserve, commit and release it is told.
+It settles on every way out, cancellation included. It is given how to reserve, commit and release.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from limiter.credits.models import Backend, Decision, Settlement, SettlementStat
 from limiter.errors import Execution, LimiterError, LimiterUnavailable
 
 Release = Callable[[], Coroutine[Any, Any, SettlementStatus]]
-_UNSETTLED = "The hold was not settled and will lapse by itself"
+_UNSETTLED = "The hold was not settled and will expire by itself"
 
 
 class Hold:
@@ -37,7 +37,7 @@ class Hold:
         return self.decision.backend
 
     def charge(self, *, backend: Backend | None = None, cost: int | None = None) -> None:
-        """Say what was really used, for the commit at the end of the block."""
+        """Set what was really used, for the commit at the end of the block."""
         self.used_backend, self.used_cost = backend, cost
 
 
@@ -66,7 +66,7 @@ async def hold_context(
 
 
 async def _undo(reserving: "asyncio.Future[Decision]", release: Release) -> None:
-    """Give back what a reserve holds, or may hold, whose answer came to nobody."""
+    """Release what a reserve holds, or may hold, whose answer was not received."""
     await asyncio.wait({reserving})
     failure = reserving.exception()
     if failure is None or (isinstance(failure, LimiterUnavailable) and failure.execution is Execution.UNKNOWN):
@@ -78,4 +78,4 @@ async def _noting(reason: BaseException, release: Awaitable[SettlementStatus | N
     try:
         await release
     except LimiterError as unsettled:
-        reason.add_note(f"The hold was not released and will lapse by itself: {unsettled}")
+        reason.add_note(f"The hold was not released and will expire by itself: {unsettled}")

@@ -17,12 +17,12 @@ _PREFIX = re.compile(r"[A-Za-z0-9._:-]{1,32}", re.ASCII)
 
 
 def is_uuid(text: str) -> bool:
-    """Tell whether the text is a UUID in its usual 36 characters, in any case."""
+    """Return whether the text is a UUID in its usual 36 characters, in any case."""
     return _UUID.fullmatch(text) is not None
 
 
 def normalise_install_id(install_id: str) -> str:
-    """Give the id as it is stored: a UUID in lower case, anything else as it is.
+    """Return the id as it is stored: a UUID in lower case, anything else as it is.
 
     Raises InvalidInstallId unless it has 1 to 64 characters of `A-Z a-z 0-9 . _ -`.
     """
@@ -52,39 +52,39 @@ class Keys:
         self.install_pattern = f"{prefix}:install:*"
 
     def install(self, install_id: str) -> str:
-        """Give the key of an install's row. Raises InvalidInstallId."""
+        """Return the key of an install's row. Raises InvalidInstallId."""
         return self._install + normalise_install_id(install_id)
 
     def install_id(self, key: str) -> str:
-        """Give back the install id of such a key."""
+        """Return the install id of such a key."""
         return key.removeprefix(self._install)
 
     def claim(self, install_id: str, idempotency_key: str) -> str:
-        """Give the key of what became of an install's `Idempotency-Key`. Raises InvalidInstallId."""
+        """Return the key of what became of an install's `Idempotency-Key`. Raises InvalidInstallId."""
         return f"{self.prefix}:claim:{normalise_install_id(install_id)}:{_digest(idempotency_key)}"
 
     def sdk_retry(self, install_id: str, fingerprint: str) -> str:
-        """Give the key of what became of an install's latest request of a kind. Raises InvalidInstallId."""
+        """Return the key of what became of an install's latest request of a kind. Raises InvalidInstallId."""
         return f"{self.prefix}:retry:{normalise_install_id(install_id)}:{fingerprint}"
 
     def seats(self, subject: str) -> str:
-        """Give the key of the seats of a licence's subject, which may be any text."""
+        """Return the key of the seats of a licence's subject, which may be any text."""
         return f"{self.prefix}:seats:{_digest(subject)}"
 
     def probe(self) -> str:
-        """Give a key that nothing is kept at, to try out what may be done."""
+        """Return a key that does not exist, to probe what a user may do."""
         return f"{self.prefix}:doctor"
 
     def mint(self, network: str | None) -> str:
-        """Give the key that counts the new installs of a network, or of all."""
+        """Return the key that counts the new installs of a network, or of all."""
         return f"{self.prefix}:mint:{network or 'all'}"
 
     def lease(self) -> str:
-        """Give the key of the persisters' lease."""
+        """Return the key of the persisters' lease."""
         return f"{self.prefix}:persister"
 
     def import_lease(self) -> str:
-        """Give the key of the lease that imports have one after the other."""
+        """Return the key of the lease that imports have one after the other."""
         return f"{self.prefix}:import"
 
 

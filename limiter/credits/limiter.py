@@ -101,7 +101,7 @@ class CreditLimiter:
     ) -> Settlement:
         """Turn a hold into a debit, of the backend and cost given or else of those held.
 
-        COMMITTED; LATE when the hold had lapsed, debited all the same; GONE when there is no such hold, as after the
+        COMMITTED; LATE when the hold had expired, debited all the same; GONE when there is no such hold, as after the
         first of two commits. Raises InvalidInstallId, BrokenRow, LimiterUnavailable.
         """
         key = self.session.keys.install(install_id)
@@ -126,7 +126,7 @@ class CreditLimiter:
             self._denial_cache.invalidate(key)
 
     async def release(self, install_id: str, hold_id: str) -> SettlementStatus:
-        """Give a hold back: RELEASED, or GONE when there is no such hold. Raises as `commit`."""
+        """Release a hold: RELEASED, or GONE when there is no such hold. Raises as `commit`."""
         key = self.session.keys.install(install_id)
         hold = _checked_hold_id(hold_id)
         try:
@@ -163,7 +163,7 @@ class CreditLimiter:
         )
 
     async def balance(self, install_id: str, *, tier: str) -> Balance:
-        """Tell what a tier has left on a row; an unknown install has what a new one would. Writes nothing."""
+        """Return the balance of a tier on a row; an unknown install has that of a new one. Writes nothing."""
         limits = self.tiers[tier]
         key = self.session.keys.install(install_id)
         return await self.session.retry(lambda: self._scripts.balance(key, tier=limits, now_ms=self.session.now_ms()))
@@ -211,7 +211,7 @@ class CreditLimiter:
         denied = self._denial_cache.lookup(key, tier, cost, hold_id)
         if denied is not None:
             return denied
-        asked = self._denial_cache.snapshot()
+        before = self._denial_cache.snapshot()
         decision = None
         try:
             decision = await self.session.retry(attempt, when_unknown=when_unknown)
@@ -219,7 +219,7 @@ class CreditLimiter:
             error.hold_id = hold_id or None
             raise
         finally:
-            self._denial_cache.record(key, asked, decision)
+            self._denial_cache.record(key, before, decision)
         return decision
 
 

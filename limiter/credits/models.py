@@ -18,7 +18,7 @@ Counter = Literal["lifetime", "monthly"]
 
 MAX_COUNT = 2**53 - 1  # the largest integer that Lua counts to
 MAX_COST = 1_000_000  # keeps a hold's text within a listpack's 64 bytes
-CORE = "core"  # the tier of whoever has no licence, and of every new row
+CORE = "core"  # the tier of installs without a licence, and of every new row
 TIER_NAME = re.compile(r"[A-Za-z0-9_-]{1,20}", re.ASCII)
 _TIER_KEYS = frozenset({"lifetime", "monthly", "gemini_cap", "max_in_flight"})
 
@@ -79,7 +79,7 @@ class Tiers(Mapping[str, Tier]):
 
     def __init__(self, tiers: Mapping[str, Tier]) -> None:
         if CORE not in tiers:
-            raise SettingsError("the tiers must hold 'core', the tier of whoever has no licence")
+            raise SettingsError("the tiers must hold 'core', the tier of installs without a licence")
         self._tiers = dict(tiers)
         self.lifetime_names = ",".join(tier.name for tier in tiers.values() if tier.counter == "lifetime")
 
@@ -93,7 +93,7 @@ class Tiers(Mapping[str, Tier]):
         return cls({name: _tier(name, limits) for name, limits in mapping.items()})
 
     def __getitem__(self, name: str) -> Tier:
-        """Return a tier. Raises UnknownTier, which is no KeyError: a typo must not read as "no such limit"."""
+        """Return a tier. Raises UnknownTier, which is not a KeyError: a typo must not read as "no such limit"."""
         try:
             return self._tiers[name]
         except KeyError:
@@ -176,7 +176,7 @@ class Balance(NamedTuple):
 class Decision(NamedTuple):
     """The answer to reserve or debit. `backend` is set when allowed, `reason` when denied.
 
-    from_memory: Redis was not asked, as it has just refused the same.
+    from_memory: decided without Redis, which has just refused the same.
     """
 
     status: DecisionStatus
@@ -206,14 +206,14 @@ class Settlement(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class HeldCredits:
-    """A hold as the row shows it. It is live until `lapses_ms` (epoch milliseconds)."""
+    """A hold as the row shows it. It is live until `expires_ms` (epoch milliseconds)."""
 
     hold_id: str
     backend: str
     tier: str
     counter: str
     cost: int
-    lapses_ms: int
+    expires_ms: int
 
 
 class FieldKind(Enum):

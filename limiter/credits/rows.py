@@ -124,8 +124,8 @@ class _RowFields:
         parts = _HOLD.fullmatch(self.text[name])
         if parts is None:
             raise self._broken(name, "text like 'gemini pro monthly 1 1780000000000'")
-        backend, tier, counter, cost, lapses_ms = parts.groups()
-        return HeldCredits(name.removeprefix("hold:"), backend, tier, counter, int(cost), int(lapses_ms))
+        backend, tier, counter, cost, expires_ms = parts.groups()
+        return HeldCredits(name.removeprefix("hold:"), backend, tier, counter, int(cost), int(expires_ms))
 
     def _broken(self, name: str, want: str) -> BrokenRow:
         return BrokenRow(self.key, f"field {name} is {self.text.get(name, '')[:80]!r}, want {want}")

@@ -1,7 +1,7 @@
 """credits.json, read as a whole. Its other parts: `row_codec`, `row_fast_path`, `writer`, `trailer`.
 
 No Redis here. It streams: memory does not grow with the file, but for 12 to 24 bytes an install id, by which
-duplicates are told. What it gives up, it gives up with line, column and cause, and before anybody wrote anything.
+duplicates are recognised. What it refuses, it refuses with line, column and cause, before anything is written.
 """
 
 import os
@@ -70,7 +70,7 @@ class Entry(NamedTuple):
 
 
 class LedgerFile:
-    """An open credits.json, read from its start as often as asked. A `with` block closes it.
+    """An open credits.json, read from its start as often as needed. A `with` block closes it.
 
     It stays the same file when another takes its name meanwhile. Raises LedgerFileError when it cannot be opened.
     """
@@ -87,7 +87,7 @@ class LedgerFile:
             raise LedgerFileError(f"{path} cannot be read: {error.strerror}") from error
         if not stat.S_ISREG(self.stat.st_mode):
             self._stream.close()
-            raise LedgerFileError(f"{path} cannot be read: it is no regular file")
+            raise LedgerFileError(f"{path} cannot be read: it is not a regular file")
         self._text = JsonStream(path, self._stream)
 
     @property

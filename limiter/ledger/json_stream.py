@@ -17,7 +17,14 @@ _MAX_ITEM_BYTES = 1024 * 1024  # of a row, or a name
 _MAX_DEPTH = 64
 _WIDE = (b"\xff\xfe", b"\xfe\xff")
 _SPACE = " \t\n\r"
-_WORDS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")  # the last three are none, which is told later
+_WORDS = (
+    "true",
+    "false",
+    "null",
+    "NaN",
+    "Infinity",
+    "-Infinity",
+)  # the last three are not JSON, which is reported later
 _MAX_WORD_LENGTH = max(map(len, _WORDS))
 _TRUNCATED = "the file ends in the middle: it is truncated"
 
@@ -86,7 +93,7 @@ class JsonStream:
         return str(name)
 
     def names(self) -> Iterator[str]:
-        """Read an object, name by name: the caller reads the value before it asks for the next one."""
+        """Read an object, name by name: the caller reads each value before it takes the next name."""
         self.expect("{", "an object")
         if self.peek() == "}":
             self.at += 1
@@ -99,7 +106,7 @@ class JsonStream:
     def value(self, of: str, *, most_bytes: int = _MAX_ITEM_BYTES) -> object:
         """Read a value whole: an integer of any size is an int, another number a Decimal. of: whose it is, for errors.
 
-        No name may be twice in an object: which of the two values counts is for whoever wrote it to say.
+        No name may be twice in an object: only its author can say which of the two values counts.
         """
         value, end = self._decoded(of, most_bytes)
         if fault := _fault_of(value, self.window[self.at : end]):
@@ -108,7 +115,7 @@ class JsonStream:
         return value
 
     def item(self, of: str) -> object:
-        """Read a value as `value` does; one that is JSON and still nobody else could take comes as an Unusable."""
+        """Read a value as `value` does; one that is JSON but cannot be used is returned as Unusable."""
         value, end = self._decoded(of, _MAX_ITEM_BYTES)
         text, self.at = self.window[self.at : end], end
         fault = _fault_of(value, text)
@@ -159,14 +166,14 @@ class JsonStream:
 
 
 class Unusable(NamedTuple):
-    """JSON by its text that nobody else could take, and what is wrong with it."""
+    """JSON that cannot be used, and what is wrong with it."""
 
     fault: str
     text: str
 
 
 def _fault_of(value: object, text: str) -> str:
-    """Return what JSON can say and nobody else can take; empty for nearly all."""
+    """Return why JSON cannot be used, although it is valid; empty for nearly all."""
     if text.count("[") + text.count("{") > _MAX_DEPTH and _is_deeper(value, _MAX_DEPTH):
         return f"is nested more than {_MAX_DEPTH} deep"
     if "\\u" in text:

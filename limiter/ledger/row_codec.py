@@ -85,7 +85,7 @@ def line_from_row(row: Row) -> bytes:
 
 
 def merged_extra(stored: str, given: str) -> str:
-    """Return the other members of both; the given ones win. A stored text that is no JSON object is given up."""
+    """Return the other members of both; the given ones win. A stored text that is not a JSON object is dropped."""
     try:
         members = _members_of(stored) if stored else {}
     except ValueError:
@@ -268,7 +268,7 @@ def _members_of(text: str) -> dict[str, object]:
     except RecursionError:
         raise ValueError("its extra is nested too deeply") from None
     except (ValueError, RefusedJson) as error:
-        raise ValueError(f"its extra is no JSON: {error}") from None
+        raise ValueError(f"its extra is not valid JSON: {error}") from None
     if not isinstance(members, dict):
         raise ValueError(f"its extra is {kind_of(members)}, want an object")  # noqa: TRY004  it was edited by hand
     return members
@@ -277,7 +277,7 @@ def _members_of(text: str) -> dict[str, object]:
 def _fragment(value: object) -> orjson.Fragment:
     if isinstance(value, Decimal):
         return orjson.Fragment(str(value))
-    raise TypeError(f"{type(value).__name__} is no JSON value")
+    raise TypeError(f"{type(value).__name__} is not a JSON value")
 
 
 def _widened(value: object) -> object:

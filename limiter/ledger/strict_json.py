@@ -12,11 +12,11 @@ _SHOWN_CHARACTERS = 80
 
 
 class RefusedJson(Exception):  # noqa: N818  names the thing, as UnknownTier does
-    """JSON by its text that nobody can rely on. Not a ValueError, which the decoder raises for what is no JSON."""
+    """Valid JSON that no program can rely on. Not a ValueError, which the decoder raises for invalid JSON."""
 
 
 def _refuse_constant(word: str) -> NoReturn:
-    raise RefusedJson(f"{word} is no JSON number")
+    raise RefusedJson(f"{word} is not a JSON number")
 
 
 def _members(pairs: Iterable[tuple[str, object]]) -> dict[str, object]:

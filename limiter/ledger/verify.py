@@ -79,7 +79,7 @@ def _check_trailer(path: Path, faults: _Faults) -> Trailer | None:
 
 
 def _check_rows(file: LedgerFile, faults: _Faults) -> int | None:
-    """Count the rows that can be taken; None when there is no reading on to the end."""
+    """Count the rows that can be taken; None when the file cannot be read to its end."""
     rows = 0
     try:
         for _, row in file.rows(now_ms=time.time_ns() // 1_000_000):

@@ -10,7 +10,7 @@ from limiter.redis.lua_source import compose, script_names
 from limiter.redis.url import Kind
 
 Probe = tuple[str | int, ...]
-KEY = "{key}"  # stands for a key that nobody has
+KEY = "{key}"  # stands for a key that does not exist
 _NO_SCRIPT = "0" * 40
 # SELECT has none: each connection begins with it.
 # SET comes first: it leaves a text for some seconds, on which the commands for hashes then do nothing.
@@ -49,19 +49,19 @@ _SENT_TO: dict[Kind, set[str]] = {
 
 
 def needed_commands(kind: Kind, *, database: int = 0) -> list[str]:
-    """Give the commands that a user needs, as ACL rules name them."""
+    """Return the commands that a user needs, as ACL rules name them."""
     selects = {"select"} if database else set()
     return sorted(_SENT | _SENT_TO[kind] | _commands_of_scripts() | selects)
 
 
 def acl_line(prefix: str, commands: list[str], *, user: str = "limiter") -> str:
-    """Give the line that makes such a user, with a word in place of its password."""
+    """Return the line that creates such a user, with a placeholder for its password."""
     allowed = " ".join(f"+{command}" for command in commands)
     return f"ACL SETUSER {user} reset on >PASSWORD ~{prefix}:* {allowed}"
 
 
 def probes(commands: list[str], key: str) -> list[tuple[str, Probe]]:
-    """Give a harmless call for each command, in the order in which they are harmless."""
+    """Return a harmless call of each command, in an order in which they are harmless."""
     return [
         (command, tuple(key if word == KEY else word for word in probe))
         for command, probe in _PROBES.items()

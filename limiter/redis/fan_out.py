@@ -1,4 +1,4 @@
-"""Asking several servers the same at once, so that one that hangs holds nobody up."""
+"""One query to several servers at once, so that one that hangs delays no caller."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
@@ -20,9 +20,9 @@ class FanOut(Generic[T]):
         self._asked: dict[Address, asyncio.Task[T]] = {}
 
     async def answers(self, addresses: Iterable[Address]) -> AsyncIterator[T | BaseException]:
-        """Give the answers as they come; a server that gives none comes as its error.
+        """Yield the answers as they arrive; a server without one yields its error.
 
-        Whoever has heard enough goes: the others end by themselves. Nobody is asked while it still owes an answer.
+        A caller may stop early: the other queries end by themselves. A server that still owes an answer gets no query.
         """
         waiting = {self._task(address) for address in addresses}
         while waiting:
@@ -34,7 +34,7 @@ class FanOut(Generic[T]):
                 yield task.result() if failure is None else failure
 
     async def aclose(self) -> None:
-        """Wait until nobody owes an answer."""
+        """Wait until no server owes an answer."""
         await asyncio.gather(*self._asked.values(), return_exceptions=True)
 
     def _task(self, address: Address) -> "asyncio.Task[T]":
@@ -47,4 +47,4 @@ class FanOut(Generic[T]):
     def _forget(self, address: Address, done: "asyncio.Task[T]") -> None:
         del self._asked[address]
         if not done.cancelled():
-            done.exception()  # heard, also when nobody waits for it any more
+            done.exception()  # retrieved, also when it is not awaited any more

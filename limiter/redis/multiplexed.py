@@ -15,6 +15,7 @@ from redis.asyncio.connection import AbstractConnection
 
 from limiter._util.backoff import Backoff
 from limiter.errors import Execution, LimiterUnavailable, Overloaded
+from limiter.log_events import event
 from limiter.redis.redis_private import error_from_reply, take_over
 from limiter.redis.resp import ASKING, script_load
 
@@ -113,7 +114,7 @@ class MultiplexedConnection:
         return self.send(key, script_load(text), timeout_s)
 
     def renew(self) -> None:
-        """Give the connection up for a new one: another server has taken this one's place."""
+        """Replace the connection by a new one: another server has taken this one's place."""
         if self._protocol is not None:
             self._protocol.drop("another server took over")
 
@@ -142,7 +143,7 @@ class MultiplexedConnection:
             protocol.write(calls)
 
     def _lost(self, protocol: "_ReplyProtocol", reason: str) -> None:
-        """Tell those whose commands were sent that nobody knows what became of them; the others are sent anew."""
+        """Fail the calls that were sent, with an unknown outcome; send the others on a new connection."""
         if protocol is self._protocol:
             self._protocol = None
             _fail(
@@ -157,7 +158,7 @@ class MultiplexedConnection:
         try:
             await asyncio.sleep(self._pause_s)
             await self.open()
-        except Exception as error:  # noqa: BLE001  whatever it is, nobody may wait for ever
+        except Exception as error:  # noqa: BLE001  whatever it is, no caller may wait for ever
             self._pause_s = self._backoff.next_s()
             unsent, self._unsent = self._unsent, []
             _fail(unsent, f"Redis is not reachable: {error}", execution=Execution.NOT_EXECUTED)
@@ -215,7 +216,7 @@ class _ReplyProtocol(asyncio.Protocol):
         self._transport.write(b"".join([call.command for call in calls]))
 
     def is_silent(self, now: float) -> bool:
-        """Tell whether nothing at all came for as long as the oldest call may take.
+        """Return whether nothing arrived for as long as the oldest call may take.
 
         Then the server stands still or the network lost it, and whatever was sent may still be executed. One that is
         only slow answers earlier calls meanwhile.
@@ -226,7 +227,7 @@ class _ReplyProtocol(asyncio.Protocol):
         return now - max(oldest.sent_s, self._heard) >= oldest.timeout_s
 
     def drop(self, reason: str) -> None:
-        """Give the connection up."""
+        """Drop the connection."""
         self._on_lost(self, reason)
         self._transport.abort()
 
@@ -250,11 +251,11 @@ class _ReplyProtocol(asyncio.Protocol):
                 else:
                     answer.set_result(reply)
         except (hiredis.HiredisError, IndexError) as error:
-            _LOG.error("what came from Redis is no answer to what was sent: %s", error)
+            _LOG.error("Redis sent something that is not a reply: %s", error, extra=event("redis_protocol_error"))
             self.drop("it sent something else than answers")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Hear that the connection is over."""
+        """Fail the calls of a connection that was lost."""
         self._on_lost(self, str(exc or "the server closed it"))
         if not self._gone.done():
             self._gone.set_result(None)
@@ -270,7 +271,7 @@ class _ReplyProtocol(asyncio.Protocol):
 
 
 class _Asked:
-    """Stands for the answer to ASKING, which nobody wants. It is not sent when the command after it is not."""
+    """Stands for the reply to ASKING, which is ignored. It is not sent when the command after it is not."""
 
     def __init__(self, answer: Answer) -> None:
         self.done = answer.done

@@ -64,7 +64,7 @@ async def _wait(redis: "Redis", before: set[str], replicas: int) -> None:
         try:
             primaries = await _primaries(redis)
         except CLIENT_ERRORS as error:
-            problem = f"Redis cannot be asked how many replicas have it: {error}"
+            problem = f"Redis did not say how many replicas have it: {error}"
         else:
             if not primaries or before - {primary.run_id for primary in primaries}:
                 raise NotReplicated("another server took the place of a primary meanwhile")
@@ -81,7 +81,7 @@ async def _wait(redis: "Redis", before: set[str], replicas: int) -> None:
 
 
 async def _primaries(redis: "Redis") -> list[_Primary]:
-    """Ask all that have slots, or the only one. Raises RedisError, OSError."""
+    """Query all primaries that have slots, or the only one. Raises RedisError, OSError."""
     infos = await asyncio.gather(*(node.info("server", "replication") for node in await primaries_of(redis)))
     return [_primary(info) for info in infos if info["role"] == "master"]
 

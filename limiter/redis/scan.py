@@ -21,7 +21,7 @@ _MAX_PASSES = 20
 
 
 async def scan(redis: "Redis", pattern: str) -> AsyncIterator[list[bytes]]:
-    """Give every key of the pattern, once each and in no order, as many at a time as SCAN gives.
+    """Yield every key of the pattern, once each and in no order, as many at a time as SCAN returns.
 
     A key that is made or deleted meanwhile may be among them or not. Memory: 12 to 24 bytes a key, by which one is
     known again that SCAN gives twice. Raises RedisError, also when servers and slots never come to rest.
@@ -45,7 +45,7 @@ async def scan(redis: "Redis", pattern: str) -> AsyncIterator[list[bytes]]:
 
 
 async def _state(redis: "Redis") -> tuple[str, ...]:
-    """Give who serves: each server's run, and of a cluster's nodes the slots that it has, takes over and gives away."""
+    """Return who serves: each server's run, and a cluster node's slots: its own, importing and migrating ones."""
     state = []
     for node in await primaries_of(redis):
         info = await node.info("server")

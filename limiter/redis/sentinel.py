@@ -1,6 +1,6 @@
 """Finding the primary through Sentinels, and connections that go to it only.
 
-Each new connection asks who the primary is, and checks that the server it comes to takes itself for it. A connection
+Each new connection looks the primary up, and checks that the server it reaches takes itself for it. A connection
 whose server was demoted is given up, so that the next one finds its successor. Nothing here repeats a command.
 """
 
@@ -29,7 +29,7 @@ class Sentinels:
         self._asking = FanOut(self._ask)
 
     async def primary(self) -> Address:
-        """Ask all Sentinels at once, and give the address that most of them name, as soon as that is certain.
+        """Query all Sentinels at once, and return the address that most of them name, as soon as that is certain.
 
         One that is cut off goes on naming an old primary. Raises RedisConnectionError when none names any.
         """
@@ -72,7 +72,7 @@ class PrimaryConnection(LocatedConnection):
         self._sentinels = sentinels
 
     async def locate(self) -> tuple[str, int]:
-        """Ask the Sentinels."""
+        """Query the Sentinels."""
         primary = await self._sentinels.primary()
         return primary.host, primary.port
 
@@ -82,7 +82,7 @@ class PrimaryConnection(LocatedConnection):
         await self.send_command("ROLE", check_health=False)
         role: Any = await self.read_response()
         if role[0] != b"master":
-            raise RedisConnectionError(f"{self.host}:{self.port} is no primary any more")
+            raise RedisConnectionError(f"{self.host}:{self.port} is not the primary any more")
 
     async def read_response(self, *args: Any, **options: Any) -> Any:
         """Read one reply; of a server that was demoted, the last one."""

@@ -1,6 +1,6 @@
 """Which primary of a cluster has which slot: the map, and finding out anew when it may no longer be so.
 
-It asks all nodes that it knows at once, so that one that hangs costs no time. It sends no command that concerns rows.
+It queries all known nodes at once, so that one that hangs costs no time. It sends no command that concerns rows.
 """
 
 import asyncio
@@ -30,13 +30,13 @@ class SlotMap:
         self._doubted = True
 
     def client(self, address: Address) -> Client:
-        """Give the client of a node, which stays open for as long as the cluster has the node."""
+        """Return the client of a node, which stays open for as long as the cluster has the node."""
         if address not in self._clients:
             self._clients[address] = self._make_client(address)
         return self._clients[address]
 
     def invalidate(self) -> None:
-        """Note that the map may be out of date: the next use asks for a new one."""
+        """Note that the map may be out of date: the next use fetches a new one."""
         self._doubted = True
 
     def moved(self, slot: int, owner: Address) -> None:
@@ -45,11 +45,11 @@ class SlotMap:
         self._doubted = True
 
     def known_owner(self, slot: int) -> Address | None:
-        """Give the primary of a slot as far as it is known and not in invalidate."""
+        """Return the primary of a slot, if it is known and not invalidated."""
         return None if self._doubted else self._owners[slot]
 
     async def owner(self, slot: int) -> Address:
-        """Give the primary of a slot. Raises RedisConnectionError when no node can be asked, or none serves it."""
+        """Return the primary of a slot. Raises RedisConnectionError when no node can be reached, or none serves it."""
         if self._doubted or self._owners[slot] is None:
             await self.refresh()
         owner = self._owners[slot]
@@ -58,12 +58,12 @@ class SlotMap:
         return owner
 
     async def primaries(self) -> list[Address]:
-        """Give the primaries that own slots, as they are now."""
+        """Return the primaries that own slots, as they are now."""
         await self.refresh()
         return list(dict.fromkeys(owner for owner in self._owners if owner is not None))
 
     async def refresh(self) -> None:
-        """Ask for the map, or wait for whoever asks already."""
+        """Fetch the map, or wait for the fetch that is under way."""
         if not self._is_refreshing():
             self._refreshing = asyncio.create_task(self._refresh())
         assert self._refreshing is not None  # noqa: S101  for mypy
@@ -82,7 +82,7 @@ class SlotMap:
         return self._refreshing is not None and not self._refreshing.done()
 
     async def _refresh(self) -> None:
-        """Ask every node that is known at once: the first answer counts, so that one that hangs costs no time."""
+        """Query every known node at once: the first answer counts, so that one that hangs costs no time."""
         failures: list[BaseException] = []
         async for answer in self._asking.answers({*self._clients, *self._seeds}):
             if not isinstance(answer, BaseException):
@@ -109,16 +109,16 @@ class SlotMap:
         self._owners = owners
         self._doubted = False
         for address in set(self._clients) - known:
-            asyncio.create_task(self._clients.pop(address).aclose())  # noqa: RUF006  nobody waits for its end
+            asyncio.create_task(self._clients.pop(address).aclose())  # noqa: RUF006  its end is not awaited
 
 
 def slot_of(key: object) -> int:
-    """Give the slot of a key, which may be text, bytes or a number."""
+    """Return the slot of a key, which may be text, bytes or a number."""
     return key_slot(key if isinstance(key, bytes) else str(key).encode())
 
 
 def redirect_target(asked: Address, redirection: AskError) -> Address:
-    """Give where a redirection leads; without a host it means the one that was asked."""
+    """Return where a redirection leads; without a host it means the node that sent it."""
     return Address(redirection.host or asked.host, redirection.port)
 
 

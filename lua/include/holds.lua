@@ -27,7 +27,7 @@ if (hold or held) and not alone then
   live, expired, held_lifetime, held_lifetime_gemini, held_monthly, held_monthly_gemini, recount_ms =
     string.match(held or "", "^(%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+)$")
   if not live or recount_ms + 0 <= now_ms or hold and expired ~= "0" then
-    -- Nobody wrote it, or a hold expired since. Or the clock stepped back: then this hold may be live again that is
+    -- It was never written, or a hold expired since. Or the clock stepped back: then this hold may be live again that is
     -- among the expired ones there.
     live, expired, held_lifetime, held_lifetime_gemini, held_monthly, held_monthly_gemini = 0, 0, 0, 0, 0, 0
     recount_ms, dead = math.huge, {}

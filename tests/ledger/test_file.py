@@ -55,7 +55,7 @@ def test_file_when_it_is_a_folder_or_a_pipe_or_missing_then_the_error_says_so(tm
     os.mkfifo(tmp_path / "pipe")
     for path, cause in (
         (tmp_path, "Is a directory"),
-        (tmp_path / "pipe", "it is no regular file"),
+        (tmp_path / "pipe", "it is not a regular file"),
         (tmp_path / "none", "No such file or directory"),
         (tmp_path / "none" / "credits.json", "No such file or directory"),
     ):

@@ -235,7 +235,7 @@ async def test_hold_when_the_server_is_away_at_its_release_then_the_reason_of_it
 
     with pytest.raises(end) as ended:
         await block()
-    assert "will lapse by itself" in ended.value.__notes__[0]
+    assert "will expire by itself" in ended.value.__notes__[0]
 
 
 async def test_hold_when_the_server_is_away_at_its_commit_then_the_caller_is_told(

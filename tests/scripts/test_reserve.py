@@ -236,8 +236,8 @@ async def test_hold_when_lapsed_and_reserved_again_by_its_id_then_it_is_planned_
     assert (again.status, again.balance.held) == (DecisionStatus.ALLOWED, 3)
     row = await limiter.row("a")
     assert row
-    lapses_ms = clock.now_ms + limiter.hold_ms
-    assert row.holds == (HeldCredits("h1", "gemini", "pro", "monthly", 3, lapses_ms),)
+    expires_ms = clock.now_ms + limiter.hold_ms
+    assert row.holds == (HeldCredits("h1", "gemini", "pro", "monthly", 3, expires_ms),)
 
 
 async def test_holds_when_thousands_died_with_their_node_then_the_row_still_works_and_sheds_them(

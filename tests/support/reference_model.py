@@ -47,13 +47,13 @@ class Held:
     tier: str
     counter: Counter
     cost: int
-    lapses_ms: int
+    expires_ms: int
 
     def is_live(self, now_ms: int) -> bool:
-        return now_ms < self.lapses_ms
+        return now_ms < self.expires_ms
 
     def is_dead(self, now_ms: int) -> bool:
-        return self.lapses_ms + GRACE_MS <= now_ms
+        return self.expires_ms + GRACE_MS <= now_ms
 
 
 @dataclass
@@ -108,7 +108,7 @@ class Account:
         if self.extra:
             fields["extra"] = self.extra
         for hold_id, held in self.holds.items():
-            words = (held.backend, held.tier, held.counter, str(held.cost), str(held.lapses_ms))
+            words = (held.backend, held.tier, held.counter, str(held.cost), str(held.expires_ms))
             fields[f"hold:{hold_id}"] = " ".join(words)
         return fields
 

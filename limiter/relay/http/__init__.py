@@ -2,5 +2,5 @@
 
 Begin with `problems.Problem`, `request_record.RequestRecord`, `connection.RelayRunner`.
 
-May import: credits.models, _util, errors.
+May import: credits.models, _util, errors, log_events.
 """

@@ -17,6 +17,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from limiter._util.ids import random_id
 from limiter._util.private_names import require
+from limiter.log_events import event
 from limiter.relay.http.problems import REQUEST_ID, Problem, problem_from, problem_response
 
 SUPPORTED = "aiohttp>=3.14,<3.15"
@@ -124,7 +125,7 @@ class _Connection(web.RequestHandler):
         message: str | None = None,  # noqa: ARG002  an interface
     ) -> web.StreamResponse:
         """Respond to a request that failed outside of the error middleware."""
-        self.logger.error("unexpected", exc_info=exc)
+        self.logger.error("An error of this program ended a request", exc_info=exc, extra=event("unexpected_error"))
         if request.writer.output_size or not isinstance(request, web.Request):
             raise ConnectionError("the response has begun already")
         if REQUEST_ID not in request:

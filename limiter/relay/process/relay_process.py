@@ -1,4 +1,4 @@
-"""Runs one relay process from its settings: opens what it needs, serves until told to stop, closes in reverse order."""
+"""Runs one relay process from its settings: opens what it needs, serves until a stop signal, closes in reverse."""
 
 import asyncio
 import gc

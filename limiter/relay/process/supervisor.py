@@ -63,12 +63,12 @@ async def supervise(settings: Settings, started: Callable[[Serving], None]) -> N
             await stop.wait()
         finally:
             for listener in listeners:
-                listener.close()  # or else clients would queue where nobody takes them out
+                listener.close()  # or else clients would queue where no process accepts them
             await asyncio.gather(*(worker.end() for worker in workers), *keeping)
 
 
 class _Worker:
-    """One place among the workers, whoever has it."""
+    """One place among the workers, and the process that has it."""
 
     def __init__(self, slot: WorkerSlot, environment: Mapping[str, str]) -> None:
         self._slot, self._environment = slot, environment
@@ -78,7 +78,7 @@ class _Worker:
         self._backoff = Backoff(first_s=0.2, max_s=15.0)
 
     async def start(self, stop: asyncio.Event) -> Serving | None:
-        """Start the process, and give what it says; None when it was told to stop before. Raises LimiterError."""
+        """Start the process, and return its report; None when it was stopped before. Raises LimiterError."""
         self._began_s = time.monotonic()
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
@@ -111,7 +111,7 @@ class _Worker:
         return Serving(**orjson.loads(text))
 
     async def keep(self, stop: asyncio.Event) -> None:
-        """Start it again whenever it has died, until told to stop."""
+        """Start it again whenever it has died, until the supervisor stops."""
         while not stop.is_set():
             code = await self._ended()
             if stop.is_set():

@@ -73,9 +73,9 @@ async def render_all(slot: WorkerSlot, render: Render) -> bytes:
         *(_ask(slot.socket_of(number)) for number in range(slot.workers) if number != slot.number)
     )
     numbers = [number for number in range(slot.workers) if number != slot.number]
-    told = {slot.number: render().decode()} | dict(zip(numbers, texts, strict=True))
+    rendered = {slot.number: render().decode()} | dict(zip(numbers, texts, strict=True))
     registry = CollectorRegistry()
-    registry.register(_Together({number: told[number] for number in sorted(told)}))
+    registry.register(_Together({number: rendered[number] for number in sorted(rendered)}))
     return generate_latest(registry)
 
 
