@@ -1,6 +1,6 @@
-"""What a Redis user of limiter must be allowed to do: the one list, and the ACL line that is made of it.
+"""The commands that the Redis user of limiter needs: the one list, and the ACL line that is made of it.
 
-Each command has a harmless call by which a user can find out, without any right to look at ACLs, whether it may run it.
+Each command has a harmless call by which a user can find out, without the right to read ACLs, whether it may run it.
 """
 
 import re
@@ -12,8 +12,8 @@ from limiter.redis.url import Kind
 Probe = tuple[str | int, ...]
 KEY = "{key}"  # stands for a key that does not exist
 _NO_SCRIPT = "0" * 40
-# SELECT has none: each connection begins with it.
-# SET comes first: it leaves a text for some seconds, on which the commands for hashes then do nothing.
+# SELECT needs no probe: each connection begins with it.
+# SET comes first: it stores a string for some seconds, on which the commands for hashes then do nothing.
 _PROBES: dict[str, Probe] = {
     "set": ("SET", KEY, "", "PX", 5000, "NX"),
     "hset": ("HSET", KEY, "field", "value"),

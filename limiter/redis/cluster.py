@@ -1,8 +1,8 @@
 """A client of a cluster: each command goes to the primary that has its key, by plain clients of the nodes.
 
-redis-py's own asyncio cluster client (8.1) sends ASKING and the command that it is for on two connections, cannot be
-asked over to a node without slots, and repeats what may have been executed. So the routing is done here: MOVED and ASK
-are followed, for they say that nothing was executed; nothing else is repeated.
+redis-py's own asyncio cluster client (8.1) sends ASKING and the command that it is for on two connections, cannot
+follow an ASK to a node without slots, and repeats commands that may have been executed. So the routing is done here:
+MOVED and ASK are followed, as they mean that nothing was executed; nothing else is repeated.
 """
 
 import asyncio
@@ -25,19 +25,19 @@ from limiter.redis.url import Address
 _MAX_REDIRECTIONS = 8
 _SCRIPT_CALLS = ("EVAL", "EVALSHA", "EVAL_RO", "EVALSHA_RO")
 _KEY_IS_THIRD = ("OBJECT", "MEMORY USAGE", "OBJECT ENCODING", "DEBUG")
-# What concerns every primary, and how their answers are one.
+# Commands that go to every primary, by how the replies are combined.
 _SUMS = ("DBSIZE",)
 _JOINS = ("KEYS",)
 _ANY = (
     *("FLUSHDB", "FLUSHALL", "SCRIPT LOAD", "SCRIPT FLUSH"),
     *("CONFIG SET", "CONFIG RESETSTAT", "CLIENT PAUSE", "CLIENT UNPAUSE"),
 )
-# What any primary can answer. SCAN is none of them: a cursor belongs to one node, see `primaries`.
+# Commands that any primary can answer. Not SCAN: a cursor belongs to one node, see `primaries`.
 _KEYLESS = ("PING", "ECHO", "INFO", "TIME", "CONFIG GET", "CLUSTER", "CLUSTER SLOTS", "ACL WHOAMI")
 
 
 class ClusterClient(Client):
-    """A client of all primaries. A command goes by its first key; those without one go where their table says."""
+    """A client of all primaries. A command is routed by its first key; without a key, by the tables above."""
 
     def __init__(self, slots: SlotMap, seed: Address) -> None:
         super().__init__(slots.client(seed).connection_pool)
@@ -53,7 +53,7 @@ class ClusterClient(Client):
         return [self._slots.client(address) for address in await self._slots.primaries()]
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
-        """Run a command where its key is, following redirections; without a key, where its answer is whole."""
+        """Run a command where its key is, following redirections; without a key, on each primary that it concerns."""
         name = str(args[0]).upper()
         if name in (*_SUMS, *_JOINS, *_ANY):
             nodes = await self.primaries()
@@ -65,7 +65,7 @@ class ClusterClient(Client):
         return await self._at(slot, args, options)
 
     def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> "ClusterPipeline":
-        """Collect commands; they leave as one write for each primary."""
+        """Return a pipeline; its commands are sent as one write to each primary."""
         return ClusterPipeline(self, transaction, shard_hint)
 
     async def aclose(self, close_connection_pool: bool | None = None) -> None:
@@ -79,7 +79,7 @@ class ClusterClient(Client):
         self._slots.invalidate()
 
     async def by_node(self, commands: Mapping[int, tuple[Any, ...]]) -> dict[Client, list[int]]:
-        """Group commands, by their places in a pipeline, by the node that each goes to."""
+        """Group commands, given by their positions in a pipeline, by the node that each goes to."""
         groups: dict[Client, list[int]] = defaultdict(list)
         for place, args in commands.items():
             slot = 0 if args[0] in _KEYLESS else self._slot_of(args)
@@ -92,7 +92,7 @@ class ClusterClient(Client):
         for _ in range(_MAX_REDIRECTIONS):
             node = self._slots.client(address)
             try:
-                if asking:  # the two in one write on one connection, or another command takes the permission
+                if asking:  # both in one write on one connection, or another command would use up the permission
                     pipeline = node.pipeline(transaction=False)
                     pipeline.execute_command("ASKING")
                     pipeline.execute_command(*args, **options)
@@ -108,7 +108,7 @@ class ClusterClient(Client):
             except (RedisConnectionError, RedisTimeoutError, ClusterDownError, OSError):
                 self._slots.invalidate()
                 raise
-        raise ClusterDownError(f"slot {slot} was passed on {_MAX_REDIRECTIONS} times")
+        raise ClusterDownError(f"slot {slot} was redirected {_MAX_REDIRECTIONS} times")
 
     @staticmethod
     def _slot_of(args: tuple[Any, ...]) -> int:
@@ -123,7 +123,7 @@ class ClusterChannel:
     def __init__(self, slots: SlotMap) -> None:
         self._slots = slots
         self._loop = asyncio.get_running_loop()
-        self._asked: dict[int, Address] = {}  # where a slot's new keys go while it moves
+        self._importing: dict[int, Address] = {}  # where a slot's new keys go while it is moved
 
     async def send(self, key: str, command: bytes, timeout_s: float) -> Any:
         """Send an encoded command. See `CommandChannel`."""
@@ -136,20 +136,20 @@ class ClusterChannel:
             except MovedError as moved:
                 address, asking = redirect_target(address, moved), False
                 self._slots.moved(slot, address)
-                self._asked.pop(slot, None)
+                self._importing.pop(slot, None)
             except AskError as ask:
                 address, asking = redirect_target(address, ask), True
-                self._asked[slot] = address
+                self._importing[slot] = address
             except Overloaded:
                 raise
             except (LimiterUnavailable, ClusterDownError):
                 self._slots.invalidate()
                 raise
-        raise ClusterDownError(f"slot {slot} was passed on {_MAX_REDIRECTIONS} times")
+        raise ClusterDownError(f"slot {slot} was redirected {_MAX_REDIRECTIONS} times")
 
     async def load_script(self, key: str, text: str, timeout_s: float) -> Any:
-        """Load a script at the key's primary, and while its slot moves also where that goes. See `CommandChannel`."""
-        if (moves_to := self._asked.get(slot_of(key))) is not None:
+        """Load a script at the key's primary, and while its slot is moved also at the target. See `CommandChannel`."""
+        if (moves_to := self._importing.get(slot_of(key))) is not None:
             await self._slots.client(moves_to).multiplexed.load_script(key, text, timeout_s)
         return await self.send(key, script_load(text), timeout_s)
 
@@ -167,14 +167,14 @@ class ClusterChannel:
 
 
 class ClusterPipeline(Pipeline):
-    """Commands for any number of primaries: one write for each, and the answers in the order of the commands."""
+    """Commands for any number of primaries: one write to each, and the replies in the order of the commands."""
 
     def __init__(self, cluster: ClusterClient, transaction: bool, shard_hint: str | None) -> None:
         super().__init__(cluster.connection_pool, cluster.response_callbacks, transaction, shard_hint)
         self._cluster = cluster
 
     async def execute(self, raise_on_error: bool = True) -> list[Any]:
-        """Send all; a command that its node passes on is sent again, by itself. SCRIPT LOAD goes to each node first."""
+        """Send all; a command that is redirected is sent again, by itself. SCRIPT LOAD goes to each node first."""
         stack, self.command_stack = self.command_stack, []
         replies: list[Any] = [None] * len(stack)
         first = [place for place, (args, _) in enumerate(stack) if args[0] in _ANY]
@@ -197,12 +197,12 @@ class ClusterPipeline(Pipeline):
                 raise failure
         for place, reply in enumerate(replies):
             if isinstance(reply, AskError):  # MOVED as well
-                replies[place] = await self._passed_on(*stack[place])
+                replies[place] = await self._redirected(*stack[place])
             if raise_on_error and isinstance(replies[place], ResponseError):
                 raise replies[place]
         return replies
 
-    async def _passed_on(self, args: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
+    async def _redirected(self, args: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
         try:
             return await self._cluster.execute_command(*args, **options)
         except ResponseError as error:

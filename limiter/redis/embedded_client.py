@@ -1,4 +1,4 @@
-"""A client of the embedded server: it starts the server again when it is gone, and stops it with its last client."""
+"""A client of the embedded server: it starts the server again after a crash, and stops it with its last client."""
 
 import asyncio
 import logging

@@ -1,4 +1,4 @@
-"""What Redis' errors mean here: was the command executed, is it a row's fault, and what to do about it."""
+"""Errors of Redis and redis-py, translated: was the command executed, is a row broken, and what to do about it."""
 
 import asyncio
 from collections.abc import Awaitable
@@ -26,7 +26,7 @@ from limiter.errors import ACL_HINT, BrokenRow, Execution, LimiterUnavailable, S
 
 T = TypeVar("T")
 _NOT_EXECUTED = (
-    AskError,  # and MOVED, when following them came to no end
+    AskError,  # and MOVED, after too many redirections
     BusyLoadingError,
     ReadOnlyError,
     ClusterDownError,
@@ -37,7 +37,7 @@ _NOT_EXECUTED = (
 )
 # Without an error class in redis-py 8.1: too few replicas (min-replicas-to-write), a disk that cannot be written.
 _REFUSALS = ("NOREPLICAS ", "MISCONF ")
-# What a script's error says then: Valkey and Redis 7.2, Redis 7.0.
+# The text of a script's error in that case: Valkey and Redis 7.2, Redis 7.0.
 _DENIED_IN_SCRIPT = ("ACL failure in script", "The user executing the script can't")
 
 
@@ -53,7 +53,7 @@ def translate_error(error: Exception, row_key: str) -> Exception:  # noqa: PLR09
     if isinstance(error, RedisConnectionError | OSError):
         return LimiterUnavailable(f"Redis is not reachable: {text}")
     if isinstance(error, NoPermissionError) or any(words in text for words in _DENIED_IN_SCRIPT):
-        # A script may have got half-way.
+        # A script may have been executed in part.
         execution = Execution.NOT_EXECUTED if isinstance(error, NoPermissionError) else Execution.UNKNOWN
         return LimiterUnavailable(f"Redis does not let this user do it: {text}; {ACL_HINT}", execution=execution)
     if text.startswith("BADROW "):

@@ -13,16 +13,16 @@ FAILURES = (RedisError, OSError, TimeoutError)
 
 
 class FanOut(Generic[T]):
-    """One question. ask: puts it to the server at an address; it must end in time, and may raise redis-py's errors."""
+    """One query. query: sends it to the server at an address; it must end in time, and may raise redis-py's errors."""
 
-    def __init__(self, ask: Callable[[Address], Coroutine[Any, Any, T]]) -> None:
-        self._ask = ask
-        self._asked: dict[Address, asyncio.Task[T]] = {}
+    def __init__(self, query: Callable[[Address], Coroutine[Any, Any, T]]) -> None:
+        self._query = query
+        self._running: dict[Address, asyncio.Task[T]] = {}
 
     async def answers(self, addresses: Iterable[Address]) -> AsyncIterator[T | BaseException]:
         """Yield the answers as they arrive; a server without one yields its error.
 
-        A caller may stop early: the other queries end by themselves. A server that still owes an answer gets no query.
+        A caller may stop early: the other queries end by themselves. A server gets no query while an answer is due.
         """
         waiting = {self._task(address) for address in addresses}
         while waiting:
@@ -34,17 +34,17 @@ class FanOut(Generic[T]):
                 yield task.result() if failure is None else failure
 
     async def aclose(self) -> None:
-        """Wait until no server owes an answer."""
-        await asyncio.gather(*self._asked.values(), return_exceptions=True)
+        """Wait for the answers that are still due."""
+        await asyncio.gather(*self._running.values(), return_exceptions=True)
 
     def _task(self, address: Address) -> "asyncio.Task[T]":
-        if address not in self._asked:
-            task = asyncio.create_task(self._ask(address))
-            self._asked[address] = task
+        if address not in self._running:
+            task = asyncio.create_task(self._query(address))
+            self._running[address] = task
             task.add_done_callback(lambda done: self._forget(address, done))
-        return self._asked[address]
+        return self._running[address]
 
     def _forget(self, address: Address, done: "asyncio.Task[T]") -> None:
-        del self._asked[address]
+        del self._running[address]
         if not done.cancelled():
-            done.exception()  # retrieved, also when it is not awaited any more
+            done.exception()  # retrieved, even if no caller awaits it any more

@@ -1,6 +1,6 @@
 """Composes the scripts of `lua/`: one file per operation, with its includes pasted in.
 
-Compose here and nowhere else: the text decides the SHA that the server knows a script by.
+Compose here and nowhere else: the SHA by which the server finds a script depends on every byte of its text.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ from pathlib import Path
 
 _PACKAGED = Path(__file__).parents[1] / "lua"  # in the wheel
 _FOLDER = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "lua"  # in a checkout
-# What an include gives stands after its name, as a hint for readers, and runs on in the next line after a comma.
+# The names that an include defines follow its own, as a hint for readers; after a comma they continue on the next line.
 _INCLUDE = re.compile(r"^--@include (\w+) ->(?: .+,\n-- )* .+$", re.MULTILINE)
 
 

@@ -1,7 +1,7 @@
 """Carries encoded commands to a server: many calls on one connection.
 
-The calls of one turn of the event loop leave as one write, and answers are matched to them in order. It knows neither
-scripts nor keys nor credits, and sends nothing twice. No command that blocks may go over it: all others would wait.
+The calls of one iteration of the event loop are sent as one write, and replies are matched to them in order. It knows
+neither scripts nor keys nor credits, and sends nothing twice. No blocking command may use it: all others would wait.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from limiter.redis.resp import ASKING, script_load
 Answer = asyncio.Future[Any]
 Dial = Callable[[], Awaitable[AbstractConnection]]
 _LOG = logging.getLogger("limiter")
-_TICK_S = 0.01  # how late a call may hear that its time is over
+_TICK_S = 0.01  # how late a timeout may be reported
 _MAX_WAITING = 8192  # at 50,000 decisions a second, the last waits a sixth of a second
 _NO_REPLY = object()
 _LATE = "Redis did not answer in time: the outcome is unknown"
@@ -30,10 +30,10 @@ _UNREACHED = "Redis was not reached in time"
 
 
 class CommandChannel(Protocol):
-    """Carries each command to a server that has its key, once."""
+    """Sends each command to a server that has its key, once."""
 
     def send(self, key: str, command: bytes, timeout_s: float) -> Awaitable[Any]:
-        """Send an encoded command about this key; the answer ends in time, whatever happens.
+        """Send an encoded command about this key; the answer ends within the timeout, whatever happens.
 
         Raises what the server answered, as redis-py's errors; LimiterUnavailable, with `execution` NOT_EXECUTED when
         nothing was sent; Overloaded. A cancelled call that was sent is executed all the same.
@@ -41,16 +41,16 @@ class CommandChannel(Protocol):
         ...
 
     def load_script(self, key: str, text: str, timeout_s: float) -> Awaitable[Any]:
-        """Load a script wherever a call about this key may go. Raises as `send`."""
+        """Load a script on each server to which a call about this key may go. Raises as `send`."""
         ...
 
     async def aclose(self) -> None:
-        """Close the connections. Calls that still wait get LimiterUnavailable."""
+        """Close the connections. Calls that still wait raise LimiterUnavailable."""
         ...
 
 
 class _Call:
-    """A command that waits: to be sent, or for its answer."""
+    """A command that waits to be sent, or for its reply."""
 
     __slots__ = ("answer", "command", "sent_s", "timeout_s")
 
@@ -64,8 +64,8 @@ class _Call:
 class MultiplexedConnection:
     """The channel to one server. Make it inside the event loop that uses it.
 
-    dial: gives a redis-py connection that is connected and greeted; it is called anew for the first call after the
-    last one broke. max_waiting: above so many unanswered calls, further ones are Overloaded.
+    dial: returns a redis-py connection after its handshake; called again for the first call after the last connection
+    broke. max_waiting: above this number of unanswered calls, further ones raise Overloaded.
     """
 
     def __init__(self, dial: Dial, *, max_waiting: int = _MAX_WAITING) -> None:
@@ -87,9 +87,9 @@ class MultiplexedConnection:
         self._protocol = _ReplyProtocol(await self._dial(), self._loop, on_ready=self._flush, on_lost=self._lost)
 
     def send(self, key: str, command: bytes, timeout_s: float, *, asking: bool = False) -> Answer:  # noqa: ARG002
-        """Send an encoded command, whatever its key. See `CommandChannel`.
+        """Send an encoded command; the key is ignored. See `CommandChannel`.
 
-        asking: with ASKING just before it, for a cluster's slot that is being moved to this server.
+        asking: send ASKING just before it, for a cluster's slot that is being moved to this server.
         """
         protocol, unsent = self._protocol, self._unsent
         if len(unsent) + (len(protocol.waiting) if protocol is not None else 0) >= self._max_waiting:
@@ -100,7 +100,7 @@ class MultiplexedConnection:
         now = loop.time()
         answer = loop.create_future()
         if asking:
-            unsent.append(_Call(cast("Answer", _Asked(answer)), ASKING, now, timeout_s))
+            unsent.append(_Call(cast("Answer", _AskingReply(answer)), ASKING, now, timeout_s))
         unsent.append(_Call(answer, command, now, timeout_s))
         if not self._flush_due:
             self._flush_due = True
@@ -110,7 +110,7 @@ class MultiplexedConnection:
         return answer
 
     def load_script(self, key: str, text: str, timeout_s: float) -> Answer:
-        """Load a script at this server. See `CommandChannel`."""
+        """Load a script on this server. See `CommandChannel`."""
         return self.send(key, script_load(text), timeout_s)
 
     def renew(self) -> None:
@@ -119,7 +119,7 @@ class MultiplexedConnection:
             self._protocol.drop("another server took over")
 
     async def aclose(self) -> None:
-        """Close the connection. Calls that still wait get LimiterUnavailable."""
+        """Close the connection. Calls that still wait raise LimiterUnavailable."""
         self._closed = True
         if self._tick is not None:
             self._tick.cancel()
@@ -132,7 +132,7 @@ class MultiplexedConnection:
             await self._protocol.close()
 
     def _flush(self) -> None:
-        """Send what was called for in this turn; without a connection, get one first."""
+        """Send the calls of this iteration; without a connection, connect first."""
         self._flush_due = False
         protocol = self._protocol
         if protocol is None:
@@ -158,7 +158,7 @@ class MultiplexedConnection:
         try:
             await asyncio.sleep(self._pause_s)
             await self.open()
-        except Exception as error:  # noqa: BLE001  whatever it is, no caller may wait for ever
+        except Exception as error:  # noqa: BLE001  whatever the error, no caller may wait for ever
             self._pause_s = self._backoff.next_s()
             unsent, self._unsent = self._unsent, []
             _fail(unsent, f"Redis is not reachable: {error}", execution=Execution.NOT_EXECUTED)
@@ -170,8 +170,8 @@ class MultiplexedConnection:
         self._flush()
 
     def _check(self) -> None:
-        """End the calls whose time is over. All of them are looked at, as their times differ."""
-        # Over by the last tick, that is: when the loop itself stood still, what has come meanwhile is read first.
+        """Fail the calls that have timed out. All of them are checked, as their timeouts differ."""
+        # By the last tick, that is: if the loop itself was blocked, the replies that arrived meanwhile are read first.
         now, self._ticked = self._ticked, self._loop.time()
         if late := _late(self._unsent, now):
             _fail(late, _UNREACHED, execution=Execution.NOT_EXECUTED)
@@ -186,7 +186,7 @@ class MultiplexedConnection:
 
 
 class _ReplyProtocol(asyncio.Protocol):
-    """One connection, taken over from redis-py once that has greeted the server, and the calls sent on it."""
+    """One connection, taken over from redis-py after the handshake, and the calls sent on it."""
 
     def __init__(
         self,
@@ -196,14 +196,14 @@ class _ReplyProtocol(asyncio.Protocol):
         on_ready: Callable[[], None],
         on_lost: Callable[["_ReplyProtocol", str], None],
     ) -> None:
-        self.waiting: deque[_Call] = deque()  # cancelled ones, too: their answers still come
+        self.waiting: deque[_Call] = deque()  # cancelled ones, too: their replies still come
         self.paused = False
         self._loop = loop
-        self._heard = 0.0
+        self._last_read_s = 0.0
         self._on_ready, self._on_lost = on_ready, on_lost
-        self._gone = loop.create_future()
+        self._closed = loop.create_future()
         self._reader = hiredis.Reader(replyError=error_from_reply, notEnoughData=_NO_REPLY)
-        self._writer = take_over(connection)  # kept, as a collected one closes its transport
+        self._writer = take_over(connection)  # kept, as its transport closes when it is collected
         self._transport = cast("asyncio.Transport", self._writer.transport)
         if self._transport.is_closing():
             raise ConnectionResetError("the server closed the connection")
@@ -218,13 +218,13 @@ class _ReplyProtocol(asyncio.Protocol):
     def is_silent(self, now: float) -> bool:
         """Return whether nothing arrived for as long as the oldest call may take.
 
-        Then the server stands still or the network lost it, and whatever was sent may still be executed. One that is
-        only slow answers earlier calls meanwhile.
+        Then the server hangs or the network is down, and what was sent may still be executed. A slow server still
+        answers earlier calls meanwhile.
         """
         if not self.waiting:
             return False
         oldest = self.waiting[0]
-        return now - max(oldest.sent_s, self._heard) >= oldest.timeout_s
+        return now - max(oldest.sent_s, self._last_read_s) >= oldest.timeout_s
 
     def drop(self, reason: str) -> None:
         """Drop the connection."""
@@ -232,13 +232,13 @@ class _ReplyProtocol(asyncio.Protocol):
         self._transport.abort()
 
     async def close(self) -> None:
-        """Close the connection, and wait until it is."""
+        """Close the connection, and wait until it is closed."""
         self.drop("it was closed")
-        await self._gone
+        await self._closed
 
     def data_received(self, data: bytes) -> None:
         """Match the replies."""
-        self._heard = self._loop.time()
+        self._last_read_s = self._loop.time()
         reader, waiting = self._reader, self.waiting
         try:
             reader.feed(data)
@@ -252,26 +252,26 @@ class _ReplyProtocol(asyncio.Protocol):
                     answer.set_result(reply)
         except (hiredis.HiredisError, IndexError) as error:
             _LOG.error("Redis sent something that is not a reply: %s", error, extra=event("redis_protocol_error"))
-            self.drop("it sent something else than answers")
+            self.drop("it sent something that is not a reply")
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Fail the calls of a connection that was lost."""
         self._on_lost(self, str(exc or "the server closed it"))
-        if not self._gone.done():
-            self._gone.set_result(None)
+        if not self._closed.done():
+            self._closed.set_result(None)
 
     def pause_writing(self) -> None:
-        """Hold calls back: the server reads slower than they come."""
+        """Queue further calls: the server reads more slowly than they arrive."""
         self.paused = True
 
     def resume_writing(self) -> None:
-        """Send what was held back."""
+        """Send the queued calls."""
         self.paused = False
         self._on_ready()
 
 
-class _Asked:
-    """Stands for the reply to ASKING, which is ignored. It is not sent when the command after it is not."""
+class _AskingReply:
+    """The reply to ASKING, which is ignored. ASKING is not sent when the command after it is not."""
 
     def __init__(self, answer: Answer) -> None:
         self.done = answer.done
@@ -280,11 +280,11 @@ class _Asked:
         """Ignore it."""
 
     def set_exception(self, error: Exception) -> None:
-        """Ignore it: the command after it says so too."""
+        """Ignore it: the command after it fails in the same way."""
 
 
 def _late(calls: Iterable[_Call], now: float) -> list[_Call]:
-    """Return the calls whose time is over."""
+    """Return the calls that have timed out."""
     return [call for call in calls if now - call.sent_s >= call.timeout_s]
 
 

@@ -1,4 +1,4 @@
-"""Every private part of redis-py that is used here: it has no public way to do these things."""
+"""Every private part of redis-py that is used here: it has no public API for these things."""
 
 import asyncio
 from abc import abstractmethod
@@ -17,12 +17,12 @@ _REQUIRES = {
 require(SUPPORTED, _REQUIRES)
 
 
-# Makes redis-py's error of an error that the server answered.
+# Returns redis-py's exception for an error reply.
 error_from_reply = DefaultParser.parse_error
 
 
 def take_over(connection: AbstractConnection) -> asyncio.StreamWriter:
-    """Take the stream of a connection that is connected and greeted. redis-py can do nothing with it any more."""
+    """Take the stream of a connection after its handshake. redis-py cannot use the connection any more."""
     writer = cast("asyncio.StreamWriter", connection._writer)  # noqa: SLF001
     connection._reader = connection._writer = None  # noqa: SLF001
     return writer

@@ -1,8 +1,9 @@
 """Waiting until replicas have what a command wrote, so that a failover does not lose it. It only reads.
 
-Redis' own WAIT speaks of the writes of its own connection and blocks it: it would have to be sent on the channel, where
-others' decisions would queue behind it. So each primary is asked by INFO, as of when it had written all of it, how far
-each of its replicas is. Replicas say so once a second; no connection is blocked, and a user needs no further right.
+Redis' own WAIT covers only the writes of its own connection and blocks it: it would have to be sent on the channel,
+where other calls would queue behind it. So INFO of each primary is polled: its offset once all is written, and then
+what each of its replicas has acknowledged, which replicas report once a second. No connection is blocked, and the user
+needs no further right.
 """
 
 import asyncio
@@ -20,16 +21,16 @@ from limiter.redis.connect import CLIENT_ERRORS
 from limiter.redis.errors import translate_error
 
 WITHIN_S = 30.0
-_ASK_S = 0.1
+_POLL_S = 0.1
 _REPLICA = re.compile(r"slave\d+", re.ASCII)
 
 
 @asynccontextmanager
 async def wait_for_replicas(redis: "Redis", replicas: int) -> AsyncIterator[None]:
-    """Wait, when the block has done its work, until so many replicas of every primary have it; 0: do not.
+    """Wait, at the end of the block, until so many replicas of every primary have what it wrote; 0: do not wait.
 
-    Raises NotReplicated when they have it not within WITHIN_S, or another server took the place of a primary since the
-    block began: what it wrote is there, or was, but may be lost. LimiterUnavailable before the block.
+    Raises NotReplicated when they do not have it within WITHIN_S, or another server took the place of a primary since
+    the block began: the writes were made, but may be lost. Raises LimiterUnavailable before the block.
     """
     if not replicas:
         yield
@@ -44,7 +45,14 @@ async def wait_for_replicas(redis: "Redis", replicas: int) -> AsyncIterator[None
 
 @dataclass(frozen=True, slots=True)
 class _Primary:
-    """One primary. run_id: another one after a restart. offset: of all that it wrote. acknowledged: by each replica."""
+    """The replication of one primary.
+
+    Args:
+        run_id: changes when the server restarts.
+        port: by which errors name it.
+        offset: of all that it wrote, in bytes.
+        acknowledged: the offset of each replica, in bytes.
+    """
 
     run_id: str
     port: int
@@ -64,7 +72,7 @@ async def _wait(redis: "Redis", before: set[str], replicas: int) -> None:
         try:
             primaries = await _primaries(redis)
         except CLIENT_ERRORS as error:
-            problem = f"Redis did not say how many replicas have it: {error}"
+            problem = f"Redis did not report how many replicas have it: {error}"
         else:
             if not primaries or before - {primary.run_id for primary in primaries}:
                 raise NotReplicated("another server took the place of a primary meanwhile")
@@ -77,7 +85,7 @@ async def _wait(redis: "Redis", before: set[str], replicas: int) -> None:
             problem = f"{having} replicas of the primary at port {least.port} have it, want {replicas}"
         if loop.time() > ends:
             raise NotReplicated(f"after {WITHIN_S:g} s {problem} (redis.wait_replicas)")
-        await asyncio.sleep(_ASK_S)
+        await asyncio.sleep(_POLL_S)
 
 
 async def _primaries(redis: "Redis") -> list[_Primary]:

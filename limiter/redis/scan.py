@@ -1,8 +1,8 @@
 """Finding every key of a pattern, on one server or all primaries of a cluster, while servers and slots move.
 
-Reading only. A cursor of SCAN means nothing to another server, nor to the same one after a restart; and a key that is
-moved from a node not yet read to one already read is missed. So who served, and which slots, is compared before and
-after: when it changed, all is read once more.
+It only reads. A cursor of SCAN is not valid on another server, nor on the same one after a restart; and a key that is
+moved from a node not yet read to one already read is missed. So the servers and their slots are compared before and
+after a pass: if they changed, there is another one.
 """
 
 from collections.abc import AsyncIterator
@@ -23,8 +23,8 @@ _MAX_PASSES = 20
 async def scan(redis: "Redis", pattern: str) -> AsyncIterator[list[bytes]]:
     """Yield every key of the pattern, once each and in no order, as many at a time as SCAN returns.
 
-    A key that is made or deleted meanwhile may be among them or not. Memory: 12 to 24 bytes a key, by which one is
-    known again that SCAN gives twice. Raises RedisError, also when servers and slots never come to rest.
+    A key that is created or deleted meanwhile may be among them or not. It takes 12 to 24 bytes of memory a key, to
+    recognise one that SCAN returns twice. Raises RedisError, also if servers and slots change in every pass.
     """
     seen = FingerprintSet()
     before = await _state(redis)
@@ -37,7 +37,7 @@ async def scan(redis: "Redis", pattern: str) -> AsyncIterator[list[bytes]]:
                 if cursor == 0:
                     break
         after = await _state(redis)
-        # A slot that moves all the time needs two passes: what the first missed, the second finds where it went.
+        # While a slot is being moved it takes two passes: the second finds the keys that the first one missed.
         if after == before and (number > 0 or not _moves(after)):
             return
         before = after
@@ -45,7 +45,7 @@ async def scan(redis: "Redis", pattern: str) -> AsyncIterator[list[bytes]]:
 
 
 async def _state(redis: "Redis") -> tuple[str, ...]:
-    """Return who serves: each server's run, and a cluster node's slots: its own, importing and migrating ones."""
+    """Return each server's run id, and a cluster node's slots: its own, importing and migrating ones."""
     state = []
     for node in await primaries_of(redis):
         info = await node.info("server")

@@ -1,7 +1,7 @@
 """Finding the primary through Sentinels, and connections that go to it only.
 
-Each new connection looks the primary up, and checks that the server it reaches takes itself for it. A connection
-whose server was demoted is given up, so that the next one finds its successor. Nothing here repeats a command.
+Each new connection looks the primary up, and checks that the server it reaches has that role. A connection to a server
+that was demoted is dropped, so that the next one finds the new primary. Nothing here repeats a command.
 """
 
 from collections import Counter
@@ -26,16 +26,16 @@ class Sentinels:
     def __init__(self, seeds: tuple[Address, ...], name: str, make_client: Callable[[Address], Client]) -> None:
         self.name = name
         self._clients = {seed: make_client(seed) for seed in seeds}
-        self._asking = FanOut(self._ask)
+        self._fan_out = FanOut(self._query)
 
     async def primary(self) -> Address:
         """Query all Sentinels at once, and return the address that most of them name, as soon as that is certain.
 
-        One that is cut off goes on naming an old primary. Raises RedisConnectionError when none names any.
+        A Sentinel that is cut off still names the old primary. Raises RedisConnectionError if none of them names one.
         """
         named: Counter[Address] = Counter()
         failures: list[str] = []
-        async for answer in self._asking.answers(self._clients):
+        async for answer in self._fan_out.answers(self._clients):
             if isinstance(answer, AuthenticationError):
                 raise answer
             if isinstance(answer, BaseException):
@@ -50,22 +50,22 @@ class Sentinels:
 
     async def aclose(self) -> None:
         """Close the connections to the Sentinels."""
-        await self._asking.aclose()
+        await self._fan_out.aclose()
         for client in self._clients.values():
             await client.aclose()
 
-    async def _ask(self, seed: Address) -> Address:
+    async def _query(self, seed: Address) -> Address:
         answer: Any = await self._clients[seed].execute_command(  # type: ignore[no-untyped-call]  # redis-py 8.1
             "SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.name
         )
         if not answer:
-            raise RedisConnectionError(f"{seed} watches no primary of that name")
+            raise RedisConnectionError(f"{seed} monitors no primary of that name")
         host, port = answer
         return Address(host.decode(), int(port))
 
 
 class PrimaryConnection(LocatedConnection):
-    """A connection to whatever server is the primary at the time."""
+    """A connection to the server that is the primary at the time."""
 
     def __init__(self, *, sentinels: Sentinels, **options: Any) -> None:
         super().__init__(**options)
@@ -77,7 +77,7 @@ class PrimaryConnection(LocatedConnection):
         return primary.host, primary.port
 
     async def on_connect_check_health(self, check_health: bool = True) -> None:
-        """Log in, and make sure that it is the primary."""
+        """Log in, and check that the server is the primary."""
         await super().on_connect_check_health(check_health)
         await self.send_command("ROLE", check_health=False)
         role: Any = await self.read_response()
@@ -85,7 +85,7 @@ class PrimaryConnection(LocatedConnection):
             raise RedisConnectionError(f"{self.host}:{self.port} is not the primary any more")
 
     async def read_response(self, *args: Any, **options: Any) -> Any:
-        """Read one reply; of a server that was demoted, the last one."""
+        """Read one reply; drop the connection if the server was demoted."""
         try:
             return await super().read_response(*args, **options)
         except ReadOnlyError:
@@ -94,7 +94,7 @@ class PrimaryConnection(LocatedConnection):
 
 
 class TlsPrimaryConnection(PrimaryConnection, SSLConnection):
-    """The same, over TLS."""
+    """A connection to the primary, over TLS."""
 
 
 class SentinelClient(Client):
@@ -112,7 +112,7 @@ class SentinelClient(Client):
 
 
 class SentinelChannel:
-    """The channel to the primary: it leaves a server that was demoted. A silent one its connection leaves by itself."""
+    """The channel to the primary: it reconnects after a demotion. A silent server is dropped by the connection."""
 
     def __init__(self, channel: MultiplexedConnection) -> None:
         self._channel = channel
@@ -126,7 +126,7 @@ class SentinelChannel:
             raise
 
     async def load_script(self, key: str, text: str, timeout_s: float) -> Any:
-        """Load a script at the primary. See `CommandChannel`."""
+        """Load a script on the primary. See `CommandChannel`."""
         return await self.send(key, script_load(text), timeout_s)
 
     async def aclose(self) -> None:

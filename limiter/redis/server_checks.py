@@ -1,4 +1,4 @@
-"""What a Redis server must be, and be set to, for rows to be safe on it: the rules, applied to its INFO.
+"""The kind and the settings that a Redis server needs for rows to be safe on it: rules, applied to its INFO.
 
 `connect` refuses a server with a problem and logs warnings; `doctor` shows everything. It connects to nothing and logs
 nothing.
@@ -21,10 +21,10 @@ class Finding:
     """The result of one check.
 
     Args:
-        level: whether it is well.
-        subject: what was looked at, as a name: text goes on from it.
+        level: ok, or how bad it is.
+        subject: the name of what was checked; `text` continues the sentence.
         text: what was found.
-        advice: what to do, "" when it is well.
+        advice: what to do, "" if nothing.
     """
 
     level: Level
@@ -37,7 +37,7 @@ class Finding:
 
 
 def inspect(info: Info, *, subject: str, kind: Kind, allow_eviction: bool) -> list[Finding]:
-    """Check what a server is and how it is configured. A problem here does not mend itself, so it is to be refused.
+    """Check what a server is and how it is configured. A problem here does not go away, so the server is refused.
 
     Args:
         info: what INFO of the server returned.
@@ -54,7 +54,7 @@ def inspect(info: Info, *, subject: str, kind: Kind, allow_eviction: bool) -> li
 
 
 def inspect_health(info: Info, *, subject: str, kind: Kind, wait_replicas: int) -> list[Finding]:
-    """Check how a server is doing: what changes while it runs, and with others.
+    """Check the state of a server: what changes while it runs, and with other servers.
 
     Args:
         info: what INFO of the server returned.
@@ -70,7 +70,7 @@ def inspect_health(info: Info, *, subject: str, kind: Kind, wait_replicas: int) 
 
 
 def _mode(info: Info, subject: str, kind: Kind) -> Iterator[Finding]:
-    """Find a server of another kind than the URL says, which would fail later and less clearly."""
+    """Find a server of another kind than that of the URL, which would fail later and less clearly."""
     mode = info.get("redis_mode") or info.get("server_mode")  # Redis, Valkey
     if mode == "sentinel":
         advice = "give redis+sentinel://HOST:PORT,HOST:PORT/NAME"
@@ -122,7 +122,7 @@ def _aof_writes(info: Info, subject: str) -> Iterator[Finding]:
 
 def _replication(info: Info, subject: str, kind: Kind, wait_replicas: int) -> Iterator[Finding]:
     if info.get("role") == "slave":
-        if kind == "cluster":  # which had slots a moment ago: elsewhere it is of the wrong mode
+        if kind == "cluster":  # it had slots a moment ago; with other kinds of URL, `_mode` finds it
             advice = "run this again: a failover seems to be under way"
             yield Finding("problem", subject, "is a replica, which takes no writes", advice)
         return

@@ -1,4 +1,4 @@
-"""Which primary of a cluster has which slot: the map, and finding out anew when it may no longer be so.
+"""Which primary of a cluster has which slot: the map, fetched again when it may be out of date.
 
 It queries all known nodes at once, so that one that hangs costs no time. It sends no command that concerns rows.
 """
@@ -24,10 +24,10 @@ class SlotMap:
     def __init__(self, seeds: tuple[Address, ...], make_client: Callable[[Address], Client]) -> None:
         self._seeds, self._make_client = seeds, make_client
         self._clients: dict[Address, Client] = {}
-        self._asking = FanOut(self._slots_by)
+        self._fan_out = FanOut(self._slots_by)
         self._owners: list[Address | None] = [None] * SLOTS
         self._refreshing: asyncio.Task[None] | None = None
-        self._doubted = True
+        self._is_stale = True
 
     def client(self, address: Address) -> Client:
         """Return the client of a node, which stays open for as long as the cluster has the node."""
@@ -37,20 +37,20 @@ class SlotMap:
 
     def invalidate(self) -> None:
         """Note that the map may be out of date: the next use fetches a new one."""
-        self._doubted = True
+        self._is_stale = True
 
     def moved(self, slot: int, owner: Address) -> None:
-        """Note one slot's owner, as its old one says; the others may have moved as well."""
+        """Note a slot's new owner, from a redirection; the other slots may have moved as well."""
         self._owners[slot] = owner
-        self._doubted = True
+        self._is_stale = True
 
     def known_owner(self, slot: int) -> Address | None:
         """Return the primary of a slot, if it is known and not invalidated."""
-        return None if self._doubted else self._owners[slot]
+        return None if self._is_stale else self._owners[slot]
 
     async def owner(self, slot: int) -> Address:
-        """Return the primary of a slot. Raises RedisConnectionError when no node can be reached, or none serves it."""
-        if self._doubted or self._owners[slot] is None:
+        """Return the primary of a slot. Raises RedisConnectionError if no node can be reached, or none serves it."""
+        if self._is_stale or self._owners[slot] is None:
             await self.refresh()
         owner = self._owners[slot]
         if owner is None:
@@ -74,7 +74,7 @@ class SlotMap:
         if self._refreshing is not None:
             self._refreshing.cancel()
             await asyncio.gather(self._refreshing, return_exceptions=True)
-        await self._asking.aclose()
+        await self._fan_out.aclose()
         for client in self._clients.values():
             await client.aclose()
 
@@ -84,7 +84,7 @@ class SlotMap:
     async def _refresh(self) -> None:
         """Query every known node at once: the first answer counts, so that one that hangs costs no time."""
         failures: list[BaseException] = []
-        async for answer in self._asking.answers({*self._clients, *self._seeds}):
+        async for answer in self._fan_out.answers({*self._clients, *self._seeds}):
             if not isinstance(answer, BaseException):
                 self._take(answer)
                 return
@@ -99,15 +99,15 @@ class SlotMap:
         return address, await client.execute_command("CLUSTER", "SLOTS")  # type: ignore[no-untyped-call]  # redis-py 8.1
 
     def _take(self, answer: tuple[Address, list[Any]]) -> None:
-        asked, table = answer
+        source, table = answer
         owners: list[Address | None] = [None] * SLOTS
         known = set(self._seeds)
         for first, last, *nodes in table:
-            addresses = [_address(node, asked) for node in nodes]
+            addresses = [_address(node, source) for node in nodes]
             known.update(addresses)
             owners[first : last + 1] = [addresses[0]] * (last + 1 - first)
         self._owners = owners
-        self._doubted = False
+        self._is_stale = False
         for address in set(self._clients) - known:
             asyncio.create_task(self._clients.pop(address).aclose())  # noqa: RUF006  its end is not awaited
 
@@ -117,11 +117,11 @@ def slot_of(key: object) -> int:
     return key_slot(key if isinstance(key, bytes) else str(key).encode())
 
 
-def redirect_target(asked: Address, redirection: AskError) -> Address:
-    """Return where a redirection leads; without a host it means the node that sent it."""
-    return Address(redirection.host or asked.host, redirection.port)
+def redirect_target(source: Address, redirection: AskError) -> Address:
+    """Return the target of a redirection; without a host, it is on that of the node that sent it."""
+    return Address(redirection.host or source.host, redirection.port)
 
 
-def _address(node: list[Any], asked: Address) -> Address:
+def _address(node: list[Any], source: Address) -> Address:
     host, port = node[0], int(node[1])
-    return Address(host.decode() if host else asked.host, port)
+    return Address(host.decode() if host else source.host, port)

@@ -71,8 +71,8 @@ class Topology:
 
     def sentinel_url_of(self, address: Address) -> str:
         """Return the plain URL of a Sentinel, which has credentials of its own and no databases."""
-        said = dict(self.query)
-        user, password = (quote(said.get(key, ""), safe="") for key in _SENTINEL_LOGIN)
+        options = dict(self.query)
+        user, password = (quote(options.get(key, ""), safe="") for key in _SENTINEL_LOGIN)
         query = [(key, value) for key, value in self.query if key.startswith("ssl_")]
         return self._url(f"{user}:{password}@" if user or password else "", address, "", query)
 
@@ -83,7 +83,7 @@ class Topology:
 def parse_url(url: str) -> Topology | None:
     """Return the topology of a URL of several servers; None for one of a single server, which redis-py parses itself.
 
-    Raises SettingsError, which says what a URL looks like, for one that is not valid.
+    Raises SettingsError, which shows the forms of a URL, for one that is not valid.
     """
     scheme, separator, rest = url.partition("://")
     if scheme not in _SCHEMES or not separator:

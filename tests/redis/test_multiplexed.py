@@ -136,7 +136,7 @@ async def test_server_when_it_is_slow_but_answers_one_after_the_other_then_it_is
         assert not protocol.is_silent(1000)
         protocol.waiting.append(_Call(asyncio.get_running_loop().create_future(), b"", sent_s=100.0, timeout_s=1.0))
         for heard, now, silent in ((90, 100.9, False), (90, 101, True), (100.5, 101.4, False), (100.5, 101.5, True)):
-            protocol._heard = heard
+            protocol._last_read_s = heard
             assert protocol.is_silent(now) is silent
         protocol.waiting.clear()
 

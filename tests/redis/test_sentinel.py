@@ -113,7 +113,7 @@ async def test_url_when_it_leads_to_the_wrong_server_then_the_error_says_what_to
         await connect(servers.servers[1].url)
     with pytest.raises(SettingsError, match=r"is a Sentinel: give redis\+sentinel://"):
         await connect(servers.sentinels[0].url)
-    with pytest.raises(LimiterUnavailable, match="watches no primary of that name"):
+    with pytest.raises(LimiterUnavailable, match="monitors no primary of that name"):
         await connect(servers.url.replace(servers.NAME, "other"))
     with pytest.raises(LimiterUnavailable, match="no Sentinel knows the primary mymaster"):
         await connect(f"redis+sentinel://127.0.0.1:{free_port()}/mymaster")
