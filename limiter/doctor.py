@@ -1,6 +1,6 @@
-"""Checks a Redis and the settings, and says what to do about each problem.
+"""Checks a Redis and the settings, and reports what to do about each problem.
 
-It changes nothing but a key of its own, for some seconds. What it cannot check, it says.
+It changes nothing but a key of its own, for some seconds. It also reports what it cannot check.
 """
 
 import asyncio
@@ -43,7 +43,7 @@ def acl_line_for(settings: Settings) -> str | None:
 
 
 async def examine(settings: Settings) -> list[Finding]:
-    """Check everything. Never raises for what it finds."""
+    """Check everything. Problems are returned, not raised."""
     findings = [*_licences(settings), *_persister(settings)]
     findings += [finding async for finding in _redis(settings)]
     findings += await asyncio.gather(
@@ -107,11 +107,11 @@ async def _missing(node: Any, settings: Settings) -> str:
             text = str(error)
             if " key" in text:
                 return f"touch the keys {settings.redis.prefix}:*"
-            if f"'{command}'" not in text:  # it is something that a connection begins with
+            if f"'{command}'" not in text:  # denied to the connection itself, in its handshake
                 raise
             missing.append(command.replace("|", " ").upper())
         except ResponseError:
-            continue  # it may: what the server has against it is something else
+            continue  # it is permitted: the server refuses it for another reason
     return f"run {', '.join(missing)}" if missing else ""
 
 
@@ -185,13 +185,18 @@ def _ledger(path: Path) -> list[Finding]:
             next(file.members(), None)
     except LedgerFileError as error:
         return [
-            Finding("problem", "persister", str(error), "`limiter verify` says more; move it away if it is not wanted")
+            Finding(
+                "problem",
+                "persister",
+                str(error),
+                "run `limiter verify` for details; move the file elsewhere if it is not wanted",
+            )
         ]
     return []
 
 
 async def _backend(name: str, backend: BackendSettings, *, is_on: bool) -> Finding:
-    """Ask a backend for its models, as the relay does."""
+    """Request a backend's models, as the relay does."""
     subject = f"backends.{name}"
     if not is_on:
         return Finding("ok", subject, "off")
@@ -217,7 +222,7 @@ async def _backend(name: str, backend: BackendSettings, *, is_on: bool) -> Findi
 
 
 def _place(url: str) -> tuple[Kind, int]:
-    """Return the kind of a URL, and the number of its database."""
+    """Return the kind of a URL, and its database number."""
     topology = None if url.startswith("embedded:") else parse_url(url)
     if topology is not None:
         return topology.kind, int(topology.database or 0)

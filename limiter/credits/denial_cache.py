@@ -1,4 +1,4 @@
-"""Remembers for a moment who was refused for want of credits, so that a client that hammers costs few calls.
+"""Caches refusals for lack of credits for a moment, so that a client that keeps retrying costs few calls.
 
 It may only refuse, and only what Redis would refuse too if no other node had changed the row since: for a cost above
 what remained, not across a renewal, and never after a change that this process made.
@@ -11,11 +11,11 @@ from limiter.credits.models import Balance, Decision, DecisionStatus, Reason
 
 Snapshot = tuple[int, float]  # how many changes there had been, and when: epoch or monotonic milliseconds
 _MAX_REFUSALS = 10_000  # refusals that are kept; the oldest go first
-_SLOTS = 4096  # a change forgets the refusals of some other installs, too, and costs no memory
+_SLOTS = 4096  # a change drops the refusals of some other installs, too, and costs no memory
 
 
 class DenialCache:
-    """The refusals of one limiter. keep_ms: how long each counts; 0: not at all. clock: the limiter's own, if any."""
+    """The refusals of one limiter. keep_ms: how long each is kept, 0: not at all. clock: the limiter's own, if any."""
 
     __slots__ = ("_changed", "_changes", "_denied", "_keep_ms", "_now_ms")
 
@@ -35,20 +35,20 @@ class DenialCache:
         denied = self._denied.get((row_key, tier))
         if denied is None:
             return None
-        (changes, asked_ms), until_ms, balance = denied
+        (changes, called_ms), until_ms, balance = denied
         now_ms = self._now_ms()
         if now_ms >= until_ms or self._changed[hash(row_key) % _SLOTS] > changes:
             del self._denied[row_key, tier]
             return None
         if cost <= (balance.remaining or 0):
             return None
-        balance = balance._replace(now_ms=balance.now_ms + int(now_ms - asked_ms))
+        balance = balance._replace(now_ms=balance.now_ms + int(now_ms - called_ms))
         return Decision(DecisionStatus.DENIED, Reason.OUT_OF_CREDITS, None, hold_id, balance, from_memory=True)
 
     def record(self, row_key: str, before: Snapshot, decision: Decision | None) -> None:
-        """Remember a refusal; anything else may have changed the row. None: the outcome is unknown.
+        """Cache a refusal; any other decision may have changed the row. None: the outcome is unknown.
 
-        Where something is held, the next call goes to Redis: this hold id may be live already, which is not a refusal.
+        While credits are held, nothing is cached: a repeat may be of a live hold, which Redis would not refuse.
         """
         if not self._keep_ms:
             return
@@ -66,13 +66,13 @@ class DenialCache:
             self._denied[key] = before, before[1] + lasts_ms, balance
 
     def invalidate_all(self) -> None:
-        """Forget everything."""
+        """Drop all refusals."""
         self._denied.clear()
         self._changes += 1
         self._changed = [self._changes] * _SLOTS
 
     def invalidate(self, row_key: str) -> None:
-        """Forget what is known of a row that this process changed, or may have, and calls that are under way."""
+        """Drop the refusals of a row that this process changed, or may have, and those of calls that are under way."""
         self._changes += 1
         self._changed[hash(row_key) % _SLOTS] = self._changes
 

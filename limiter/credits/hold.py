@@ -1,6 +1,6 @@
-"""The block of code that a hold lives in: its credits are reserved before it, and committed or given back after it.
+"""A hold as a context manager: its credits are reserved before the block, and committed or released after it.
 
-It settles on every way out, cancellation included. It is given how to reserve, commit and release.
+It settles the hold however the block ends, cancellation included. The calls themselves are passed in.
 """
 
 import asyncio
@@ -66,7 +66,7 @@ async def hold_context(
 
 
 async def _undo(reserving: "asyncio.Future[Decision]", release: Release) -> None:
-    """Release what a reserve holds, or may hold, whose answer was not received."""
+    """Release what is held, or may be held, by a reserve whose answer was not received."""
     await asyncio.wait({reserving})
     failure = reserving.exception()
     if failure is None or (isinstance(failure, LimiterUnavailable) and failure.execution is Execution.UNKNOWN):
@@ -74,7 +74,7 @@ async def _undo(reserving: "asyncio.Future[Decision]", release: Release) -> None
 
 
 async def _noting(reason: BaseException, release: Awaitable[SettlementStatus | None]) -> None:
-    """Await a release whose failure must not hide why it is made, least of all a cancellation."""
+    """Await a release; if it fails, note that on the error that caused it, and do not hide that error."""
     try:
         await release
     except LimiterError as unsettled:

@@ -1,7 +1,7 @@
-"""The one place that spells Redis keys, and says what an install id may be.
+"""The one place that spells Redis keys, and validates install ids.
 
-Rows are at `install`, for ever. Every other key has a TTL, and names only what cannot choose another key: install ids,
-digests, addresses.
+The keys of rows, `install`, never expire. Every other key has a TTL, and contains only install ids, digests and
+addresses, none of which can make it another key.
 """
 
 import hashlib
@@ -56,15 +56,15 @@ class Keys:
         return self._install + normalise_install_id(install_id)
 
     def install_id(self, key: str) -> str:
-        """Return the install id of such a key."""
+        """Return the install id of the key of a row."""
         return key.removeprefix(self._install)
 
     def claim(self, install_id: str, idempotency_key: str) -> str:
-        """Return the key of what became of an install's `Idempotency-Key`. Raises InvalidInstallId."""
+        """Return the key of the outcome of an install's `Idempotency-Key`. Raises InvalidInstallId."""
         return f"{self.prefix}:claim:{normalise_install_id(install_id)}:{_digest(idempotency_key)}"
 
     def sdk_retry(self, install_id: str, fingerprint: str) -> str:
-        """Return the key of what became of an install's latest request of a kind. Raises InvalidInstallId."""
+        """Return the key of the outcome of an install's latest request with a fingerprint. Raises InvalidInstallId."""
         return f"{self.prefix}:retry:{normalise_install_id(install_id)}:{fingerprint}"
 
     def seats(self, subject: str) -> str:
@@ -72,7 +72,7 @@ class Keys:
         return f"{self.prefix}:seats:{_digest(subject)}"
 
     def probe(self) -> str:
-        """Return a key that does not exist, to probe what a user may do."""
+        """Return a key that does not exist, to probe a user's permissions."""
         return f"{self.prefix}:doctor"
 
     def mint(self, network: str | None) -> str:
@@ -84,7 +84,7 @@ class Keys:
         return f"{self.prefix}:persister"
 
     def import_lease(self) -> str:
-        """Return the key of the lease that imports have one after the other."""
+        """Return the key of the lease that lets only one import run at a time."""
         return f"{self.prefix}:import"
 
 

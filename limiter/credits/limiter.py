@@ -1,6 +1,7 @@
-"""The public door: reserve, commit, release, debit and balance, each within a deadline.
+"""The public interface: reserve, commit, release, debit and balance, each within a deadline.
 
-It knows the clock, makes hold ids, and decides what may be repeated. Of installs it knows only refusals, for a moment.
+It generates hold ids and decides which calls may be repeated. The only state that it keeps of installs is refusals, for
+a moment.
 """
 
 import re
@@ -35,10 +36,16 @@ _HOLD_ID = re.compile(r"[A-Za-z0-9._-]{1,48}", re.ASCII)
 class CreditLimiter:
     """Credits of installs on one Redis, for any number of nodes at once.
 
-    redis: from `connect`. clock: `() -> epoch ms`, for tests; production goes by the server's time. hold_ms: how long
-    a hold lives without commit or release. timeout_ms bounds one attempt, deadline_ms a whole call with its repeats.
-    deny_cache_ms: how long who was out of credits is refused again without asking Redis, so that a change made
-    elsewhere may be seen so late; one made through this limiter is seen at once.
+    Args:
+        redis: from `connect`.
+        tiers: the limits that are configured.
+        clock: `() -> epoch ms`, for tests; without one, the server's time is used.
+        prefix: of every key.
+        hold_ms: how long a hold lives without commit or release.
+        timeout_ms: bounds one attempt.
+        deadline_ms: bounds a whole call with its retries.
+        deny_cache_ms: how long a refusal for lack of credits is repeated without a call to Redis. A change made through
+            this limiter is seen at once, one made elsewhere up to this much later.
     """
 
     def __init__(
@@ -72,8 +79,8 @@ class CreditLimiter:
     ) -> Decision:
         """Plan a request and hold its credits, until commit, release or `hold_ms`.
 
-        The same hold_id again gives the same answer (REPLAY) and holds nothing more. A refusal stores the roll-over
-        and a new row, nothing else. Raises UnknownTier, InvalidInstallId, BrokenRow, LimiterUnavailable.
+        A repeat with the same hold_id returns the same answer (REPLAY) and holds nothing more. A refusal stores only
+        the roll-over and a new row. Raises UnknownTier, InvalidInstallId, BrokenRow, LimiterUnavailable.
         """
         limits = self.tiers[tier]
         key = self.session.keys.install(install_id)
@@ -99,10 +106,10 @@ class CreditLimiter:
     async def commit(
         self, install_id: str, hold_id: str, *, backend: Backend | None = None, cost: int | None = None
     ) -> Settlement:
-        """Turn a hold into a debit, of the backend and cost given or else of those held.
+        """Turn a hold into a debit, with the backend and cost passed or else with those held.
 
-        COMMITTED; LATE when the hold had expired, debited all the same; GONE when there is no such hold, as after the
-        first of two commits. Raises InvalidInstallId, BrokenRow, LimiterUnavailable.
+        Returns COMMITTED; LATE if the hold had expired, debited all the same; or GONE if there is no such hold, as for
+        the second of two commits. Raises InvalidInstallId, BrokenRow, LimiterUnavailable.
         """
         key = self.session.keys.install(install_id)
         hold = _checked_hold_id(hold_id)
@@ -126,7 +133,7 @@ class CreditLimiter:
             self._denial_cache.invalidate(key)
 
     async def release(self, install_id: str, hold_id: str) -> SettlementStatus:
-        """Release a hold: RELEASED, or GONE when there is no such hold. Raises as `commit`."""
+        """Release a hold. Return RELEASED, or GONE if there is no such hold. Raises as `commit`."""
         key = self.session.keys.install(install_id)
         hold = _checked_hold_id(hold_id)
         try:
@@ -139,9 +146,9 @@ class CreditLimiter:
     async def debit(
         self, install_id: str, *, tier: str, has_hardware: bool, cost: int = 1, may_create: bool = True
     ) -> Decision:
-        """Plan and debit in one step, for callers with nothing to wait for.
+        """Plan and debit in one step, for callers that need no hold.
 
-        Never repeated after a lost answer: LimiterUnavailable then means that it may have been debited.
+        It is not repeated after a lost answer: LimiterUnavailable then means that it may have been debited.
         """
         limits = self.tiers[tier]
         key = self.session.keys.install(install_id)
@@ -163,7 +170,7 @@ class CreditLimiter:
         )
 
     async def balance(self, install_id: str, *, tier: str) -> Balance:
-        """Return the balance of a tier on a row; an unknown install has that of a new one. Writes nothing."""
+        """Return the balance of a tier on a row; that of a new row for an unknown install. Write nothing."""
         limits = self.tiers[tier]
         key = self.session.keys.install(install_id)
         return await self.session.retry(lambda: self._scripts.balance(key, tier=limits, now_ms=self.session.now_ms()))
@@ -174,9 +181,9 @@ class CreditLimiter:
         return await self.session.retry(lambda: read_row(self.session, install_id))
 
     async def put_row(self, row: Row, *, mode: PutMode) -> PutStatus:
-        """Store a row: `create` leaves an existing one alone, `replace` overwrites it, `merge` keeps larger counters.
+        """Store a row: `create` keeps an existing one, `replace` overwrites it, `merge` keeps the larger counters.
 
-        CREATED, SAME, REPLACED, MERGED or EXISTS. Live holds stay. Raises as `commit`.
+        Returns CREATED, SAME, REPLACED, MERGED or EXISTS. Live holds stay. Raises as `commit`.
         """
         key = self.session.keys.install(row.install_id)
         try:
@@ -189,7 +196,7 @@ class CreditLimiter:
     ) -> AbstractAsyncContextManager[Hold]:
         """Reserve, then commit at the end of the block, or release if it raises (cancellation included).
 
-        Look at `hold.allowed` first: a refused hold has nothing to settle. `hold.charge()` says what was really used.
+        Check `hold.allowed` first: a refused hold has nothing to settle. `hold.charge()` sets what was really used.
         """
         own_id = hold_id or random_id()
         return hold_context(

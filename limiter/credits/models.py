@@ -1,6 +1,6 @@
 """The values that pass between modules: tiers, rows, balances, decisions. No I/O here.
 
-What each decision makes anew is a named tuple: it is made four times as fast as a frozen dataclass.
+The values that every decision creates are named tuples, which are created four times as fast as frozen dataclasses.
 """
 
 import json
@@ -24,7 +24,7 @@ _TIER_KEYS = frozenset({"lifetime", "monthly", "gemini_cap", "max_in_flight"})
 
 
 class DecisionStatus(StrEnum):
-    """What reserve or debit decided. As with the other statuses, the words are the same in Lua, JSON and metrics."""
+    """The result of reserve or debit. As with the other statuses, the words are the same in Lua, JSON and metrics."""
 
     ALLOWED = "ALLOWED"
     REPLAY = "REPLAY"
@@ -34,7 +34,7 @@ class DecisionStatus(StrEnum):
 
 
 class SettlementStatus(StrEnum):
-    """What commit or release did with a hold."""
+    """The result of commit or release."""
 
     COMMITTED = "COMMITTED"
     LATE = "LATE"
@@ -43,7 +43,7 @@ class SettlementStatus(StrEnum):
 
 
 class PutStatus(StrEnum):
-    """What put_row or create_rows did with a row."""
+    """The result of put_row or create_rows for a row."""
 
     CREATED = "CREATED"
     SAME = "SAME"
@@ -53,7 +53,7 @@ class PutStatus(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why a request is DENIED. The first two last; the others pass when a hold is settled."""
+    """Why a request is DENIED. The first two reasons last; the others pass when a hold is settled."""
 
     OUT_OF_CREDITS = "out_of_credits"
     GEMINI_CAP = "gemini_cap_exceeded_no_hardware"
@@ -63,7 +63,7 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Tier:
-    """One tier's limits, in credits; None stands for no limit."""
+    """One tier's limits, in credits; None means no limit."""
 
     name: str
     counter: Counter
@@ -138,10 +138,19 @@ def _limit(name: str, limits: Mapping[str, object], key: str, least: int = 0) ->
 
 
 class Balance(NamedTuple):
-    """What one tier has left on one row, at the server's time `now_ms`.
+    """The credits of one tier on one row, at the server's time.
 
-    remaining, gemini_remaining: credits not yet committed, None without a quota or a cap. held: credits that live
-    holds cover; what can still be spent is `remaining - held`. renews_ms is None for a lifetime quota.
+    Args:
+        tier: the tier.
+        capped: the counter that the quota limits.
+        quota: credits in the period; None without a limit.
+        remaining: credits not yet committed; None without a quota. `remaining - held` can still be spent.
+        gemini_cap: credits that may be spent on Gemini; None without a cap.
+        gemini_remaining: credits of the cap not yet committed; None without a cap.
+        held: credits that live holds cover.
+        began_at: when the billing period began, as ISO text; None for a lifetime quota.
+        renews_ms: when it renews, in epoch milliseconds; None for a lifetime quota.
+        now_ms: the server's time, in epoch milliseconds.
     """
 
     tier: str
@@ -174,9 +183,9 @@ class Balance(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """The answer to reserve or debit. `backend` is set when allowed, `reason` when denied.
+    """The answer to reserve or debit. `backend` is set if allowed, `reason` if denied.
 
-    from_memory: decided without Redis, which has just refused the same.
+    from_memory: decided by the denial cache, without a call to Redis.
     """
 
     status: DecisionStatus
@@ -196,7 +205,7 @@ _ALLOWING = frozenset({DecisionStatus.ALLOWED, DecisionStatus.REPLAY, DecisionSt
 
 
 class Settlement(NamedTuple):
-    """What commit did: COMMITTED, LATE or GONE, and what it debited (`cost` 0 when GONE)."""
+    """The result of commit: COMMITTED, LATE or GONE, and what was debited (`cost` is 0 if GONE)."""
 
     status: SettlementStatus
     tier: str | None = None
@@ -206,7 +215,7 @@ class Settlement(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class HeldCredits:
-    """A hold as the row shows it. It is live until `expires_ms` (epoch milliseconds)."""
+    """A hold as the row has it. It is live until `expires_ms` (epoch milliseconds)."""
 
     hold_id: str
     backend: str
@@ -217,7 +226,7 @@ class HeldCredits:
 
 
 class FieldKind(Enum):
-    """What a field of a row holds. Each reader and writer of rows has one rule for each of these."""
+    """The kind of a row's field. Each reader and writer of rows has one rule for each kind."""
 
     TIER = "1 to 20 characters of A-Z a-z 0-9 _ -"
     COUNT = "an integer from 0 to 2^53 - 1"

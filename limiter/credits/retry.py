@@ -1,4 +1,4 @@
-"""The one place that repeats a call to Redis: within a deadline, and one of unknown outcome only where that is safe."""
+"""The one place that retries calls to Redis: within a deadline; after an unknown outcome, only where that is safe."""
 
 import asyncio
 import time
@@ -18,13 +18,13 @@ async def retry(
     when_unknown: bool = True,
     when_overloaded: bool = False,
 ) -> T:
-    """Run an attempt, and again after LimiterUnavailable, until one is answered or the deadline is over.
+    """Run an attempt, and again after LimiterUnavailable, until one succeeds or the deadline has passed.
 
     Args:
-        attempt: ends by itself within the timeout of one attempt.
+        attempt: makes one attempt, and ends by itself within its timeout.
         deadline_s: seconds for all attempts and the pauses between them.
-        when_unknown: whether an attempt may be repeated that may have been executed.
-        when_overloaded: whether it is repeated where more calls wait already than should: for what ends work that was
+        when_unknown: whether to repeat an attempt that may have been executed.
+        when_overloaded: whether to repeat it although too many calls wait already: for calls that end work that was
             begun.
 
     Raises what the last attempt raised; its `execution` is UNKNOWN when an earlier one may have been executed.

@@ -19,7 +19,7 @@ from limiter.redis.multiplexed import CommandChannel
 from limiter.redis.resp import HGETALL, Template
 from limiter.redis.scan import scan
 
-Fields = Mapping[bytes, bytes]  # a hash as redis-py gives it
+Fields = Mapping[bytes, bytes]  # a hash as redis-py returns it
 Values = list[bytes | None]  # of some of its fields
 _READ_S = 5.0
 _INTEGER = re.compile(r"\d{1,20}", re.ASCII)  # a bound, for Python does not convert thousands of digits
@@ -36,10 +36,10 @@ async def read_row(session: Session, install_id: str) -> Row | None:
 
 
 async def scan_keys(session: Session) -> AsyncIterator[list[bytes]]:
-    """Yield the key of every row, once each and in no order, in the batches that SCAN gives. Raises LimiterUnavailable.
+    """Yield the key of every row, once each and in no order, in the batches of SCAN. Raises LimiterUnavailable.
 
-    A row that is made or deleted meanwhile may be among them or not. Memory: 12 to 24 bytes a row, by which a key is
-    known again that SCAN gives twice while the key space is resized.
+    A row that is created or deleted meanwhile may be among them or not. It takes 12 to 24 bytes of memory a row, to
+    recognise a key that SCAN returns twice while the key space is resized.
     """
     try:
         async for names in scan(session.redis, session.keys.install_pattern):
@@ -49,16 +49,16 @@ async def scan_keys(session: Session) -> AsyncIterator[list[bytes]]:
 
 
 async def read_values(channel: CommandChannel, names: Sequence[bytes], fields: Template) -> list[Values | Exception]:
-    """Read some fields of many rows in one round trip: None for one that is not there, or redis-py's error.
+    """Read some fields of many rows in one round trip: None for a missing one, or redis-py's error.
 
-    By the channel: there a row costs a fourth of what it does in a pipeline of redis-py 8.1. Raises LimiterUnavailable.
-    fields: from `hmget`, so that their names are encoded once for many reads.
+    They go over the channel, where a row costs a fourth of what it does in a pipeline of redis-py 8.1. fields: from
+    `hmget`, so that their names are encoded once for many reads. Raises LimiterUnavailable.
     """
     return await _answers(channel, names, fields)
 
 
 async def read_fields(channel: CommandChannel, names: Sequence[bytes]) -> list[Fields | Exception]:
-    """Read many rows whole in one round trip: no fields of one that is gone, or redis-py's error.
+    """Read many rows whole in one round trip: no fields for a missing one, or redis-py's error.
 
     Raises LimiterUnavailable.
     """
@@ -76,7 +76,7 @@ async def _answers(channel: CommandChannel, names: Sequence[bytes], template: Te
 
 
 def row_or_error(keys: Keys, name: bytes, fields: "Fields | Exception") -> Row | BrokenRow:
-    """Decode what `read_fields` gave for a key; a broken row comes as its error. Raises LimiterUnavailable."""
+    """Decode what `read_fields` returned for a key; a broken row becomes its error. Raises LimiterUnavailable."""
     key = name.decode(errors="backslashreplace")
     if isinstance(fields, Exception):
         error = translate_error(fields, key)
@@ -114,7 +114,7 @@ class _RowFields:
     text: Mapping[str, str]
 
     def value(self, name: str, kind: FieldKind, implied: str) -> Any:
-        """Return the field's value, an int of a count or a day. implied: what it is where the row does not have it."""
+        """Return the field's value, an int for a count or a day. implied: the value of a missing field."""
         text = self.text.get(name, implied)
         if not _IS_VALID[kind](text):
             raise self._broken(name, kind.value)

@@ -1,6 +1,6 @@
 """One typed method per Lua script: the arguments it sends, the reply it decodes, the errors it maps.
 
-A method here makes one attempt. It never repeats: who may repeat what is decided in `CreditLimiter`.
+A method here makes one attempt. What may be repeated is decided in `CreditLimiter`.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
@@ -138,7 +138,7 @@ class Scripts:
         return self._run("create_rows", row_keys[0], evalsha, _statuses)
 
     async def call(self, name: str, row_key: str, *arguments: Argument) -> Any:
-        """Run one script on one key, loading it when the server does not know it (a restart, SCRIPT FLUSH, a replica).
+        """Run one script on one key, loading it if the server does not have it (restart, SCRIPT FLUSH, failover).
 
         Raises LimiterUnavailable, BrokenRow, ScriptContractError.
         """
@@ -146,7 +146,7 @@ class Scripts:
         return await self._run(name, row_key, evalsha, _as_it_is)
 
     async def _run(self, name: str, row_key: str, evalsha: bytes, read: Callable[..., T], *more: Tier | str) -> T:
-        """Send a call, and read its reply; more: what `read` wants besides."""
+        """Send a call, and read its reply; more: further arguments of `read`."""
         try:
             try:
                 reply = await self._channel.send(row_key, evalsha, self._timeout_s)
@@ -160,10 +160,10 @@ class Scripts:
 
 @lru_cache(maxsize=1024)
 def _template(name: str, *usual: Argument) -> Template:
-    """Return the call of a script on one key, which lacks the key and the script's first arguments.
+    """Return a template of a script's call on one key, without the key and the first arguments.
 
-    usual: the last arguments, which are the same in call after call: the limits of a tier, the cost, the flags. A time
-    that is None comes last, and is left out.
+    usual: the last arguments, which are the same in many calls: the limits of a tier, the cost, the flags. A time that
+    is None comes last, and is left out.
     """
     if usual and usual[-1] is None:
         usual = usual[:-1]
@@ -171,13 +171,13 @@ def _template(name: str, *usual: Argument) -> Template:
 
 
 def stored_values(row: Row) -> tuple[str | int, ...]:
-    """Return what put_row.lua stores of a row, in its order: "" for what is not stored."""
+    """Return the values that put_row.lua stores of a row, in its order: "" for a field that is not stored."""
     values: tuple[str | int, ...] = _VALUES(row)
     return tuple("" if value == default else value for value, default in zip(values, _DEFAULTS, strict=True))
 
 
 def stored_text(row: Row) -> str:
-    """Return what create_rows.lua stores of a row: the same values, a line each."""
+    """Return the values that create_rows.lua stores of a row: the same ones, one a line."""
     return "\n".join(map(str, stored_values(row)))
 
 

@@ -1,7 +1,7 @@
 """One Redis as everything here uses it: its connection, keys, clock, timeouts and retries.
 
-It knows no operation. `CreditLimiter` runs its operations on a session, and so do seats, claims, leases, imports and
-dumps: all of them see one key prefix, one clock and one rule about repeats.
+`CreditLimiter` runs its operations on a session, and so do seats, claims, leases, imports and dumps: all of them share
+one key prefix, one clock and one rule about retries.
 """
 
 from collections.abc import Awaitable, Callable
@@ -19,10 +19,10 @@ T = TypeVar("T")
 
 
 class Guard(Protocol):
-    """Runs a call to Redis, or raises LimiterUnavailable at once where it is known that nothing would answer."""
+    """Runs a call to Redis, or raises LimiterUnavailable at once while Redis is known to be unavailable."""
 
     async def __call__(self, call: Callable[[], Awaitable[T]], /) -> T:
-        """Run it. Raises what it raises."""
+        """Run the call. Raises what it raises."""
         ...
 
 
@@ -89,7 +89,7 @@ class Session:
     async def retry(
         self, attempt: Callable[[], Awaitable[T]], *, when_unknown: bool = True, when_overloaded: bool = False
     ) -> T:
-        """Run an attempt and repeat it within the session's deadline, as `limiter.credits.retry.retry` tells."""
+        """Run an attempt and repeat it within the session's deadline, by `limiter.credits.retry.retry`."""
         if self._guard is None:
             return await retry(
                 attempt, deadline_s=self.deadline_s, when_unknown=when_unknown, when_overloaded=when_overloaded

@@ -1,4 +1,4 @@
-"""The operator's side of licences: make and read private keys, and sign licences with them. No relay needs it."""
+"""The operator's side of licences: create and read private keys, and sign licences with them. No relay needs it."""
 
 import os
 import time
@@ -13,7 +13,7 @@ from limiter.licences.tokens import ALGORITHM, key_id
 
 
 def make_key(path: Path) -> Ed25519PrivateKey:
-    """Make a private key and store it as PEM, for its owner only. Never overwrites. Raises SettingsError."""
+    """Create a private key and store it as PEM for its owner only. Raises SettingsError, also if the file exists."""
     key = Ed25519PrivateKey.generate()
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     try:

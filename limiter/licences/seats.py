@@ -1,4 +1,4 @@
-"""The installs on a licence's seats, counted in Redis over all nodes. It answers no client."""
+"""The installs on a licence's seats, counted in Redis across all nodes."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -6,12 +6,12 @@ from typing import cast
 
 from limiter.credits.session import Session
 
-_OUTLIVE_LICENCE_S = 30 * 86_400  # a licence that is renewed a little late finds its installs seated
-_MAX_EXPIRY_MS = 4_102_444_800_000  # the year 2100: a licence "for ever" must still be a time that Redis takes
+_OUTLIVE_LICENCE_S = 30 * 86_400  # a licence that is renewed a little late keeps its seats
+_MAX_EXPIRY_MS = 4_102_444_800_000  # the year 2100: a licence "for ever" must still be a time that Redis accepts
 
 
 class SeatStatus(StrEnum):
-    """What licence_seat.lua did."""
+    """The result of licence_seat.lua."""
 
     SEATED = "SEATED"
     FULL = "FULL"
@@ -36,9 +36,13 @@ class Seats:
         self._scripts = session.scripts()
 
     async def take(self, subject: str, install_id: str, *, seats: int, expires_s: int) -> SeatStatus:
-        """Seat an install, or note that it uses its seat. Run licence_seat.lua.
+        """Seat an install, or record that it uses its seat. Run licence_seat.lua.
 
-        expires_s: the licence's `exp`, in epoch seconds; its seats are forgotten a month later.
+        Args:
+            subject: of the licence.
+            install_id: the install.
+            seats: how many the licence has.
+            expires_s: the licence's `exp`, in epoch seconds; its seats expire a month later.
         """
         key = self._session.keys.seats(subject)
         expires_ms = min((expires_s + _OUTLIVE_LICENCE_S) * 1000, _MAX_EXPIRY_MS)
@@ -58,7 +62,7 @@ class Seats:
         return sorted(seats, key=lambda seat: (-seat.used_ms, seat.install_id))
 
     async def free(self, subject: str, install_id: str) -> bool:
-        """Take an install off its seat. False when it had none."""
+        """Free an install's seat. Return whether it had one."""
         key = self._session.keys.seats(subject)
         # Not repeated: the second answer would be "it had none".
         freed = await self._session.once(lambda: self._session.command(self._session.redis.hdel(key, install_id), key))

@@ -1,4 +1,4 @@
-"""Verify licences: EdDSA-signed JWTs that say which tier an install has paid for, checked offline.
+"""Verify licences: EdDSA-signed JWTs with the tier that an install has paid for, checked offline.
 
 A public key is written `ed25519:<base64url>`; its `kid` is the start of its SHA-256, so that keys can be rotated.
 This is what every relay does; `keys` makes keys and issues licences, and no relay has a private key.
@@ -32,7 +32,7 @@ class InvalidLicence(LimiterError):  # noqa: N818  names the thing, as UnknownTi
 
 @dataclass(frozen=True, slots=True)
 class Licence:
-    """What a licence says. expires_s: epoch seconds. installs: how many installs may use it, None for any number."""
+    """The claims of a licence. expires_s: epoch seconds. installs: how many installs may use it; None: any number."""
 
     tier: str
     subject: str
@@ -53,7 +53,7 @@ class Licences:
         self._known = lru_cache(maxsize=_MAX_KNOWN)(self._read)
 
     def check(self, token: str) -> Licence:
-        """Return what the licence says, with `expired` set if it has expired. Raises InvalidLicence."""
+        """Return the claims of a licence, with `expired` set if it has expired. Raises InvalidLicence."""
         licence = self._known(token)
         return replace(licence, expired=True) if licence.expires_s + _LEEWAY_S <= time.time() else licence
 
@@ -110,7 +110,7 @@ def key_id(key: Ed25519PublicKey) -> str:
 
 
 def public_key_text(key: Ed25519PublicKey) -> str:
-    """Return a public key as the settings take it."""
+    """Return a public key in the form of the settings."""
     return _PREFIX + base64.urlsafe_b64encode(key.public_bytes_raw()).decode().rstrip("=")
 
 

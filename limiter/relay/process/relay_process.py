@@ -1,4 +1,4 @@
-"""Runs one relay process from its settings: opens what it needs, serves until a stop signal, closes in reverse."""
+"""Runs one relay process: opens what its settings need, serves until a stop signal, closes in reverse order."""
 
 import asyncio
 import gc
@@ -27,14 +27,14 @@ from limiter.relay.upstream.client import BackendClient
 from limiter.relay.upstream.echo_server import echo_server
 
 _LOG = logging.getLogger("limiter.relay")
-# Python's own (700, 10, 10) look for cycles every few requests, and take a fifth of the processor time. What is in no
-# cycle is freed at once anyway, and that is nearly everything.
+# Python's defaults (700, 10, 10) look for cycles every few requests, and take a fifth of the processor time. Objects
+# that are in no cycle are freed at once anyway, and nearly all are.
 _CYCLES = (10_000, 20, 20)
 
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """What a relay that has just started says of itself."""
+    """The report of a relay that has just started."""
 
     url: str
     echo: bool
@@ -42,9 +42,9 @@ class Serving:
 
 
 async def serve(settings: Settings, started: Callable[[Serving], None], slot: WorkerSlot | None = None) -> None:
-    """Serve until SIGTERM or SIGINT, then finish what runs, settle, and dump the rows once more.
+    """Serve until SIGTERM or SIGINT, then finish the running requests, settle, and dump the rows once more.
 
-    slot: of a worker, which ends with its supervisor, too. Raises SettingsError, LimiterUnavailable when it cannot
+    slot: of a worker, which ends with its supervisor, too. Raises SettingsError or LimiterUnavailable if it cannot
     start.
     """
     gc.set_threshold(*_CYCLES)
@@ -83,7 +83,7 @@ def is_echo(settings: Settings) -> bool:
 
 @asynccontextmanager
 async def open_backends(settings: Settings) -> AsyncIterator[dict[Backend, BackendClient]]:
-    """Open the backends that are set; when none is, the echo as both."""
+    """Open the backends that are set; if none is, the echo server as both."""
     gemini, hardware = settings.backends.gemini, settings.backends.hardware
     async with AsyncExitStack() as stack:
         clients: dict[Backend, BackendClient] = {}
@@ -121,7 +121,7 @@ def _client(name: Backend, backend: BackendSettings, models: Mapping[str, str]) 
 @contextmanager
 def _end_with_supervisor(slot: WorkerSlot, stop: asyncio.Event) -> Iterator[None]:
     loop = asyncio.get_running_loop()
-    loop.add_reader(slot.line, stop.set)  # nothing is ever said on it: what can be read is its end
+    loop.add_reader(slot.line, stop.set)  # nothing is ever sent on it: it is readable only at its end
     try:
         yield
     finally:
@@ -139,7 +139,7 @@ async def _listen(app: web.Application, settings: Settings, slot: WorkerSlot | N
         else:
             await web.SockSite(runner, socket.socket(fileno=slot.listener)).start()
     except OSError as error:
-        # asyncio puts words of its own before the system's; the resolver's errors have numbers of their own.
+        # asyncio prefixes the system's message; the resolver's errors have numbers of their own.
         cause = error.strerror if isinstance(error, socket.gaierror) or not error.errno else os.strerror(error.errno)
         raise SettingsError(
             f"cannot listen on {relay.host}:{relay.port}: {cause}; give another --host or --port"

@@ -30,14 +30,14 @@ from limiter.relay.process.worker_metrics import WorkerSlot
 
 _LOG = logging.getLogger("limiter.relay")
 _BACKLOG = 1024
-_LONG_LIFE_S = 30.0  # who lived so long did not die of its start
+_LONG_LIFE_S = 30.0  # a worker that ran for so long did not fail at its start
 _LOG_KEY = "LIMITER_LOGS__KEY"
 
 
 async def supervise(settings: Settings, started: Callable[[Serving], None]) -> None:
-    """Run `relay.workers` workers until SIGTERM or SIGINT; one that dies is started again, later each time.
+    """Run `relay.workers` workers until SIGTERM or SIGINT; one that exits is restarted, with backoff.
 
-    Raises SettingsError when it cannot listen, LimiterError when the first worker cannot start: that one has said why.
+    Raises SettingsError if it cannot listen, LimiterError if the first worker cannot start, which has logged why.
     """
     stop = asyncio.Event()
     on_stop_signal(stop.set)
@@ -53,7 +53,7 @@ async def supervise(settings: Settings, started: Callable[[Serving], None]) -> N
         ]
         keeping: list[asyncio.Task[None]] = []
         try:
-            # The first by itself: if the settings are wrong, one says so, and it starts the embedded server for all.
+            # The first one alone: only it reports wrong settings, and it starts the embedded server for all.
             first = await workers[0].start(stop)
             others = await asyncio.gather(*(worker.start(stop) for worker in workers[1:]))
             if first is None or None in others:
@@ -96,14 +96,14 @@ class _Worker:
         if self._line is not None:
             self._line.close()
         self._line = ours
-        said = asyncio.create_task(_said(ours))
+        reading = asyncio.create_task(_read_line(ours))
         stopping = asyncio.create_task(stop.wait())
-        await asyncio.wait({said, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({reading, stopping}, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
-        if not said.done():
-            said.cancel()
+        if not reading.done():
+            reading.cancel()
             return None
-        if not (text := said.result()):
+        if not (text := reading.result()):
             code = await self._ended()
             if stop.is_set():
                 return None
@@ -111,7 +111,7 @@ class _Worker:
         return Serving(**orjson.loads(text))
 
     async def keep(self, stop: asyncio.Event) -> None:
-        """Start it again whenever it has died, until the supervisor stops."""
+        """Restart it whenever it has exited, until the supervisor stops."""
         while not stop.is_set():
             code = await self._ended()
             if stop.is_set():
@@ -130,11 +130,11 @@ class _Worker:
                 async with asyncio.timeout(pause_s):
                     await stop.wait()
                     return
-            with contextlib.suppress(LimiterError):  # it has said why, and the next round waits longer
+            with contextlib.suppress(LimiterError):  # it has logged why, and the next pause is longer
                 await self.start(stop)
 
     async def end(self) -> None:
-        """Let it finish what it serves, and wait for that."""
+        """Let it finish its requests, and wait until it exits."""
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.terminate()
@@ -146,8 +146,8 @@ class _Worker:
         return 0 if self._process is None else await self._process.wait()
 
 
-async def _said(line: socket.socket) -> bytes:
-    """Read one line from a worker; empty when it ended without a word."""
+async def _read_line(line: socket.socket) -> bytes:
+    """Read one line from a worker; empty if it exited without writing one."""
     loop = asyncio.get_running_loop()
     text = b""
     while not text.endswith(b"\n"):

@@ -1,7 +1,7 @@
-"""What the workers on one port know of each other: their places, and their metrics, shown as one page by any of them.
+"""The slots of the workers on one port, and their metrics, shown as one page by any of them.
 
-Each keeps its own counters and labels them `worker`, so that one that was started again is a counter that was reset,
-which Prometheus understands, and not a sum that fell.
+Each worker keeps its own counters and labels them `worker`, so that a restart is a counter that was reset, which
+Prometheus understands, and not a sum that fell.
 """
 
 import asyncio
@@ -17,16 +17,20 @@ from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-_ANSWER_S = 1.0  # a worker that does not answer in that time is left out
+_ANSWER_S = 1.0  # a worker that does not answer within this time is left out
 Render = Callable[[], bytes]
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerSlot:
-    """What one worker gets from its supervisor. `listener` and `line` are file descriptors.
+    """What one worker gets from its supervisor.
 
-    line: the worker says on it what it serves, once; its end tells the worker that the supervisor is gone.
-    folder: where the workers ask each other for their metrics.
+    Args:
+        number: of the worker, from 0.
+        workers: how many there are.
+        listener: the file descriptor of its listening socket.
+        line: the file descriptor on which it reports once that it serves; its end means that the supervisor has ended.
+        folder: of the sockets at which the workers query each other's metrics.
     """
 
     number: int
@@ -37,11 +41,11 @@ class WorkerSlot:
 
     @classmethod
     def from_text(cls, text: str) -> "WorkerSlot":
-        """Read what `as_text` wrote."""
+        """Return the slot that `as_text` wrote."""
         return cls(**orjson.loads(text))
 
     def as_text(self) -> str:
-        """Write it for a command line."""
+        """Return the slot as text for a command line."""
         return orjson.dumps(asdict(self)).decode()
 
     def socket_of(self, number: int) -> str:
@@ -53,11 +57,11 @@ class WorkerSlot:
 async def worker_metrics_served(slot: WorkerSlot, render: Render) -> AsyncIterator[None]:
     """Serve this worker's metrics to the others until the block ends."""
 
-    async def tell(_request: web.Request) -> web.Response:
+    async def show(_request: web.Request) -> web.Response:
         return web.Response(body=render())
 
     app = web.Application()
-    app.router.add_get("/", tell)
+    app.router.add_get("/", show)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0)
     await runner.setup()
     try:
@@ -68,9 +72,9 @@ async def worker_metrics_served(slot: WorkerSlot, render: Render) -> AsyncIterat
 
 
 async def render_all(slot: WorkerSlot, render: Render) -> bytes:
-    """Write the metrics of all workers, in Prometheus' text format 0.0.4."""
+    """Return the metrics of all workers, in Prometheus' text format 0.0.4."""
     texts = await asyncio.gather(
-        *(_ask(slot.socket_of(number)) for number in range(slot.workers) if number != slot.number)
+        *(_fetch(slot.socket_of(number)) for number in range(slot.workers) if number != slot.number)
     )
     numbers = [number for number in range(slot.workers) if number != slot.number]
     rendered = {slot.number: render().decode()} | dict(zip(numbers, texts, strict=True))
@@ -79,7 +83,7 @@ async def render_all(slot: WorkerSlot, render: Render) -> bytes:
     return generate_latest(registry)
 
 
-async def _ask(path: str) -> str:
+async def _fetch(path: str) -> str:
     try:
         async with (
             aiohttp.ClientSession(
