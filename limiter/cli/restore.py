@@ -44,7 +44,7 @@ def restore(
     """Load the rows of a dump back into Redis. Stop all relays and persisters first.
 
     The file is verified as by `limiter verify`; without FILE, the dumps at persister.file are tried, the latest first.
-    Debits since the dump are lost, and live holds are released. Redis must have no rows, unless --merge or --replace
+    Debits since the dump are lost, and the holds with them. Redis must have no rows, unless --merge or --replace
     decides about them. If it is interrupted, run the same command again.
 
     Example: limiter restore --redis redis://localhost:6379/0

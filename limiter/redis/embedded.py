@@ -62,7 +62,12 @@ def socket_path(folder: Path) -> Path:
     private.mkdir(mode=0o700, exist_ok=True)
     if private.stat().st_uid != os.getuid():
         raise SettingsError(f"{private} belongs to another user: give [redis] url a data folder with a shorter path")
-    return private / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}.sock"
+    short = private / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}.sock"
+    if len(os.fsencode(short)) > _MAX_SOCKET_PATH:
+        raise SettingsError(
+            f"{short} is too long for a socket: give [redis] url a data folder with a shorter path, or TMPDIR one"
+        )
+    return short
 
 
 @dataclass(frozen=True, slots=True)

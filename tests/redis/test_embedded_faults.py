@@ -2,9 +2,11 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -59,8 +61,19 @@ async def test_embedded_when_its_socket_is_removed_then_no_second_server_starts_
     os.kill(pid, 0)  # it runs on
 
 
+def test_embedded_when_folder_and_temp_folder_have_long_paths_then_a_settings_error_says_what_to_shorten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("t" * 100)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    with pytest.raises(SettingsError, match=r"too long for a socket: give \[redis\] url a data folder with a shorter"):
+        embedded.socket_path(tmp_path / ("x" * 100))
+
+
 def test_embedded_when_two_users_have_other_temp_folders_then_they_share_one_server(tmp_path: Path) -> None:
     folder = tmp_path / ("x" * 100)
+    other = Path(tempfile.mkdtemp(prefix="limiter-"))  # short, as a socket in it must be
     answers = []
     first = subprocess.Popen(
         [
@@ -72,7 +85,7 @@ def test_embedded_when_two_users_have_other_temp_folders_then_they_share_one_ser
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"},
+        env=os.environ | {"TMPDIR": str(other), "PYTHONUNBUFFERED": "1"},
     )
     assert first.stdout
     answers.append(first.stdout.readline().split())
@@ -81,6 +94,7 @@ def test_embedded_when_two_users_have_other_temp_folders_then_they_share_one_ser
     )
     answers.append(second.stdout.split())
     first.communicate("\n", timeout=60)
+    shutil.rmtree(other)
     assert [count for count, _ in answers] == ["1", "2"]
     assert len({pid for _, pid in answers}) == 1
 
