@@ -23,8 +23,10 @@ from limiter.licences.tokens import Licences
 from limiter.redis.acl import acl_line, needed_commands, probes
 from limiter.redis.cluster import primaries_of
 from limiter.redis.connect import CLIENT_ERRORS, open_client
-from limiter.redis.server_checks import Finding, inspect, inspect_health
+from limiter.redis.errors import is_unknown_command
+from limiter.redis.server_checks import Finding, inspect, inspect_health, without_command
 from limiter.redis.url import Kind, parse_url, redacted
+from limiter.relay.upstream.client import base_url
 
 _SLOW_MS = 5.0
 _SKEW_S = 2.0
@@ -75,7 +77,10 @@ async def _redis(settings: Settings) -> AsyncIterator[Finding]:
 
 
 async def _server(node: Any, settings: Settings, where: str) -> AsyncIterator[Finding]:
-    missing = await _missing(node, settings)
+    absent: list[str] = []
+    missing = await _missing(node, settings, absent)
+    for command in absent:
+        yield without_command(where, command)
     if missing:
         yield Finding("problem", where, f"this user may not {missing}", _BY_THE_LINE)
     try:
@@ -87,7 +92,7 @@ async def _server(node: Any, settings: Settings, where: str) -> AsyncIterator[Fi
         yield finding
     for finding in inspect_health(info, subject=where, kind=kind, wait_replicas=settings.redis.wait_replicas):
         yield finding
-    if missing:
+    if missing or absent:
         return
     yield Finding("ok", where, "this user may do all that limiter does")
     yield await _appendfsync(node, info, where)
@@ -95,8 +100,11 @@ async def _server(node: Any, settings: Settings, where: str) -> AsyncIterator[Fi
     yield await _clock(node, where)
 
 
-async def _missing(node: Any, settings: Settings) -> str:
-    """Try each command. Return what the user may not do, "" if it may do everything."""
+async def _missing(node: Any, settings: Settings, absent: list[str]) -> str:
+    """Try each command. Return what the user may not do, "" if it may do everything.
+
+    absent: gets the commands that the server does not know.
+    """
     kind, database = _place(settings.redis.url)
     key = Keys(settings.redis.prefix).probe()
     missing = []
@@ -110,7 +118,9 @@ async def _missing(node: Any, settings: Settings) -> str:
             if f"'{command}'" not in text:  # it is something that a connection begins with
                 raise
             missing.append(command.replace("|", " ").upper())
-        except ResponseError:
+        except ResponseError as error:
+            if is_unknown_command(error):
+                absent.append(command.replace("|", " ").upper())
             continue  # it may: what the server has against it is something else
     return f"run {', '.join(missing)}" if missing else ""
 
@@ -195,6 +205,11 @@ async def _backend(name: str, backend: BackendSettings, *, is_on: bool) -> Findi
     subject = f"backends.{name}"
     if not is_on:
         return Finding("ok", subject, "off")
+    try:
+        base = base_url(name, backend.url)
+    except SettingsError as error:
+        return Finding("problem", subject, str(error), f"give another {subject}.url")
+    shown = str(base.with_user(None).with_query(None)).rstrip("/")
     key = backend.api_key.get_secret_value()
     timeout = aiohttp.ClientTimeout(total=_BACKEND_S, connect=min(backend.connect_s, _BACKEND_S))
     try:
@@ -202,18 +217,18 @@ async def _backend(name: str, backend: BackendSettings, *, is_on: bool) -> Findi
             aiohttp.ClientSession(
                 timeout=timeout, headers={"Authorization": f"Bearer {key}"} if key else {}
             ) as session,
-            session.get(f"{backend.url.rstrip('/')}/models", allow_redirects=False) as answer,
+            session.get(base.joinpath("models").with_query(base.query), allow_redirects=False) as answer,
         ):
             status = answer.status
     except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
-        text = f"{redacted(backend.url)} cannot be reached: {str(error) or type(error).__name__}"
+        text = f"{shown} cannot be reached: {str(error) or type(error).__name__}"
         return Finding("problem", subject, text, f"check that it runs, and that {subject}.url leads there")
     if status in _REFUSED:
         return Finding("problem", subject, f"it refuses the key ({status})", f"set {subject}.api_key")
     if status >= 300:  # noqa: PLR2004  a status
-        text = f"{redacted(backend.url)}/models answers {status}"
+        text = f"{shown}/models answers {status}"
         return Finding("warning", subject, text, f"check that {subject}.url ends as its documentation says, as in …/v1")
-    return Finding("ok", subject, f"{redacted(backend.url)} answers")
+    return Finding("ok", subject, f"{shown} answers")
 
 
 def _place(url: str) -> tuple[Kind, int]:

@@ -306,3 +306,50 @@ async def test_reader_when_it_reads_on_then_its_stream_goes_on(impatient: Runnin
         while loop.time() < ends_s:
             assert len(await reader.readexactly(20_000)) == 20_000
             await asyncio.sleep(0.01)
+
+
+# HTTP/1.0
+
+
+def old_request(relay: RunningRelay, model: str, *headers: str, path: str = CHAT, **members: object) -> bytes:
+    body = json.dumps({"model": model, **members})
+    lines = [
+        f"POST {path} HTTP/1.0",
+        "Host: relay",
+        "Content-Type: application/json",
+        f"X-Install-Id: {relay.install_id}",
+        f"Content-Length: {len(body)}",
+        *headers,
+    ]
+    return "\r\n".join([*lines, "", body]).encode()
+
+
+@pytest.mark.parametrize("headers", [(), ("Connection: keep-alive",), ("Connection: Keep-Alive", "Keep-Alive: 300")])
+@pytest.mark.parametrize("backend", ["gemini", "hardware"])
+@pytest.mark.parametrize(
+    ("model", "ending"),
+    [
+        ("stream:3", b"data: [DONE]\n\n"),
+        ("plain", b"data: [DONE]\n\n"),
+        ("huge:3000000", b"}"),
+        ("break-stream", b"}\n\n"),
+    ],
+)
+async def test_old_client_when_an_answer_has_no_length_then_its_end_is_that_of_the_connection(
+    start_relay: StartRelay, gemini: Backend, backend: str, model: str, ending: bytes, headers: tuple[str, ...]
+) -> None:
+    relay = await start_relay(client_of("gemini" if backend == "gemini" else "hardware", gemini.url))
+    received = await relay.raw(old_request(relay, model, *headers, stream=model == "plain"))
+    head, _, body = received.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.0 200 ")
+    assert b"transfer-encoding" not in head.lower()
+    assert b"keep-alive" not in head.lower()
+    assert b"content-length" not in head.lower()
+    assert body.endswith(ending)
+
+
+async def test_old_client_when_an_answer_has_a_length_then_the_connection_can_be_kept(relay: RunningRelay) -> None:
+    kept = old_request(relay, "plain", "Connection: keep-alive")
+    received = await relay.raw(kept + kept + old_request(relay, "plain"))
+    assert received.count(b"HTTP/1.0 200 OK") == 3
+    assert received.count(b"Connection: keep-alive") == 2
