@@ -326,7 +326,7 @@ async def _pour(call: Call) -> web.StreamResponse:
     """`pour:TYPE`: a body without an end, as fast as it is taken."""
     response = await call.begin("text/event-stream" if call.arguments == ["stream"] else "application/json")
     while True:
-        await call.write(response, b": " + b"z" * 65_536 + b"\n\n")
+        await call.write(response, b"data: " + b"z" * 65_536 + b"\n\n")
 
 
 async def _dribble(call: Call) -> web.StreamResponse:

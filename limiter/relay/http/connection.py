@@ -8,7 +8,7 @@ dispatched like any other request, with the problem stored beforehand. Nothing h
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from aiohttp import HttpVersion11, hdrs, web
 from aiohttp.http import RawRequestMessage
@@ -60,32 +60,63 @@ class RelayRunner(web.AppRunner):
 
 class _Server(web.Server):
     def __call__(self) -> web.RequestHandler:
-        return _Connection(self, loop=self._loop, **self._kwargs)
+        return RelayConnection(self, loop=self._loop, **self._kwargs)
 
 
-class _Connection(web.RequestHandler):
-    __slots__ = ("_idle_checks", "_next_check", "_unsent", "_write_idle_s")
+class Source(Protocol):
+    """What a stream is read from."""
+
+    def pause(self) -> None: ...  # noqa: D102
+    def resume(self) -> None: ...  # noqa: D102
+
+
+class RelayConnection(web.RequestHandler):
+    """A client's connection."""
+
+    __slots__ = ("_idle_checks", "_is_full", "_next_check", "_source", "_unsent", "_write_idle_s")
 
     def __init__(self, manager: web.Server, *, write_idle_s: float, **options: Any) -> None:
         super().__init__(manager, **options)
         self._write_idle_s = write_idle_s
         self._next_check: asyncio.TimerHandle | None = None
         self._idle_checks = self._unsent = 0
+        self._source: Source | None = None
+        self._is_full = False
+
+    def follow(self, source: "Source | None") -> None:
+        """Pause a source while this connection takes no more, and resume it after that; None: there is none now."""
+        self._source = source
+        if source is not None and self._is_full:
+            source.pause()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin to look after the progress of what is sent."""
         super().connection_made(transport)
         self._check_progress(cast("asyncio.Transport", transport))
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        """End that."""
         if self._next_check is not None:
             self._next_check.cancel()
         super().connection_lost(exc)
 
+    def pause_writing(self) -> None:
+        """Pause the source of a stream: this connection is full."""
+        self._is_full = True
+        super().pause_writing()
+        if self._source is not None:
+            self._source.pause()
+
     def resume_writing(self) -> None:
+        """Resume the source of a stream."""
         self._idle_checks = 0
+        self._is_full = False
         super().resume_writing()
+        if self._source is not None:
+            self._source.resume()
 
     def data_received(self, data: bytes) -> None:
+        """Parse requests; end one whose body cannot be parsed."""
         super().data_received(data)
         request = self._current_request
         if request is None or len(self._messages) != 1 or isinstance(self._messages[0][0], RawRequestMessage):

@@ -15,7 +15,7 @@ from aiohttp import web
 from limiter._util.stop_signals import on_stop_signal
 from limiter.backup.persister_process import PersisterProcess
 from limiter.bootstrap import open_limiter
-from limiter.config.settings import BackendSettings, Settings
+from limiter.config.settings import BackendSettings, ModelNames, Settings
 from limiter.credits.models import Backend
 from limiter.errors import SettingsError
 from limiter.log_events import event
@@ -97,14 +97,14 @@ async def open_backends(settings: Settings) -> AsyncIterator[dict[Backend, Backe
             keep(BackendClient("gemini", url, label="echo", timeout_s=gemini.timeout_s))
             keep(BackendClient("hardware", url, label="echo", timeout_s=hardware.timeout_s))
         if gemini.api_key.get_secret_value():
-            keep(_client("gemini", gemini, {name: to.gemini for name, to in settings.models.items() if to.gemini}))
+            keep(_client("gemini", gemini, settings.models))
         if hardware.url:
-            names = {name: to.hardware for name, to in settings.models.items() if to.hardware}
-            keep(_client("hardware", hardware, names))
+            keep(_client("hardware", hardware, settings.models))
         yield clients
 
 
-def _client(name: Backend, backend: BackendSettings, models: Mapping[str, str]) -> BackendClient:
+def _client(name: Backend, backend: BackendSettings, names: Mapping[str, ModelNames]) -> BackendClient:
+    maps = {model: {each: to for each, to in its.model_dump().items() if to} for model, its in names.items()}
     return BackendClient(
         name,
         backend.url,
@@ -113,7 +113,9 @@ def _client(name: Backend, backend: BackendSettings, models: Mapping[str, str]) 
         timeout_s=backend.timeout_s,
         idle_s=backend.idle_s,
         total_s=backend.total_s,
-        models=models,
+        routes=backend.routes,
+        models={model: its[name] for model, its in maps.items() if name in its},
+        lacks={model for model, its in maps.items() if its and name not in its},
         breaker=CircuitBreaker(failures=backend.breaker_failures, reset_s=backend.breaker_reset_s),
     )
 

@@ -16,7 +16,7 @@ from limiter.relay.upstream.client import BackendClient, Streamed
 class ForwardableRequest(Protocol):
     """A request to forward: the path below /v1/, the client's headers, and a body for each backend.
 
-    replayable: whether the complete body can be sent a second time.
+    replayable: whether the complete body can be sent a second time. stream: whether it asks for a stream.
     """
 
     @property
@@ -25,6 +25,8 @@ class ForwardableRequest(Protocol):
     def headers(self) -> Mapping[str, str]: ...  # noqa: D102
     @property
     def replayable(self) -> bool: ...  # noqa: D102
+    @property
+    def stream(self) -> bool: ...  # noqa: D102
     def body_for(self, client: BackendClient) -> bytes | Streamed: ...  # noqa: D102
 
 
@@ -38,6 +40,7 @@ class ForwardableJson(NamedTuple):
     headers: Mapping[str, str]
     body: bytes
     model: str
+    stream: bool
     replayable: bool = True  # it is in memory anyway
 
     def body_for(self, client: BackendClient) -> bytes:
@@ -74,7 +77,9 @@ async def read_json(request: web.Request, reservation: Reservation, *, within_s:
     model = document.get("model")
     if not isinstance(model, str):
         fail(400, "missing_model", "Missing model", "The body must name a model.", param="model")
-    return ForwardableJson(request.path.removeprefix("/v1/"), request.headers, body, model)
+    return ForwardableJson(
+        request.path.removeprefix("/v1/"), request.headers, body, model, document.get("stream") is True
+    )
 
 
 async def _whole(request: web.Request, reservation: Reservation) -> bytes:

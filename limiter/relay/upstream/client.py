@@ -5,10 +5,10 @@ Credentials never pass, neither a client's to the backend nor the backend's to a
 
 import asyncio
 import logging
-import zlib
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
+from math import inf
 
 import aiohttp
 from aiohttp import hdrs
@@ -20,20 +20,24 @@ from limiter.errors import SettingsError
 from limiter.log_events import event
 from limiter.relay.http.problems import Problem, ProblemRaised, retry_seconds
 from limiter.relay.upstream.circuit_breaker import Attempt, CircuitBreaker, CircuitOpen
+from limiter.relay.upstream.http_protocol import Exchange
 from limiter.relay.upstream.response import (
     FAILURES,
+    MAX_WHOLE_BYTES,
     SUCCESS,
     BackendFailed,
     BackendResponse,
     Outcome,
     backend_problem,
     failed,
-    next_piece,
+    is_event_stream,
+    packing_of,
+    unpacked,
 )
-from limiter.relay.upstream.transport import Answer, HttpTransport
+from limiter.relay.upstream.transport import HttpTransport
 
 _LOG = logging.getLogger("limiter.relay")
-_REQUEST_HEADERS = (hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.CONTENT_TYPE, "OpenAI-Beta")
+_REQUEST_HEADERS = (hdrs.ACCEPT, hdrs.CONTENT_TYPE, "OpenAI-Beta")
 _TRACE_HEADERS = ("traceparent", "tracestate")  # only for the operator's own server
 _RESPONSE_HEADERS = (
     hdrs.CACHE_CONTROL,
@@ -47,7 +51,10 @@ _OPERATORS_FAULT = frozenset({401, 402, 403, 407})
 _PASSING = frozenset({408, 429})
 _REDIRECT = range(300, 400)
 _SERVER_ERROR = 500
-_MAX_REFUSAL_BYTES = 1 << 20
+_UNREADABLE = (
+    b'{"error": {"message": "The backend refused this request (%d), in a packing that was not asked for.", '
+    b'"type": "invalid_request_error", "code": null, "param": null}}'
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,20 +97,6 @@ def _may_pass(value: str) -> bool:
     return value.isascii() and value.isprintable()
 
 
-def _unpacked(text: bytes, packing: str) -> bytes | None:
-    """Decompress a short text; return None if it is damaged, too long, or in an encoding that is not supported."""
-    if packing == "identity":
-        return text
-    if packing not in ("gzip", "deflate"):
-        return None
-    unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # detects which of the two it is
-    try:
-        plain = unpacker.decompress(text, _MAX_REFUSAL_BYTES)
-    except zlib.error:
-        return None
-    return plain if unpacker.eof else None
-
-
 class BackendClient:
     """One backend. Create it inside the running event loop and close it with `aclose`.
 
@@ -117,6 +110,8 @@ class BackendClient:
         label: its name in logs and in /readyz; by default the URL.
         api_key: sent as a Bearer token.
         models: the backend's names for models, by the client's names.
+        routes: the paths that it has; by default every one.
+        lacks: the client's names of models that another backend has alone.
         breaker: by default one that never opens.
     """
 
@@ -132,142 +127,170 @@ class BackendClient:
         label: str = "",
         api_key: str = "",
         models: Mapping[str, str] | None = None,
+        routes: Collection[str] | None = None,
+        lacks: Collection[str] = (),
         breaker: CircuitBreaker | None = None,
+        ca_file: str | None = None,
+        first_event_s: float = 15,
     ) -> None:
         self.name = name
         base = _base(name, url)
         if api_key and base.user is not None:
             raise SettingsError(f"backends.{name} has an api_key and a user in its url: set one of them only")
         if not _may_pass(api_key):
-            raise SettingsError(
-                f"backends.{name}.api_key has a character that a header cannot contain, such as a newline"
-            )
+            raise SettingsError(f"backends.{name}.api_key has a character that no header can carry, as a line's end")
         self.label = label or str(base.with_user(None).with_query(None)).rstrip("/")
         self.models: Mapping[str, str] = models or {}
+        self._routes = None if routes is None else frozenset(routes)
+        self._lacks = frozenset(lacks)
         self.breaker = breaker or CircuitBreaker(failures=0, reset_s=0)
         self._api_key = api_key
         self._authorization = f"Bearer {api_key}" if api_key else _basic(name, base)
+        self._pass_on_s = first_event_s
         self._first_s, self._idle_s, self._total_s = timeout_s, idle_s or timeout_s, total_s
         self._passed = _REQUEST_HEADERS + (_TRACE_HEADERS if name == "hardware" else ())
-        self._on_call: Callable[[Outcome], None] = _ignore
-        self._origin = HttpTransport(base.with_user(None), connect_s=connect_s)
+        self._called: Callable[[Outcome], None] = _ignore
+        self._transport = HttpTransport(
+            base.with_user(None),
+            connect_s=connect_s,
+            shortest_s=min(self._first_s, self._idle_s, total_s),
+            ca_file=ca_file,
+        )
 
-    def watch(self, on_call: Callable[[Outcome], None]) -> None:
+    def watch(self, called: Callable[[Outcome], None]) -> None:
         """Call a function with the outcome of each call, including those that the breaker prevented."""
-        self._on_call = on_call
+        self._called = called
+
+    def has_route(self, path: str) -> bool:
+        """Return whether this backend has a path, which is the relay's."""
+        return self._routes is None or path in self._routes
+
+    def has_model(self, name: str) -> bool:
+        """Return whether this backend may have a model: that another one has it alone is not said of it."""
+        return name not in self._lacks
 
     def model(self, name: str) -> str:
         """Return this backend's name for a model."""
         return self.models.get(name, name)
 
     async def send(
-        self, path: str, headers: Mapping[str, str], body: bytes | Streamed, *, method: str = hdrs.METH_POST
+        self,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes | Streamed,
+        *,
+        method: str = hdrs.METH_POST,
+        stream: bool = False,
     ) -> BackendResponse:
-        """Send a request to a path below /v1/, and wait for the first bytes of the answer. Use it as `with …:`.
+        """Send a request to a path below /v1/, and wait for the beginning of the answer. Use it as `with …:`.
 
-        Raises BackendFailed, at once if the breaker is open; ProblemRaised if the client broke a streamed body off.
+        The beginning is a whole answer, if it is small, or a stream up to its first event that carries something.
+
+        Args:
+            path: below /v1/, without a slash at its beginning.
+            headers: the client's; those that may pass do.
+            body: whole, or as it arrives.
+            method: in capitals.
+            stream: whether the client asked for a stream, which then is one whatever its Content-Type.
+
+        Raises BackendFailed, at once when the breaker is open; ProblemRaised when a streamed body broke off.
         """
         try:
-            upstream = await self._attempt(method, path, headers, body)
-        except BaseException as error:
-            self._on_call(error.outcome if isinstance(error, BackendFailed) else "cancelled")
-            raise
-        if not upstream.succeeded:
             try:
-                await self._clean(upstream)
+                attempt = self.breaker.enter()
+            except CircuitOpen as circuit:
+                problem = self._problem("has failed repeatedly and is not called for now", circuit.retry_after_s)
+                raise BackendFailed(problem, outcome="breaker_open") from None
+            judged = partial(self._judged, attempt)
+            try:
+                return await self._begun(method, path, headers, body, judged, stream=stream)
             except BaseException as error:
-                upstream.end(error)
+                if isinstance(error, BackendFailed):
+                    judged(error)
+                attempt.end()
                 raise
-        return upstream
+        except BaseException as error:
+            self._called(error.outcome if isinstance(error, BackendFailed) else "cancelled")
+            raise
 
     async def aclose(self) -> None:
         """Close the connections."""
-        await self._origin.aclose()
+        await self._transport.aclose()
 
-    async def _attempt(
-        self, method: str, path: str, headers: Mapping[str, str], body: bytes | Streamed
-    ) -> BackendResponse:
-        """Send a request if the breaker allows it, and record the result with the breaker."""
-        try:
-            attempt = self.breaker.enter()
-        except CircuitOpen as circuit:
-            problem = self._problem("has failed repeatedly and is not called for now", circuit.retry_after_s)
-            raise BackendFailed(problem, outcome="breaker_open") from None
-        try:
-            upstream = await self._request(method, path, headers, body)
-        except BackendFailed as failure:
-            if failure.alive:
-                self._succeed(attempt)
-            elif attempt.fail():
-                _LOG.error(
-                    "Circuit breaker opened: the backend %r keeps failing and is not called for now: %s",
+    def _judged(self, attempt: Attempt, failure: BackendFailed | None) -> None:
+        """Count a call for the breaker; an answer that breaks off after it had served counts as a failure, too."""
+        if failure is None or failure.alive:
+            if attempt.succeed():
+                _LOG.warning(
+                    "Circuit breaker closed: the backend %r works again",
                     self.name,
-                    failure,
-                    extra=event("circuit_breaker_opened", backend=self.name),
+                    extra=event("circuit_breaker_closed", backend=self.name),
                 )
-            raise
-        else:
-            self._succeed(attempt)
-            return upstream
-        finally:
-            attempt.end()
-
-    def _succeed(self, attempt: Attempt) -> None:
-        if attempt.succeed():
-            _LOG.warning(
-                "Circuit breaker closed: the backend %r works again",
+        elif attempt.fail():
+            _LOG.error(
+                "Circuit breaker opened: the backend %r keeps failing and is not called for now: %s",
                 self.name,
-                extra=event("circuit_breaker_closed", backend=self.name),
+                failure,
+                extra=event("circuit_breaker_opened", backend=self.name),
             )
 
-    async def _request(
-        self, method: str, path: str, headers: Mapping[str, str], body: bytes | Streamed
+    async def _begun(
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes | Streamed,
+        judged: Callable[[BackendFailed | None], None],
+        *,
+        stream: bool,
     ) -> BackendResponse:
-        outgoing = self._outgoing(headers, body)
-        began_s = asyncio.get_running_loop().time()
-        response: Answer | None = None
+        """Send a request and read the beginning of its answer."""
+        now_s = asyncio.get_running_loop().time
+        began_s = now_s()
+        exchange: Exchange | None = None
         try:
-            # aiohttp's sock_read timeout (3.14) ends silently at a chunk that its C parser rejects, and would not
-            # limit a head that arrives byte by byte.
-            async with asyncio.timeout_at(began_s + min(self._first_s, self._total_s)) as timeout:
-                sent = body if isinstance(body, bytes) else self._paced(body, timeout)
-                response = await self._origin.ask(method, path, outgoing, sent)
-                self._refuse(response)
-                first = await self._first(response)
+            exchange = await self._transport.request(
+                method,
+                path,
+                self._outgoing(headers, body, stream=stream),
+                body if isinstance(body, bytes) else body.chunks,
+                within_s=min(self._first_s, self._total_s),
+            )
+            self._refuse(exchange)
+            exchange.ends_s = min(exchange.deadline_s, now_s() + self._first_s)
+            exchange.idle_s = inf
+            incoming = self._incoming(exchange.headers)
+            streams = exchange.status in SUCCESS and (stream or is_event_stream(incoming))
+            answer = BackendResponse(self.name, exchange, incoming, streams=streams, judged=judged, over=self._called)
+            then = {"idle_s": self._idle_s, "ends_s": began_s + self._total_s}
+            if streams:
+                await answer.begin_stream(pass_on_s=began_s + self._pass_on_s, **then)
+            else:
+                await answer.begin_whole(**then)
+            if not answer.succeeded:
+                await self._clean(answer)
         except BaseException as error:
-            if response is not None:
-                response.close()
+            if exchange is not None:
+                exchange.close()
             if not isinstance(error, FAILURES):
                 raise
             if isinstance(body, Streamed) and (fault := body.fault()) is not None:
                 raise fault from None
             raise failed(self.name, error) from error
-        return BackendResponse(
-            self.name,
-            response,
-            first,
-            self._incoming(response.headers),
-            idle_s=self._idle_s,
-            ends_s=began_s + self._total_s,
-            may_stay=isinstance(body, bytes),
-            on_end=self._on_call,
-        )
+        if not streams or answer.delivered:
+            judged(None)
+        return answer
 
-    async def _first(self, response: Answer) -> bytes:
-        first = await next_piece(response.content)
-        if not first and response.status in SUCCESS:
-            raise BackendFailed(self._problem("sent an empty answer"))
-        return first
-
-    def _outgoing(self, headers: Mapping[str, str], body: bytes | Streamed) -> dict[str, str]:
-        """Return the headers for the backend: those of the client that pass, and the relay's own."""
+    def _outgoing(self, headers: Mapping[str, str], body: bytes | Streamed, *, stream: bool) -> dict[str, str]:
+        """Return the headers for the backend: the client's that may pass, and the relay's own."""
         outgoing = {}
         for name in self._passed:
             value = headers.get(name)
             if value is not None and _may_pass(value):
                 outgoing[name] = value
         outgoing.setdefault(hdrs.ACCEPT, "*/*")
-        outgoing.setdefault(hdrs.ACCEPT_ENCODING, "identity")
+        packs = not stream and "gzip" in headers.get(hdrs.ACCEPT_ENCODING, "").lower()
+        outgoing[hdrs.ACCEPT_ENCODING] = "gzip" if packs else "identity"  # of packings, what can be read here
         if body:
             outgoing.setdefault(hdrs.CONTENT_TYPE, "application/octet-stream")
         if self._authorization:
@@ -277,7 +300,7 @@ class BackendClient:
         return outgoing
 
     def _incoming(self, headers: Mapping[str, str]) -> CIMultiDict[str]:
-        """Return the headers that pass to the client."""
+        """Return the headers for the client."""
         passed = CIMultiDict[str]()
         for name in _RESPONSE_HEADERS:
             value = headers.get(name)
@@ -285,45 +308,23 @@ class BackendClient:
                 passed[name] = value
         return passed
 
-    def _paced(self, body: Streamed, timeout: asyncio.Timeout) -> AsyncIterator[bytes]:
-        """Return the body as it arrives; the backend's timeout is suspended while waiting for the client."""
-        loop = asyncio.get_running_loop()
-
-        def grant(more_s: float | None) -> None:
-            with suppress(RuntimeError, AssertionError):  # the backend responded before the end of the body
-                timeout.reschedule(None if more_s is None else loop.time() + more_s)
-
-        async def paced() -> AsyncIterator[bytes]:
-            while True:
-                grant(None)
-                chunk = await anext(body.chunks, b"")
-                grant(self._first_s)
-                if not chunk:
-                    return
-                yield chunk
-
-        return paced()
-
-    async def _clean(self, upstream: BackendResponse) -> None:
-        """Read and decompress an error answer, and mask the operator's key, which it may quote."""
-        packing = upstream.headers.pop(hdrs.CONTENT_ENCODING, "identity").lower()
-        text = bytearray(upstream.first)
-        while chunk := await upstream.read():
-            text += chunk
-            if len(text) > _MAX_REFUSAL_BYTES:
-                problem = self._problem(f"answered {upstream.status} with a body that is too long")
-                raise BackendFailed(problem, alive=True)
-        plain = _unpacked(bytes(text), packing)
-        if plain is None:
-            problem = self._problem(f"answered {upstream.status} with a body that cannot be decompressed")
+    async def _clean(self, answer: BackendResponse) -> None:
+        """Read and unpack what a backend says against the request: it may quote the operator's key, a secret."""
+        if not answer.complete:
+            problem = self._problem(f"answered {answer.status} with a body that is too long")
             raise BackendFailed(problem, alive=True)
-        upstream.first = plain.replace(self._api_key.encode(), b"***") if self._api_key else plain
+        plain = unpacked(answer.begun, packing_of(answer.headers), MAX_WHOLE_BYTES)
+        answer.headers.pop(hdrs.CONTENT_ENCODING, None)
+        if plain is None:  # it stays a refusal: served by another backend it would be debited
+            plain = _UNREADABLE % answer.status
+            answer.headers[hdrs.CONTENT_TYPE] = "application/json"
+        answer.begun = plain.replace(self._api_key.encode(), b"***") if self._api_key else plain
 
-    def _refuse(self, response: Answer) -> None:
+    def _refuse(self, response: Exchange) -> None:
         """Raise BackendFailed for an answer that concerns the operator and not the client."""
         status = response.status
         if status in _OPERATORS_FAULT:
-            # Its text is about the operator's key, account or region. The next call would fail, too.
+            # Its text is for the operator: about a key, an account or a place. The next try will end the same way.
             raise BackendFailed(self._problem(f"refuses this relay ({status})"))
         if status in _REDIRECT or status < SUCCESS.start:
             problem = self._problem(f"answered {status}, a redirect")
@@ -338,4 +339,4 @@ class BackendClient:
 
 
 def _ignore(outcome: Outcome) -> None:
-    """Do nothing, until `watch` is called."""
+    """Do nothing: the default for a client without an observer."""

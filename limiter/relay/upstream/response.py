@@ -1,27 +1,24 @@
 """The response of a backend, read piece by piece, or the reason why there is none. Requests are not known here."""
 
 import asyncio
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Literal, Self
 
-import aiohttp
 from aiohttp import hdrs
-from aiohttp.http_exceptions import HttpProcessingError
 from multidict import CIMultiDict
 
 from limiter.credits.models import Backend
 from limiter.relay.http.problems import Problem
-from limiter.relay.upstream.transport import Answer
+from limiter.relay.upstream.first_event import FirstEvent, Verdict, is_error_document
+from limiter.relay.upstream.http_protocol import Exchange, TransportError
 
 Outcome = Literal["served", "refused", "failed", "timeout", "cancelled", "breaker_open"]
-FAILURES = (
-    TimeoutError,
-    aiohttp.ClientError,
-    HttpProcessingError,
-    OSError,
-)  # HttpProcessingError: a body that is not valid HTTP
+FAILURES = (TimeoutError, TransportError, OSError)
 SUCCESS = range(200, 300)
+MAX_WHOLE_BYTES = 1 << 20  # of an answer that is read whole before any of it passes
+MAX_HELD_BYTES = 64 << 10  # of a stream before its first event that carries something
 
 
 class BackendFailed(Exception):  # noqa: N818  reads as what happened
@@ -37,50 +34,54 @@ class BackendFailed(Exception):  # noqa: N818  reads as what happened
         self.outcome = outcome
 
 
-async def next_piece(content: aiohttp.StreamReader) -> bytes:
-    """Return the next bytes of a body, waiting for them if necessary; b"" at its end. Raises one of FAILURES."""
-    try:
-        return await content.readany()
-    except RuntimeError as error:
-        # aiohttp (3.14) raises it for a body whose chunk its parser rejected, once the connection has closed.
-        raise aiohttp.ClientPayloadError("the connection closed within the body") from error
-
-
 class BackendResponse:
-    """A backend's response whose first bytes have arrived. `first` and `read` return the bytes that the backend sent.
+    """A backend's answer, as far as it has been read. `begun` and what `read` returns are as the backend sent them.
 
-    Use it as `with upstream:`. Leaving the block before the end of the response closes the connection, which stops the
+    Use it as `with answer:`. Leaving the block before the end of the answer closes the connection, which stops the
     backend's work.
 
+    begun: what was read of the body before the client is to see any of it. complete: whether that is all of it.
+    delivered: whether something has arrived that a credit is for.
+
     Args:
-        backend: its name.
-        response: the response as the transport returned it.
-        first: the first bytes of the body.
+        backend: whose it is.
+        exchange: the answer on its connection.
         headers: those that pass to the client.
-        idle_s: the longest pause between two pieces of the body, in seconds.
-        ends_s: when the body must be complete, in loop time.
-        may_stay: whether the connection can be reused.
-        on_end: called with the outcome of the call.
+        streams: whether it passes on as it arrives.
+        judged: called with None once the backend has served, or with how it failed.
+        over: called with how the call ended.
     """
 
-    __slots__ = ("_ends_s", "_idle_s", "_may_stay", "_on_end", "_outcome", "_response", "backend", "first", "headers")
+    __slots__ = (
+        "_exchange",
+        "_first_event",
+        "_judged",
+        "_outcome",
+        "_over",
+        "_then",
+        "backend",
+        "begun",
+        "complete",
+        "headers",
+        "streams",
+    )
 
     def __init__(
         self,
         backend: Backend,
-        response: Answer,
-        first: bytes,
+        exchange: Exchange,
         headers: CIMultiDict[str],
         *,
-        idle_s: float,
-        ends_s: float,
-        may_stay: bool,
-        on_end: Callable[[Outcome], None],
+        streams: bool,
+        judged: Callable[[BackendFailed | None], None],
+        over: Callable[[Outcome], None],
     ) -> None:
-        self.backend, self.first, self.headers = backend, first, headers
-        self._response, self._idle_s, self._ends_s, self._may_stay = response, idle_s, ends_s, may_stay
-        self._on_end = on_end
-        self._outcome: Outcome = "cancelled"  # as when the client disconnects, unless another outcome follows
+        self.backend, self.headers, self.streams = backend, headers, streams
+        self.begun, self.complete = b"", False
+        self._exchange, self._judged, self._over = exchange, judged, over
+        self._first_event = FirstEvent(is_sse=is_event_stream(headers) and not packing_of(headers))
+        self._then = (0.0, 0.0)
+        self._outcome: Outcome = "cancelled"  # as by a client that leaves, until it comes to another end
 
     def __enter__(self) -> Self:
         return self
@@ -92,52 +93,159 @@ class BackendResponse:
 
     @property
     def status(self) -> int:
-        """The status of the response."""
-        return self._response.status
+        """The status of the answer."""
+        return self._exchange.status
 
     @property
     def succeeded(self) -> bool:
         """Whether the backend served the request."""
-        return self._response.status in SUCCESS
+        return self._exchange.status in SUCCESS
 
     @property
-    def streams(self) -> bool:
-        """Whether the response is a stream of server-sent events."""
-        return self.headers.get(hdrs.CONTENT_TYPE, "").lower().startswith("text/event-stream")
+    def delivered(self) -> bool:
+        """Whether a stream has carried something, or a whole answer is complete."""
+        return self._first_event.verdict is Verdict.CARRIES if self.streams else self.complete
+
+    async def begin_whole(self, *, idle_s: float, ends_s: float) -> None:
+        """Read an answer that is no stream, up to a limit, so that a broken one can still become another answer.
+
+        idle_s, ends_s: of the answer after its first bytes. Raises BackendFailed for one that is empty, or an error.
+        """
+        parts: list[bytes] = []
+        size = 0
+        while size <= MAX_WHOLE_BYTES:
+            part = await self._exchange.read()
+            if not part:
+                self.complete = True
+                break
+            if not parts:
+                self._exchange.idle_s, self._exchange.ends_s = idle_s, ends_s
+            parts.append(part)
+            size += len(part)
+        self.begun = b"".join(parts)
+        if self.complete and self.succeeded:
+            if not self.begun:
+                raise self._failure("sent an empty answer")
+            if is_error_document(unpacked(self.begun, packing_of(self.headers), MAX_WHOLE_BYTES) or b""):
+                raise self._failure("answered with an error")
+        if self.complete:
+            self._outcome = "served" if self.succeeded else "refused"
+
+    async def begin_stream(self, *, pass_on_s: float, idle_s: float, ends_s: float) -> None:
+        """Read a stream until it carries something, or has been silent but for pings until `pass_on_s` (loop time).
+
+        idle_s, ends_s: from its first event that carries something. Raises BackendFailed for one that is an error, or
+        ends, before that.
+        """
+        self._then = (idle_s, ends_s)
+        held: list[bytes] = []
+        size = 0
+        while True:
+            limit_s = pass_on_s if held else None
+            try:
+                async with asyncio.timeout_at(limit_s):
+                    part = await self._exchange.read()
+            except TimeoutError:
+                if limit_s is None or asyncio.get_running_loop().time() < limit_s:
+                    raise
+                break
+            verdict = self._first_event.feed(part) if part else self._first_event.end()
+            held.append(part)
+            size += len(part)
+            if verdict is Verdict.ERROR:
+                raise self._failure("answered with an error")
+            if verdict is Verdict.CARRIES:
+                self._delivered()
+                break
+            if not part:
+                raise self._failure("sent an empty answer")
+            if size > MAX_HELD_BYTES:
+                break
+        self.begun = b"".join(held)
 
     async def read(self) -> bytes:
-        """Return the next bytes after `first`; b"" at the end. Raises BackendFailed."""
-        content = self._response.content
+        """Return the next bytes after `begun`; b"" at the end. Raises BackendFailed."""
+        if self.complete:
+            return b""
         try:
-            # Bytes that have arrived need no timer: most responses are complete by now.
-            if content.at_eof() and content.exception() is None:
-                chunk = b""
-            else:
-                loop = asyncio.get_running_loop()
-                now_s = loop.time()
-                if now_s >= self._ends_s:  # no timer would ever fire for a body that always has more
-                    raise TimeoutError
-                ends_s = min(now_s + self._idle_s, self._ends_s)
-                timer = loop.call_at(ends_s, content.set_exception, TimeoutError())
-                try:
-                    chunk = await next_piece(content)
-                finally:
-                    timer.cancel()
+            chunk = await self._exchange.read()
         except FAILURES as error:
             failure = failed(self.backend, error)
-            self._outcome = failure.outcome  # for a stream, the `with` block ends without an error
+            self._outcome = failure.outcome  # a stream's client is told of it, and the block ends as if it were well
+            self._judged(failure)
             raise failure from error
+        if self.streams and not self.delivered:
+            before = self._first_event.verdict
+            verdict = self._first_event.feed(chunk) if chunk else self._first_event.end()
+            if verdict is Verdict.CARRIES:
+                self._delivered()
+                self._judged(None)
+            elif verdict is Verdict.ERROR and before is not verdict:
+                self._outcome = "failed"
+                self._judged(self._failure("answered with an error"))
         if not chunk:
-            self._outcome = "served" if self.succeeded else "refused"
+            if self.streams and not self.delivered:
+                if self._outcome != "failed":
+                    self._outcome = "failed"
+                    self._judged(self._failure("sent an empty answer"))
+            else:
+                self._outcome = "served" if self.succeeded else "refused"
         return chunk
 
+    async def pipe(self, sink: Callable[[bytes], None]) -> None:
+        """Pass the rest of a stream to a sink as it arrives, once it has delivered something. Raises BackendFailed."""
+        try:
+            await self._exchange.pipe(sink)
+        except FAILURES as error:
+            failure = failed(self.backend, error)
+            self._outcome = failure.outcome
+            self._judged(failure)
+            raise failure from error
+        self._outcome = "served"
+
+    def pause(self) -> None:
+        """Hold the backend back: the client reads more slowly than it sends."""
+        self._exchange.pause()
+
+    def resume(self) -> None:
+        """Let the backend go on."""
+        self._exchange.resume()
+
+    def _failure(self, what: str) -> BackendFailed:
+        return BackendFailed(backend_problem(self.backend, 502, "backend_unavailable", what))
+
+    def _delivered(self) -> None:
+        self._exchange.idle_s, self._exchange.ends_s = self._then
+
     def end(self, error: BaseException | None) -> None:
-        """End the call. error: the exception that interrupted it."""
-        if self._may_stay and self._response.content.at_eof():
-            self._response.release()
-        else:
-            self._response.close()
-        self._on_end(error.outcome if isinstance(error, BackendFailed) else self._outcome)
+        """End the call, with what broke it off."""
+        self._exchange.release()
+        self._over(error.outcome if isinstance(error, BackendFailed) else self._outcome)
+
+
+def is_event_stream(headers: Mapping[str, str]) -> bool:
+    """Return whether an answer is a stream of server-sent events by its Content-Type."""
+    return headers.get(hdrs.CONTENT_TYPE, "").lower().startswith("text/event-stream")
+
+
+def packing_of(headers: Mapping[str, str]) -> str:
+    """Return the content coding of a body, in lower case; "" for none."""
+    coding = headers.get(hdrs.CONTENT_ENCODING, "").strip().lower()
+    return "" if coding == "identity" else coding.removeprefix("x-")
+
+
+def unpacked(text: bytes, packing: str, limit: int) -> bytes | None:
+    """Unpack a text; None when it is damaged, longer than the limit, or packed as the standard library cannot read."""
+    if not packing:
+        return text
+    if packing not in ("gzip", "deflate"):
+        return None
+    unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # either of the two, by its head
+    try:
+        plain = unpacker.decompress(text, limit)
+    except zlib.error:
+        return None
+    return plain if unpacker.eof else None
 
 
 def backend_problem(name: Backend, status: int, code: str, what: str, retry_after_s: int = 1) -> Problem:

@@ -336,7 +336,7 @@ async def test_backend_when_it_refuses_the_operator_and_is_the_only_one_then_the
     assert record.__dict__["request_id"] == answer.headers["X-Request-Id"]
 
 
-@pytest.mark.parametrize("model", ["status:400", "status:404"])
+@pytest.mark.parametrize("model", ["status:400", "status:422"])
 async def test_fallback_when_gemini_refuses_the_request_then_there_is_none(
     relay: RunningRelay, gemini: Backend, hardware: Backend, model: str
 ) -> None:

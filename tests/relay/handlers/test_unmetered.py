@@ -12,12 +12,13 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Decision, connect
+from limiter.config.settings import METERED_PATHS
 from limiter.relay.telemetry.metrics import METRICS
 from limiter.relay.upstream.circuit_breaker import CircuitBreaker
 from tests.support.licences import PUBLIC_KEY, claims, signed
 from tests.support.openai_backend import Backend
 from tests.support.redis_servers import Server, free_port
-from tests.support.relay import ONE_SERVER, Answer, RunningRelay, client_of, new_install, relays_on, tiers
+from tests.support.relay import CHAT, ONE_SERVER, Answer, RunningRelay, client_of, new_install, relays_on, tiers
 from tests.support.wait import eventually
 
 UPLOAD = "/v1/audio/transcriptions"
@@ -72,7 +73,13 @@ async def node(own_server: Callable[..., Server], gemini: Backend, hardware: Bac
         limiter = CreditLimiter(redis, tiers(lifetime=5), timeout_ms=400, deadline_ms=800)
         relay = await start(
             client_of("gemini", gemini.url),
-            client_of("hardware", hardware.url, breaker=CircuitBreaker(failures=2, reset_s=60)),
+            client_of(
+                "hardware",
+                hardware.url,
+                breaker=CircuitBreaker(failures=2, reset_s=60),
+                routes=[path for path in METERED_PATHS if path != "/v1/completions"],
+                lacks={"cloud"},
+            ),
             on=limiter,
             public_keys=[PUBLIC_KEY],
             on_redis_down="hardware",
@@ -114,6 +121,23 @@ async def test_requests_when_they_find_redis_unavailable_then_they_are_served_an
     assert len(gemini.seen) == 1
     await node.bring_back(how)
     assert await relay.spent() == (1, 1)
+
+
+@pytest.mark.parametrize(("model", "path"), [("plain", "/v1/completions"), ("cloud", CHAT)])
+@pytest.mark.parametrize("is_noticed", [True, False])
+async def test_request_when_redis_is_unavailable_and_hardware_cannot_serve_it_then_it_is_refused(
+    node: Node, gemini: Backend, hardware: Backend, model: str, path: str, is_noticed: bool
+) -> None:
+    assert (await node.relay.ask(model, path)).headers["X-Credits-Backend"] == "gemini"
+    if is_noticed:
+        await node.lose_redis()
+    else:
+        node.server.kill()
+    asked_of_hardware = len(hardware.seen)
+    answer = await node.relay.ask(model, path)
+    assert (answer.status, answer.code) == (503, "limiter_unavailable")
+    assert (len(gemini.seen), len(hardware.seen)) == (1, asked_of_hardware)
+    await node.bring_back()
 
 
 async def test_stream_when_redis_is_unavailable_then_it_passes_unchanged_and_its_event_has_a_charge_of_0(
