@@ -5,6 +5,7 @@ one key prefix, one clock and one rule about retries.
 """
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Protocol, TypeVar
 
 from redis.asyncio import Redis
@@ -90,15 +91,10 @@ class Session:
         self, attempt: Callable[[], Awaitable[T]], *, when_unknown: bool = True, when_overloaded: bool = False
     ) -> T:
         """Run an attempt and repeat it within the session's deadline, by `limiter.credits.retry.retry`."""
-        if self._guard is None:
-            return await retry(
-                attempt, deadline_s=self.deadline_s, when_unknown=when_unknown, when_overloaded=when_overloaded
-            )
-        return await self._guard(
-            lambda: retry(
-                attempt, deadline_s=self.deadline_s, when_unknown=when_unknown, when_overloaded=when_overloaded
-            )
+        retried = partial(
+            retry, attempt, deadline_s=self.deadline_s, when_unknown=when_unknown, when_overloaded=when_overloaded
         )
+        return await (retried() if self._guard is None else self._guard(retried))
 
     async def once(self, attempt: Callable[[], Awaitable[T]]) -> T:
         """Run an attempt that must not be repeated. Raises what it raises."""
