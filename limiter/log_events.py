@@ -1,4 +1,4 @@
-"""The names of log events: stable words to search for and to alert on. docs/reference/log-events.md tells what to do.
+"""The names of log events: stable words to search for and to alert on. docs/reference/log-events.md explains each one.
 
 A line about a single request has its id in `request_id`. Where this package is used as a library, the sentence of an
 event is the message of a standard log record, and its name the record's attribute `event`.

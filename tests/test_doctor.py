@@ -36,7 +36,7 @@ from tests.support.cli import limiter
 from tests.support.credits import TIERS
 from tests.support.openai_backend import running_backend
 from tests.support.redis_servers import Server, binaries, free_port
-from tests.support.redis_topologies import ClusterSetUp, SentinelSetUp, told
+from tests.support.redis_topologies import ClusterSetUp, SentinelSetUp, execute
 from tests.support.relay import client_of, relays_on
 from tests.support.wait import eventually
 
@@ -47,19 +47,19 @@ SERVERS = pytest.mark.parametrize("binary", ["valkey", "redis"])
 
 
 def user_on(server: Server, line: str) -> str:
-    """Make the user that a line describes, with a password; give the URL to come as that user."""
-    told(server, *shlex.split(line.replace("PASSWORD", "secret")))
+    """Create the user that a line describes, with a password; return the URL to come as that user."""
+    execute(server, *shlex.split(line.replace("PASSWORD", "secret")))
     return server.url.replace("redis://", "redis://limiter:secret@")
 
 
 def denied(server: Server) -> list[str]:
-    """Give what the server has refused to any user."""
-    return [entry["object"] for entry in told(server, "ACL", "LOG")]
+    """Return what the server has refused to any user."""
+    return [entry["object"] for entry in execute(server, "ACL", "LOG")]
 
 
 def used(server: Server) -> set[str]:
-    """Give the commands that were run, also inside scripts."""
-    return {name.removeprefix("cmdstat_") for name in told(server, "INFO", "commandstats")}
+    """Return the commands that were run, also inside scripts."""
+    return {name.removeprefix("cmdstat_") for name in execute(server, "INFO", "commandstats")}
 
 
 @SERVERS
@@ -69,7 +69,7 @@ async def test_user_of_the_line_when_all_of_limiter_runs_then_nothing_is_refused
     server = own_server(binary)
     needed = needed_commands("single")
     url = user_on(server, acl_line("credits", needed))
-    told(server, "CONFIG", "RESETSTAT")
+    execute(server, "CONFIG", "RESETSTAT")
     redis = await connect(url)
     closing.push_async_callback(redis.aclose)
     limiter = CreditLimiter(redis, TIERS)
@@ -80,11 +80,11 @@ async def test_user_of_the_line_when_all_of_limiter_runs_then_nothing_is_refused
     assert (await new_installs.mint("network", limit=1, period_ms=1000)).status is MintStatus.MINTED
     await new_installs.return_mint("network", limit=1, period_ms=1000)
 
-    told(server, "SET", "credits:install:broken", "no hash")  # one that cannot be read is taken along as it is
+    execute(server, "SET", "credits:install:broken", "no hash")  # one that cannot be read is taken along as it is
     async with Persister(limiter.session, tmp_path / "credits.json", interval_s=60):
         await eventually((tmp_path / "credits.json").exists, what="a dump")
     assert (tmp_path / "credits.json.broken.json").exists()
-    told(server, "DEL", "credits:install:broken")
+    execute(server, "DEL", "credits:install:broken")
     await import_file(limiter.session, tmp_path / "credits.json", mode="merge")
     assert denied(server) == []
     assert set(needed) == used(server) & set(needed), "a right that nothing uses"
@@ -147,13 +147,13 @@ async def test_user_of_the_printed_line_when_there_are_several_servers_then_noth
 async def test_doctor_when_rights_are_missing_then_it_names_those(own_server: MakeServer, binary: str) -> None:
     server = own_server(binary)
     needed = needed_commands("single")
-    untried = {"client|setname", "info"}  # without these there is no connection, or nothing to tell
+    untried = {"client|setname", "info"}  # without these there is no connection, or nothing to report
     for missing in ({"hset"}, {"evalsha", "script|load"}, set(needed) - untried):
         url = user_on(server, acl_line("credits", [command for command in needed if command not in missing]))
         (problem,) = (finding for finding in await found(url) if finding.level == "problem")
         words = problem.text.removeprefix("this user may not run ").split(", ")
         assert sorted(words) == sorted(command.replace("|", " ").upper() for command in missing)
-    assert told(server, "KEYS", "*") in ([], ["credits:doctor"])
+    assert execute(server, "KEYS", "*") in ([], ["credits:doctor"])
     url = user_on(server, acl_line("other", needed))
     assert "this user may not touch the keys credits:*" in {finding.text for finding in await found(url)}
     url = user_on(server, acl_line("credits", [command for command in needed if command != "client|setname"]))
@@ -163,7 +163,7 @@ async def test_doctor_when_rights_are_missing_then_it_names_those(own_server: Ma
 
 
 @SERVERS
-async def test_calls_when_a_right_is_taken_away_then_the_error_names_it_and_says_where_the_line_is(
+async def test_calls_when_a_permission_is_revoked_then_the_error_names_it_and_says_where_the_line_is(
     own_server: MakeServer, closing: AsyncExitStack, binary: str
 ) -> None:
     server = own_server(binary)
@@ -177,7 +177,7 @@ async def test_calls_when_a_right_is_taken_away_then_the_error_names_it_and_says
         ("hset", "ACL failure|can't run this", Execution.UNKNOWN),
         ("evalsha", "'evalsha'", Execution.NOT_EXECUTED),
     ):
-        told(server, "ACL", "SETUSER", "limiter", f"-{command}")
+        execute(server, "ACL", "SETUSER", "limiter", f"-{command}")
         with pytest.raises(LimiterUnavailable, match=f"({named}).*`limiter doctor`") as refused:
             await credit_limiter.debit("a", tier="pro", has_hardware=True)
         assert refused.value.execution in {execution, Execution.UNKNOWN}
@@ -192,10 +192,10 @@ async def test_writes_when_there_are_too_few_replicas_then_it_is_unavailable_and
     redis = await connect(server.url)
     closing.push_async_callback(redis.aclose)
     credit_limiter = CreditLimiter(redis, TIERS, deadline_ms=200)
-    told(server, "CONFIG", "SET", "min-replicas-to-write", "1")
+    execute(server, "CONFIG", "SET", "min-replicas-to-write", "1")
     with pytest.raises(LimiterUnavailable, match="Redis cannot do this now: NOREPLICAS"):
         await credit_limiter.debit("a", tier="pro", has_hardware=True)
-    told(server, "CONFIG", "SET", "min-replicas-to-write", "0")
+    execute(server, "CONFIG", "SET", "min-replicas-to-write", "0")
     assert await credit_limiter.row("a") is None
 
 
@@ -206,33 +206,33 @@ async def found(url: str, **sections: BaseModel) -> list[Finding]:
 
 
 def worst(findings: list[Finding]) -> dict[str, str]:
-    """Give what is not well: by subject, in its level's name, all in one text."""
-    told_of: dict[str, str] = {}
+    """Return what is not well: by subject, in its level's name, all in one text."""
+    by_subject: dict[str, str] = {}
     for finding in findings:
         if finding.level != "ok":
             text = f"{finding.level} {finding.text}: {finding.advice}"
-            told_of[finding.subject] = f"{told_of.get(finding.subject, '')}{text}\n"
-    return told_of
+            by_subject[finding.subject] = f"{by_subject.get(finding.subject, '')}{text}\n"
+    return by_subject
 
 
 async def test_doctor_when_redis_is_set_up_badly_then_it_says_what_to_do(own_server: MakeServer) -> None:
     server = own_server("valkey")
     assert worst(await found(server.url)) == {}
-    told(server, "CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
-    told(server, "CONFIG", "SET", "maxmemory", "1mb")
-    told_of = worst(await found(server.url))["redis"]
-    assert "problem may evict rows (maxmemory-policy allkeys-lru): set it to noeviction" in told_of
-    assert "CONFIG SET maxmemory-policy noeviction" in told_of
-    assert "% of maxmemory; when it is full, requests are refused" in told_of
+    execute(server, "CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    execute(server, "CONFIG", "SET", "maxmemory", "1mb")
+    redis_findings = worst(await found(server.url))["redis"]
+    assert "problem may evict rows (maxmemory-policy allkeys-lru): set it to noeviction" in redis_findings
+    assert "CONFIG SET maxmemory-policy noeviction" in redis_findings
+    assert "% of maxmemory; when it is full, requests are refused" in redis_findings
     accepted = RedisSettings(url=server.url, allow_eviction=True)
     assert "warning may evict rows" in worst(await found(server.url, redis=accepted))["redis"]
     waiting = RedisSettings(url=server.url, wait_replicas=1)
     assert "warning has 0 replicas, and redis.wait_replicas is 1" in worst(await found("", redis=waiting))["redis"]
-    told(server, "CONFIG", "SET", "maxmemory", "0")
-    told(server, "CONFIG", "SET", "maxmemory-policy", "noeviction")
-    told(server, "CONFIG", "SET", "appendfsync", "no")
+    execute(server, "CONFIG", "SET", "maxmemory", "0")
+    execute(server, "CONFIG", "SET", "maxmemory-policy", "noeviction")
+    execute(server, "CONFIG", "SET", "appendfsync", "no")
     assert "CONFIG SET appendfsync everysec" in worst(await found(server.url))["redis"]
-    told(server, "CONFIG", "SET", "appendonly", "no")
+    execute(server, "CONFIG", "SET", "appendonly", "no")
     assert "warning runs without AOF" in worst(await found(server.url))["redis"]
     server.kill()
     place = server.url.removeprefix("redis://")
@@ -243,18 +243,18 @@ async def test_doctor_when_redis_is_set_up_badly_then_it_says_what_to_do(own_ser
 async def test_doctor_when_settings_lead_nowhere_then_each_is_named(own_server: MakeServer, tmp_path: Path) -> None:
     url = own_server().url
     (tmp_path / "credits.json").write_text("{")
-    away = HardwareSettings(url=f"http://127.0.0.1:{free_port()}/v1")
-    told_of = worst(
+    unreachable = HardwareSettings(url=f"http://127.0.0.1:{free_port()}/v1")
+    by_subject = worst(
         await found(
             url,
             licence=LicenceSettings(public_keys=["ed25519:x"]),
             persister=PersisterSettings(file=str(tmp_path / "credits.json")),
-            backends=BackendsSettings(hardware=away),
+            backends=BackendsSettings(hardware=unreachable),
         )
     )
-    assert "problem " in told_of["licence"]
-    assert "credits.json" in told_of["persister"]
-    assert "cannot be reached" in told_of["backends.hardware"]
+    assert "problem " in by_subject["licence"]
+    assert "credits.json" in by_subject["persister"]
+    assert "cannot be reached" in by_subject["backends.hardware"]
     nowhere = PersisterSettings(file="/proc/nothing/credits.json")
     assert "/proc cannot be written" in worst(await found(url, persister=nowhere))["persister"]
 
@@ -285,7 +285,7 @@ def test_command_when_there_is_a_problem_then_it_exits_1_and_prints_the_line_for
     assert "hidden" not in answer.stdout + answer.stderr
 
 
-def test_command_when_the_server_is_embedded_then_there_is_no_user_to_make(tmp_path: Path) -> None:
+def test_command_when_the_server_is_embedded_then_there_is_no_user_to_create(tmp_path: Path) -> None:
     answer = limiter("doctor", "--redis", f"embedded:{tmp_path / 'data'}", cwd=tmp_path)
     assert answer.returncode == 0, answer.stdout
     assert "ACL SETUSER" not in answer.stdout

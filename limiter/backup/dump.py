@@ -1,6 +1,6 @@
 """From Redis to credits.json, once. It reads rows and never writes one.
 
-What becomes of a file that is there already is `publish`'s to decide.
+What happens to an existing file is decided in `publish`.
 """
 
 import base64
@@ -35,11 +35,18 @@ _FIELDS = hmget(STORED_FIELDS)
 
 @dataclass(frozen=True, slots=True)
 class DumpReport:
-    """What a dump wrote. It is `clean` when no row was left out.
+    """The result of a dump. It is `clean` if no row was left out.
 
-    file: what is at `path` now. unchanged: it has the same rows already, and nothing was replaced. kept: the name
-    under which the replaced file stays; is_set_aside: because it may have what Redis has not. broken: rows in Redis
-    that no file can hold; the first reasons, and the file with all of them as Redis has them.
+    Args:
+        path: of the file.
+        time: of the dump, as ISO text.
+        file: the one at `path` now.
+        unchanged: it had the same rows already, and was not replaced.
+        kept: the name under which the replaced file stays.
+        is_set_aside: whether that is because it may have rows that Redis does not have.
+        broken: how many rows in Redis cannot be in a file.
+        first_broken: the first reasons.
+        broken_file: the file with all of them as Redis has them.
     """
 
     path: Path
@@ -81,13 +88,18 @@ async def dump(
     last: DumpedFile | None = None,
     writer: Writer | None = None,
 ) -> DumpReport:
-    """Write every row to a credits.json at `path`, without live holds; it is replaced whole or not at all.
+    """Write every row to a credits.json at `path`, without live holds; it is replaced as a whole or not at all.
 
-    The latest `keep` files of this name stay, with this one. last: the caller's own last dump. writer: without one,
-    as from a command line, any dump of limiter's may be replaced. Rows that cannot be read are left out, and go as
-    Redis has them to `<name>.broken.json`: the report then is not `clean`. Raises LedgerFileError, with nothing
-    replaced, when the file cannot be written, has rows and Redis none, or is another's by now; LimiterUnavailable when
-    Redis becomes unavailable.
+    Rows that cannot be read are left out, and are written as Redis has them to `<name>.broken.json`; the report is then
+    not `clean`. Raises LedgerFileError, with nothing replaced, if the file cannot be written, if it has rows and Redis
+    has none, or if another process replaced it meanwhile; LimiterUnavailable if Redis becomes unavailable.
+
+    Args:
+        session: the Redis to read.
+        path: of the file.
+        keep: how many files of this name stay, including this one.
+        last: the caller's own last dump.
+        writer: the caller's lease; without one, as on the command line, any dump of limiter may be replaced.
     """
     time = iso_from_ms(await session.server_time_ms())
     with SideFile(path.parent / f"{path.name}.broken.json", "broken") as broken_file, LedgerWriter(path) as file:
@@ -102,7 +114,7 @@ async def dump(
                 await _refuse_loss(publication, found, scan)
             kept, is_set_aside = await publication.backup_name(found, file.rows, last)
             published = await publication.publish(file, rows_digest, found, kept=kept, broken=broken_file.count)
-            with suppress(OSError):  # too many files are no reason to call a good dump bad
+            with suppress(OSError):  # a good dump does not fail because of too many files
                 await in_thread(prune, publication.path, keep)
         else:
             published = found
@@ -120,7 +132,7 @@ async def dump(
 
 
 class _Scan:
-    """The rows of Redis, once; those that no file can hold go to `broken_file`."""
+    """One scan of the rows in Redis; those that cannot be in a file are written to `broken_file`."""
 
     def __init__(self, session: Session, broken_file: SideFile) -> None:
         self.broken_file = broken_file
@@ -129,7 +141,7 @@ class _Scan:
         self._cancel = CancelWatch()
 
     async def write_to(self, file: LedgerWriter) -> None:
-        """Write them, noting those that cannot be read, or that no import would take."""
+        """Write the rows, noting those that cannot be read, or that an import would reject."""
         prefix = len(self._session.keys.install_pattern) - 1
         async for names in scan_keys(self._session):
             self._cancel.check()
@@ -150,7 +162,7 @@ class _Scan:
         lines = []
         for name, fields in zip(names, await read_fields(self._session.channel, names), strict=True):
             if not fields:
-                continue  # it is gone by now
+                continue  # deleted meanwhile
             row = row_or_error(self._session.keys, name, fields)
             if isinstance(row, BrokenRow):
                 await self._note(row.key, str(row))
@@ -184,7 +196,7 @@ class _Scan:
 
 
 async def _refuse_loss(publication: Publication, found: DumpedFile | None, scan: _Scan) -> None:
-    """Refuse to replace rows by none."""
+    """Refuse to replace a file that has rows by one without."""
     path = publication.path
     if scan.broken_file.count:
         raise LedgerFileError(
@@ -194,7 +206,7 @@ async def _refuse_loss(publication: Publication, found: DumpedFile | None, scan:
     if found is not None and await publication.has_rows():
         raise LedgerFileError(
             f"{path} was not written: it has rows and Redis has none. Import it first "
-            f"(limiter import {path}), or move it away if its rows are not wanted"
+            f"(limiter import {path}), or move it elsewhere if its rows are not wanted"
         )
 
 

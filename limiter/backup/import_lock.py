@@ -1,6 +1,6 @@
 """One import at a time: a lease of its own in Redis, beside that of the persisters. A second one waits for the first.
 
-It is for order, not for safety: each row is stored whole, whatever else stores rows.
+It is for order, not for safety: each row is stored atomically, whatever else stores rows.
 """
 
 import asyncio
@@ -16,16 +16,16 @@ from limiter.log_events import event
 
 StillOurs = Callable[[], Awaitable[None]]
 LEASE_S = 10.0
-_ASK_S = 0.25
+_POLL_S = 0.25
 _LOG = logging.getLogger("limiter")
 
 
 @asynccontextmanager
 async def exclusive_import(session: Session, *, lease_s: float = LEASE_S) -> AsyncIterator[StillOurs]:
-    """Wait until no other import runs, and keep others waiting until the block ends.
+    """Wait until no other import runs, and make others wait until the block ends.
 
     Yields a check to call right before each write. It raises LedgerFileError if another import has had the lease, even
-    one that is over, as after a pause of this process. Both raise LimiterUnavailable.
+    one that has ended, as after a pause of this process. Both raise LimiterUnavailable.
     """
     lease = Lease(session, lease_s=lease_s, key=session.keys.import_lease())
     cancel = CancelWatch()
@@ -38,11 +38,11 @@ async def exclusive_import(session: Session, *, lease_s: float = LEASE_S) -> Asy
             extra=event("import_waiting"),
         )
     while not leased.is_mine:
-        await asyncio.sleep(_ASK_S)
+        await asyncio.sleep(_POLL_S)
         cancel.check()
         leased = await lease.take()
     try:
-        # An outage is no matter for the keeper: the import's own calls fail by it.
+        # The keeper ignores an outage: the import's own calls fail in it.
         async with lease.kept(renew_every_s=lease_s / 4, since=leased) as keeper:
 
             async def check() -> None:
@@ -50,10 +50,10 @@ async def exclusive_import(session: Session, *, lease_s: float = LEASE_S) -> Asy
                     await keeper.check()
                 except LeaseLost as lost:
                     raise LedgerFileError(
-                        f"another import began ({lost.owner or 'it is over'}), for this one was silent too long"
+                        f"another import began ({lost.owner or 'it has ended'}), as this one's lease had expired"
                     ) from None
 
             yield check
     finally:
         with suppress(LimiterUnavailable):  # it expires
-            await lease.give_back()
+            await lease.release()

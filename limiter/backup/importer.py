@@ -1,6 +1,6 @@
 """From credits.json into Redis. A file is read to its end before anything is written.
 
-Rows go in through `row_writer` only. It reads files through `ledger` and never decides what a row means.
+Rows are stored by `row_writer` only, and files are read by `ledger` only, which decides what a row means.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from limiter.ledger.side_file import SideFile
 from limiter.ledger.trailer import check_trailer
 
 Phase = Literal["check", "compare", "write"]
-BATCH_ROWS = 500  # read at once, before others on this loop have their turn
+BATCH_ROWS = 500  # read at once, before other tasks on this loop run
 _BATCHES_SENT = 4  # at once: on a busy machine neither side then waits for the other to be scheduled
 _REASONS_KEPT = 20
 _FAULTS_KEPT = 50  # their words are ours, but some name a member of the file's
@@ -32,7 +32,7 @@ _FAULTS_KEPT = 50  # their words are ours, but some name a member of the file's
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far an import is. Each phase reads the file once: `read_bytes` of `size_bytes`."""
+    """The progress of an import. Each phase reads the file once: `read_bytes` of `size_bytes`."""
 
     phase: Phase
     rows: int
@@ -42,7 +42,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A row of the file that is not in Redis, and why."""
+    """A row of the file that was not stored, and why."""
 
     install_id: str
     reason: str
@@ -50,10 +50,18 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class ImportReport:
-    """What an import did, or with dry_run would do, to the `total` rows of the file.
+    """What an import did, or with dry_run would do, with the rows of the file.
 
-    changed: merged or replaced. rejected: how many did not go in; faults: what is wrong with how many of these, the
-    most frequent first; then the first of them, and the file with all of them, which a dry run does not write.
+    Args:
+        total: how many rows the file has.
+        new: how many were created.
+        same: how many were stored already.
+        changed: how many were merged or replaced.
+        rejected: how many were not stored.
+        faults: the faults of these with their counts, the most frequent first.
+        first_rejected: the first of them.
+        rejected_file: the file with all of them, which a dry run does not write.
+        dry_run: whether nothing was written.
     """
 
     total: int
@@ -75,12 +83,19 @@ async def import_file(
     dry_run: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> ImportReport:
-    """Bring the rows of a credits.json into Redis; rows that cannot be taken go to `<file>.rejected.json` beside it.
+    """Store the rows of a credits.json in Redis; rows that are not valid go to `<file>.rejected.json` beside it.
 
-    `create` wants a Redis with no rows but those of this very file, as a repeat finds it; `merge` keeps the larger
-    counters; `replace` overwrites. Rows that only Redis has stay, and so do live holds. A repeat changes nothing.
-    Raises LedgerFileError, with nothing changed, for a file that is broken anywhere or a Redis with other rows;
-    LimiterUnavailable when Redis becomes unavailable, after which the same import can be repeated.
+    Rows that only Redis has stay, and so do live holds. A repeat changes nothing. Raises LedgerFileError, with nothing
+    changed, if the file as a whole is not valid, or for `create` if Redis has other rows; LimiterUnavailable if Redis
+    becomes unavailable, after which the same import can be repeated.
+
+    Args:
+        session: the Redis to store in.
+        path: of the file.
+        mode: `create` needs a Redis without rows other than those of this file, as a repeat finds it; `merge` keeps the
+            larger counters; `replace` overwrites.
+        dry_run: only report what would be done.
+        on_progress: called after each batch.
     """
     now_ms = await session.server_time_ms()
     rejected_path = path.parent / f"{path.name}.rejected.json"
@@ -111,7 +126,7 @@ async def import_file(
 
 
 class _Import:
-    """One import's passes over its file. All of them see one moment, so that they make the same rows."""
+    """The passes of one import over its file. All of them use the same time, so that they yield the same rows."""
 
     def __init__(
         self,
@@ -130,7 +145,7 @@ class _Import:
         self._cancel = CancelWatch()
 
     async def check(self) -> None:
-        """Read the whole file, noting the rows that cannot be taken. Raises LedgerFileError when it is not whole."""
+        """Read the whole file, noting the rows that are not valid. Raises LedgerFileError if the file is not."""
         is_intact = await in_thread(_is_intact, self._file.path)
         for entry in self._file.entries():
             self.total += 1
@@ -141,19 +156,19 @@ class _Import:
                     await self._reject(Rejection(entry, reason=str(error), fault=error.fault))
             if self.total % BATCH_ROWS == 0:
                 self._report("check", self.total)
-                await asyncio.sleep(0)  # others on this loop have their turn, and a cancellation is seen
+                await asyncio.sleep(0)  # let other tasks run, and notice a cancellation
         self._report("check", self.total)
         self.good = self.total - self.rejected
         if not is_intact and self._file.has_checksum:
             raise LedgerFileError(
-                f"{self._file.path} is not as it was written: its checksum does not match. Take an older one (limiter "
-                "verify tells which are whole), or delete its member meta if you changed it on purpose"
+                f"{self._file.path} is not as it was written: its checksum does not match. Use an older one (limiter "
+                "verify shows which are good), or delete its member meta if you changed it on purpose"
             )
 
     async def compared(self, mode: PutMode) -> "Counter[PutStatus]":
-        """Find out what storing every good row would do; count the answers.
+        """Count, by status, what storing every good row would do.
 
-        Raises LedgerFileError for the mode `create` and a Redis that has other rows.
+        Raises LedgerFileError for the mode `create` if Redis has other rows.
         """
         stored = await _count_rows(self._session) if mode == "create" else 0
         if mode == "create" and not stored:
@@ -169,10 +184,10 @@ class _Import:
         return answers
 
     async def store(self, mode: PutMode, still_ours: StillOurs) -> "Counter[PutStatus]":
-        """Store every good row; count the answers. While Redis has a batch in work the next one is read.
+        """Store every good row, and count them by status. The next batch is read while Redis stores one.
 
-        still_ours: raises when another import began; what is under way by then still comes in. Whatever ends it early,
-        the error tells what is in.
+        still_ours: raises if another import began; batches under way are still stored. An error that ends it early
+        has the number of rows that are stored.
         """
         answers: Counter[PutStatus] = Counter()
         rows = 0
@@ -206,7 +221,7 @@ class _Import:
                 batch.append(
                     RegularEntry(entry) if entry.is_regular else ParsedEntry(entry, entry.row(now_ms=self._now_ms))
                 )
-            except LedgerFileError:  # the check has noted it
+            except LedgerFileError:  # noted by `check`
                 continue
             if len(batch) == BATCH_ROWS:
                 yield batch
@@ -226,7 +241,7 @@ class _Import:
     def _report(self, phase: Phase, rows: int) -> None:
         self._cancel.check()
         if self._on_progress is not None:
-            read_bytes = self._file.read_bytes if rows else 0  # or a phase that begins shows the end of the last one
+            read_bytes = self._file.read_bytes if rows else 0  # or a new phase would begin at the end of the last one
             self._on_progress(Progress(phase, rows, read_bytes, self._file.size_bytes))
 
 

@@ -1,7 +1,7 @@
-"""Who may replace the ledger's file: one persister of the fleet, by a lease in Redis with a growing epoch.
+"""The right to replace the ledger's file, of one persister in the fleet: a lease in Redis with a growing epoch.
 
-It knows no file. A lease alone does not keep a paused process from writing: `publish` renews it once more at the last
-moment, under the lock of the file's folder.
+It does not use the file. A lease alone does not keep a paused process from writing: `publish` renews it once more
+at the last moment, under the lock of the file's folder.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ _LOG = logging.getLogger("limiter")
 
 
 class LeaseStatus(StrEnum):
-    """What lease.lua did."""
+    """The result of lease.lua."""
 
     LEASED = "LEASED"
     STANDBY = "STANDBY"
@@ -33,12 +33,12 @@ class LeaseStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LeaseState:
-    """What lease.lua answered.
+    """The reply of lease.lua.
 
     Args:
-        status: what it did.
-        epoch: grows each time that the lease gets a new owner.
-        owner: who has the lease.
+        status: its result.
+        epoch: increases each time that the lease gets a new owner.
+        owner: of the lease now.
         checksum: of the file that was published last, or was about to be.
         good_at: the time of the fleet's last good dump, or "".
     """
@@ -56,7 +56,7 @@ class LeaseState:
 
 
 class LeaseLost(LimiterError):  # noqa: N818  names the thing, as UnknownTier does
-    """Another owner had the lease meanwhile. owner: who has it now, "" if it is free again."""
+    """Another owner had the lease meanwhile. owner: of the lease now, "" if it is free again."""
 
     def __init__(self, owner: str) -> None:
         super().__init__(f"the lease was lost to {owner}" if owner else "the lease expired, and another had it")
@@ -64,7 +64,7 @@ class LeaseLost(LimiterError):  # noqa: N818  names the thing, as UnknownTier do
 
 
 class Lease:
-    """A lease by its key; by default that of the persisters. Methods raise LimiterUnavailable, and may be repeated."""
+    """A lease by its key, by default that of the persisters. Methods are idempotent, and raise LimiterUnavailable."""
 
     def __init__(self, session: Session, *, lease_s: float, owner: str | None = None, key: str | None = None) -> None:
         self.lease_s = lease_s
@@ -77,8 +77,8 @@ class Lease:
         """Take the lease or renew it, for another `lease_s`. Run lease.lua."""
         return await self._call(least_epoch, max(1, round(self.lease_s * 1000)), checksum, good_at)
 
-    async def give_back(self) -> LeaseState:
-        """Let others take it at once. Has no effect if another has it."""
+    async def release(self) -> LeaseState:
+        """Release the lease, so that others can take it at once. Has no effect if another owner has it."""
         return await self._call(0, 0, "", "")
 
     @asynccontextmanager
@@ -89,16 +89,16 @@ class Lease:
         since: LeaseState | None = None,
         renew: Callable[[], Awaitable[LeaseState | None]] | None = None,
     ) -> AsyncIterator["LeaseKeeper"]:
-        """Renew the lease in a task of its own until the block ends. It neither takes it nor gives it back.
+        """Renew the lease in a task of its own until the block ends. It neither takes it nor releases it.
 
-        A renewal that fails is only logged, for the next one may succeed: a lease that has expired is missed when it is
-        needed, by `LeaseKeeper.check` or by the next `take`.
+        A failed renewal is only logged, for the next one may succeed: an expired lease is noticed when it is needed, by
+        `LeaseKeeper.check` or by the next `take`.
 
         Args:
             renew_every_s: seconds between renewals; several should fit into `lease_s`.
-            since: what taking it returned. With it, the keeper stops when another has had the lease, and `check` says
-                so; without, it goes on.
-            renew: renews it; by default `take`.
+            since: the result of taking it. With it, the keeper stops once another owner has had the lease, and `check`
+                raises; without it, the keeper goes on.
+            renew: the call that renews it; by default `take`.
         """
         keeper = LeaseKeeper(self, since, renew or self.take)
         keeping = asyncio.create_task(keeper.keep(renew_every_s))
@@ -125,7 +125,7 @@ class Lease:
 
 
 class LeaseKeeper:
-    """Renews a lease, and notes when another owner has had it. Made by `Lease.kept`."""
+    """Renews a lease, and notes if another owner has had it. Created by `Lease.kept`."""
 
     def __init__(
         self, lease: Lease, since: LeaseState | None, renew: Callable[[], Awaitable[LeaseState | None]]
@@ -135,18 +135,18 @@ class LeaseKeeper:
         self._lost_to: str | None = None
 
     async def check(self) -> None:
-        """Raise LeaseLost if another has had the lease since it was taken, even if it is free again.
+        """Raise LeaseLost if another owner has had the lease since it was taken, even if it is free again.
 
         Raises LimiterUnavailable if that cannot be known.
         """
-        # It was to be renewed before that: this process stood still.
+        # It should have been renewed by then: this process was paused.
         if time.monotonic() - self._renewed_s > self._lease.lease_s / 2:
             await self._renew_once()
         if self._lost_to is not None:
             raise LeaseLost(self._lost_to)
 
     async def keep(self, every_s: float) -> None:
-        """Renew it until it is lost."""
+        """Renew the lease until it is lost."""
         cancel = CancelWatch()
         while self._lost_to is None:
             await asyncio.sleep(every_s)
@@ -157,9 +157,9 @@ class LeaseKeeper:
             cancel.check()
 
     async def _renew_once(self) -> None:
-        asked_s = time.monotonic()
+        called_s = time.monotonic()
         state = await self._renew()
-        self._renewed_s = asked_s
+        self._renewed_s = called_s
         if self._since is None or state is None:
             return
         if not state.is_mine:

@@ -1,6 +1,6 @@
-"""The task that dumps all rows every interval: the writer of the fleet, or one that stands by to take over.
+"""The task that dumps all rows every interval: the writer of the fleet, or a standby that can take over.
 
-It decides when to dump and who may; `dump` decides how.
+It decides when to dump and by which process; `dump` decides how.
 """
 
 import asyncio
@@ -31,9 +31,9 @@ _RENEWALS = 3  # within a lease's time: two may fail before it expires
 class Persister:
     """Dumps at once and then every interval, counted from the end of a dump, until it is stopped; then once more.
 
-    While another has the lease it stands by. Use it as `async with Persister(…):`, or run `run()` as a task and call
-    `stop()`. An error is logged, and is in `report`; the next interval tries again. Cancelling `run()` ends it
-    without the last dump.
+    While another persister has the lease, this one is a standby. Use it as `async with Persister(…):`, or run `run()`
+    as a task and call `stop()`. An error is logged and shown in `report`, and the dump is retried after the interval.
+    Cancelling `run()` ends it without the last dump.
     """
 
     def __init__(
@@ -70,13 +70,13 @@ class Persister:
 
     @property
     def last_good_at(self) -> str | None:
-        """The time of the last good dump, this one's or of the fleet; None when there was none."""
+        """The time of the last good dump, by this persister or by the fleet; None if there is none."""
         noted = self._leased.good_at if self._leased is not None else ""
         return max(self._good_at, noted) or None
 
     @property
     def role(self) -> str:
-        """Its role now: `writer`, `standby`, or `starting` before the first answer of Redis."""
+        """Its role now: `writer`, `standby`, or `starting` before the first reply of Redis."""
         return "starting" if self._leased is None else "writer" if self._leased.is_mine else "standby"
 
     async def run(self) -> None:
@@ -85,7 +85,7 @@ class Persister:
         async with self._lease.kept(renew_every_s=self._lease.lease_s / _RENEWALS, renew=self._renew):
             while not self._stopped.is_set():
                 await self._turn()
-                self._tell()
+                self._notify()
                 cancel.check()
                 try:
                     async with asyncio.timeout(self._pause_s()):
@@ -93,14 +93,14 @@ class Persister:
                 except TimeoutError:
                     continue
             await self._turn()
-        await self._give_back()
+        await self._release()
 
     def stop(self) -> None:
-        """Ask `run()` to end after one more dump."""
+        """Make `run()` end after one more dump."""
         self._stopped.set()
 
     def report(self) -> Mapping[str, object]:
-        """Return the state of the dumps, for readiness: who writes, the last good dump, and the error since, if any."""
+        """Return the state of the dumps, for readiness: the writer, the last good dump, and the error since, if any."""
         return {
             "file": str(self._path),
             "role": self.role,
@@ -111,12 +111,12 @@ class Persister:
         }
 
     def _pause_s(self) -> float:
-        """Return the seconds until the next dump or, as standby, until the next look whether the lease has expired."""
+        """Return the seconds until the next dump or, as standby, until the next attempt to take the lease."""
         return min(self._interval_s, self._lease.lease_s / _RENEWALS) if self.role == "standby" else self._interval_s
 
     async def _turn(self) -> None:
         try:
-            await self._ask()
+            await self._take_lease()
         except LimiterError as error:
             self._failed(error)
             return
@@ -125,11 +125,11 @@ class Persister:
         else:
             self.last_error = None
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         if self._on_change is not None:
             self._on_change(self.report())
 
-    async def _ask(self) -> None:
+    async def _take_lease(self) -> None:
         """Take the lease, or renew it."""
         before, role = self._leased, self.role
         trailer = await in_thread(_trailer_of, self._path)
@@ -142,31 +142,31 @@ class Persister:
                     "persister_role_changed", role=self.role, epoch=self._leased.epoch, writer=self._leased.owner
                 ),
             )
-            self._tell()
+            self._notify()
 
     async def _renew(self) -> LeaseState | None:
         """Keep the lease through long dumps and long intervals."""
         if self.role == "writer":
-            await self._ask()
+            await self._take_lease()
         return self._leased
 
-    async def _give_back(self) -> None:
+    async def _release(self) -> None:
         if self.role == "writer":
             try:
-                await self._lease.give_back()
+                await self._lease.release()
             except LimiterError as error:
                 _LOG.debug("The lease was not released, and will expire: %s", error, extra=event("lease_not_released"))
 
     async def _dump(self, leased: LeaseState) -> None:
         try:
-            if self.last_report is None:  # later on, a folder that is gone may be a disk that is
+            if self.last_report is None:  # later, a missing folder may be a disk that is not mounted
                 await in_thread(self._path.parent.mkdir, parents=True, exist_ok=True)
             report = await dump(
                 self._session, self._path, keep=self._keep, last=self._file, writer=Writer(self._lease, leased)
             )
         except (LimiterError, OSError) as error:
             self._failed(error)
-        except Exception as error:  # noqa: BLE001  a fault of ours must not end the task, and all dumps with it
+        except Exception as error:  # noqa: BLE001  a bug must not end the task, and all dumps with it
             self.last_error = repr(error)
             _LOG.exception("A bug ended a dump: the file was not written", extra=event("dump_failed"))
         else:
@@ -180,7 +180,7 @@ class Persister:
         self.last_report, self._file = report, report.file
         if report.is_set_aside:
             _LOG.warning(
-                "%s may have had rows that Redis has not: it was kept as %s",
+                "%s may have had rows that Redis does not have: it was kept as %s",
                 report.path,
                 report.kept,
                 extra=event("dump_set_aside"),
@@ -193,7 +193,7 @@ class Persister:
 
 
 def make_persister(session: Session, settings: PersisterSettings, *, on_change: OnChange | None = None) -> Persister:
-    """Return the persister that the settings ask for. on_change: called with each new report."""
+    """Return the persister of these settings. on_change: called with each new report."""
     return Persister(
         session,
         Path(settings.file),
@@ -208,4 +208,4 @@ def _trailer_of(path: Path) -> Trailer | None:
     try:
         return read_trailer(path)
     except OSError:
-        return None  # the dump says what is wrong with it
+        return None  # the dump will report what is wrong with it

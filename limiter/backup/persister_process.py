@@ -1,9 +1,9 @@
 """The persister inside `limiter serve`: a process of its own, so that a dump takes no time from requests.
 
-On the relay's own loop a dump made its timers late by tens of milliseconds, in a thread hardly less, as threads of
-Python take turns; from a process of its own by next to nothing. This module starts it, hears its reports on a pipe, and
-starts it again when it dies. The child ends when its input does: with its parent, however that one ends, but not before
-one last dump.
+On the relay's own loop, a dump delayed timers by tens of milliseconds; in a thread by hardly less, as threads share the
+GIL; in a process of its own by next to nothing. This module starts the process, reads its reports from a pipe, and
+restarts it when it exits. The child ends when its standard input is closed: with its parent, however that one ends, but
+not before one last dump.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ _LOG = logging.getLogger("limiter")
 
 
 class PersisterProcess:
-    """A persister in a child process: `async with PersisterProcess(settings):`, whose end waits for its last dump."""
+    """A persister in a child process: `async with PersisterProcess(settings):`, which waits for the last dump."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -59,7 +59,7 @@ class PersisterProcess:
 
     @property
     def last_good_at(self) -> str | None:
-        """The time of the last good dump; None when there was none."""
+        """The time of the last good dump; None if there is none."""
         at = self._report.get("last_good_at")
         return at if isinstance(at, str) else None
 
@@ -82,8 +82,8 @@ class PersisterProcess:
                     return
 
     async def _run(self) -> tuple[bool, int]:
-        """Run a child to its end. Return whether it ever reported, and its exit code."""
-        # A session of its own: a Ctrl-C is for the relay, which ends the child when its requests are settled.
+        """Run a child until it exits. Return whether it ever reported, and its exit code."""
+        # In a session of its own: a Ctrl-C is for the relay, which ends the child after its requests are settled.
         process = self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-P",
@@ -111,7 +111,7 @@ class PersisterProcess:
 
 
 def _packed(settings: Settings) -> bytes:
-    """Return what the child needs of the settings. Not on its command line, where everybody reads the password."""
+    """Return the settings that the child needs. They are not on its command line, where other users could read them."""
     logs = {"level": settings.logs.level, "format": settings.logs.format}
     tiers = {name: tier.model_dump(exclude_none=True) for name, tier in settings.tiers.items()}
     sections = {
@@ -140,7 +140,7 @@ async def _main(settings: Settings) -> None:
 
 
 def _tell(report: Mapping[str, object]) -> None:
-    with contextlib.suppress(OSError):  # the parent is gone: the last dump is made all the same
+    with contextlib.suppress(OSError):  # the parent has exited: the last dump is made all the same
         sys.stdout.buffer.write(orjson.dumps(report) + b"\n")
         sys.stdout.buffer.flush()
 

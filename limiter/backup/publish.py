@@ -1,8 +1,8 @@
-"""How a dump takes the place of the file that is there: whether it may, and under which name that one stays.
+"""Replacing the file by a dump: whether that is allowed, and under which name the replaced file stays.
 
 A file is replaced only by one that was scanned after it: a writer that was paused finds another file there, or
-another writer's lease, and gives up. What is replaced stays: as a generation, or set aside when it may have what Redis
-has not. Rows never expire, so a file that has more is one that was not imported, or Redis has lost its data.
+another writer's lease, and stops. A replaced file stays: as a generation, or set aside if it may have rows that Redis
+does not have. Rows never expire, so a file with more rows was not imported, or Redis has lost its data.
 """
 
 import errno
@@ -18,21 +18,21 @@ from limiter.ledger.rotation import generation_name, set_aside_name
 from limiter.ledger.trailer import DumpedFile, Trailer, check_trailer, read_trailer
 from limiter.ledger.writer import LedgerWriter
 
-_MIN_SHARE = 0.9  # a dump with fewer of the last one's rows than that sets the last one aside
-_LOCK_S = 10.0  # another writer holds the folder's lock for a rename: for so long only one that is paused
+_MIN_SHARE = 0.9  # a dump with a smaller share of the last one's rows sets the last one aside
+_LOCK_S = 10.0  # another writer holds the folder's lock for a rename only: for so long, it must be paused
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 @dataclass(frozen=True, slots=True)
 class Writer:
-    """A persister's right to replace a file: its lease, and what was answered when it took it."""
+    """A persister's right to replace a file: its lease, and the reply when it was taken."""
 
     lease: Lease
     leased: LeaseState
 
 
 class Publication:
-    """One dump's way to its name at `path`. time: the dump's. writer: None for one without a lease."""
+    """The publication of one dump at `path`. time: of the dump. writer: None without a lease."""
 
     def __init__(self, path: Path, time: str, writer: Writer | None) -> None:
         self.path = path.resolve()
@@ -40,7 +40,7 @@ class Publication:
         self._cancel = CancelWatch()
 
     async def current(self, last: DumpedFile | None) -> DumpedFile | None:
-        """Return the file that is there, None if there is none. One that is not `last` is read as a whole."""
+        """Return the file at `path`, None if there is none. Unless it is `last`, it is read as a whole."""
         try:
             if last is not None and last.is_still(self.path.stat()):
                 return last
@@ -53,7 +53,7 @@ class Publication:
             ) from error
 
     async def has_rows(self) -> bool:
-        """Return whether the file may have rows to lose, as one that cannot be read does."""
+        """Return whether the file may have rows; True if it cannot be read."""
         return await in_thread(_has_rows, self.path)
 
     async def backup_name(
@@ -73,9 +73,14 @@ class Publication:
     async def publish(
         self, file: LedgerWriter, rows_digest: bytes, found: DumpedFile | None, *, kept: Path | None, broken: int
     ) -> DumpedFile:
-        """Replace the file, if it is still the one that was found and the lease is still ours.
+        """Replace the file, if it is still the one that was found and this writer still has the lease.
 
-        kept: its name from now on. broken: rows that were left out.
+        Args:
+            file: the new file.
+            rows_digest: of its rows.
+            found: the file that `current` returned.
+            kept: the name under which the replaced file stays.
+            broken: how many rows were left out.
         """
         before = found.trailer if found is not None else None
         trailer = await file.write_trailer(
@@ -87,7 +92,7 @@ class Publication:
         with FolderLock(self.path) as lock:
             await self._lock(lock)
             if self._writer is not None:
-                await self._ask_again(self._writer, trailer)
+                await self._renew_lease(self._writer, trailer)
             self._check_still(found)
             self._cancel.check()
             return await file.publish(rows_digest, keep_as=kept)
@@ -100,30 +105,30 @@ class Publication:
                 f"{self.path} was not written: another process has held {lock.path} for {_LOCK_S:g} s"
             ) from error
         except OSError as error:
-            if error.errno not in _NO_LOCKS:  # the lease still keeps writers apart that are not paused in a rename
+            if error.errno not in _NO_LOCKS:  # the lease still keeps writers apart, unless one is paused in a rename
                 raise LedgerFileError(
                     f"{lock.path} cannot be locked: {error.strerror}; nothing was replaced"
                 ) from error
 
-    async def _ask_again(self, writer: Writer, trailer: Trailer) -> None:
+    async def _renew_lease(self, writer: Writer, trailer: Trailer) -> None:
         leased = await writer.lease.take(least_epoch=trailer.epoch, checksum=trailer.checksum)
         if not leased.is_mine or leased.epoch != trailer.epoch:
             raise LedgerFileError(
                 f"{self.path} was not written: this persister's lease (epoch {trailer.epoch}) expired during the dump, "
-                f"and {'another took it' if not leased.is_mine else 'was taken anew'} (epoch {leased.epoch})"
+                f"and {'another took it' if not leased.is_mine else 'was taken again'} (epoch {leased.epoch})"
             )
 
     def _check_still(self, found: DumpedFile | None) -> None:
         try:
             status = self.path.stat()
         except FileNotFoundError:
-            return  # moved away: nothing is replaced
+            return  # the file was moved: nothing is replaced
         except OSError as error:
             raise LedgerFileError(f"{self.path} cannot be read: {error.strerror}; nothing was replaced") from error
         if found is None or not found.is_still(status):
             there = read_trailer(self.path)
             what = f"a dump of epoch {there.epoch}, number {there.sequence}" if there else "another file"
-            raise LedgerFileError(f"{self.path} was not written: {what} has come there during this dump")
+            raise LedgerFileError(f"{self.path} was not written: {what} was put there during this dump")
 
 
 def _has_rows(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""What a restore needs beside the import: the newest file that is good, and that no persister writes meanwhile.
+"""What a restore needs besides the import: the newest good file, and that no persister writes meanwhile.
 
 A persister that dumped a half-restored Redis would put that file before the good ones.
 """
@@ -18,13 +18,13 @@ from limiter.ledger.verify import VerifyReport, verify
 from limiter.log_events import event
 
 _LOG = logging.getLogger("limiter")
-_ASK_S = 0.5
+_POLL_S = 0.5
 
 
-def newest_good(path: Path, *, passed_over: Callable[[VerifyReport], None]) -> VerifyReport:
+def newest_good(path: Path, *, on_faulty: Callable[[VerifyReport], None]) -> VerifyReport:
     """Verify the file and those that it replaced, the latest first, until one is good. It blocks.
 
-    passed_over: called with the report of each that is not. Raises LedgerFileError when there is no good one.
+    on_faulty: called with the report of each that is not. Raises LedgerFileError if there is no good one.
     """
     try:
         listed = generations(path)
@@ -37,7 +37,7 @@ def newest_good(path: Path, *, passed_over: Callable[[VerifyReport], None]) -> V
             report = VerifyReport(each.path, 0, each.trailer, 0, (str(error),), 1)
         if report.is_good:
             return report
-        passed_over(report)
+        on_faulty(report)
     raise LedgerFileError(
         f"there is no good file at {path}, nor a replaced one beside it: name one, as in limiter restore FILE"
     )
@@ -45,18 +45,20 @@ def newest_good(path: Path, *, passed_over: Callable[[VerifyReport], None]) -> V
 
 @asynccontextmanager
 async def exclusive(session: Session, *, lease_s: float, checksum: str) -> AsyncIterator[None]:
-    """Keep persisters from writing until the block ends. Raises LedgerFileError while one is at work.
+    """Keep persisters from writing until the block ends. Raises LedgerFileError while one is running.
 
-    checksum: of the file that is restored; after the block persisters know it as the fleet's own.
+    checksum: of the file that is restored; after the block, persisters treat it as the fleet's own.
     """
     lease = Lease(session, lease_s=lease_s)
     await _take(lease)
     try:
-        async with lease.kept(renew_every_s=lease_s / 3):  # without `since`: what else has it meanwhile ends by itself
+        async with lease.kept(
+            renew_every_s=lease_s / 3
+        ):  # without `since`: another owner meanwhile would end by itself
             yield
             await lease.take(checksum=checksum)
     finally:
-        await lease.give_back()
+        await lease.release()
 
 
 async def has_rows(session: Session) -> bool:
@@ -68,9 +70,9 @@ async def has_rows(session: Session) -> bool:
 
 
 async def _take(lease: Lease) -> None:
-    """Take the lease. That of a persister which was killed expires; one that is renewed has a persister at work."""
+    """Take the lease. A killed persister's expires; if it does not, a persister is running."""
     loop = asyncio.get_running_loop()
-    deadline = loop.time() + lease.lease_s + _ASK_S
+    deadline = loop.time() + lease.lease_s + _POLL_S
     leased = await lease.take()
     if not leased.is_mine:
         _LOG.warning(
@@ -84,5 +86,5 @@ async def _take(lease: Lease) -> None:
             raise LedgerFileError(
                 f"nothing was restored: a persister is at work ({leased.owner}). Stop it and all relays first"
             )
-        await asyncio.sleep(_ASK_S)
+        await asyncio.sleep(_POLL_S)
         leased = await lease.take()

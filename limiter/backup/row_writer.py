@@ -1,4 +1,4 @@
-"""Rows of a ledger on their way into Redis, a batch at a time. They go in through create_rows.lua and put_row.lua only.
+"""Storing the rows of a ledger in Redis, a batch at a time, by create_rows.lua and put_row.lua only.
 
 It reads no file and never decides what a row means.
 """
@@ -22,12 +22,12 @@ from limiter.ledger.row_codec import merged_extra
 from limiter.ledger.row_fast_path import row_from_groups, stored_text_from_groups
 from limiter.redis.errors import translate_error
 
-_ROWS_IN_A_CALL = 20  # others wait for them, less than half a millisecond
-_TIMEOUT_MS = 30_000  # the server may be busy with others, and no client waits for an import
+_ROWS_IN_A_CALL = 20  # other calls wait for them, for less than half a millisecond
+_TIMEOUT_MS = 30_000  # the server may be busy with other calls, and no client waits for an import
 
 
 class RegularEntry(NamedTuple):
-    """A good row of a file, in the regular form: it is only made a Row where one is needed."""
+    """A valid row of a file, in the regular form: it becomes a Row only where one is needed."""
 
     entry: Entry
 
@@ -41,7 +41,7 @@ class RegularEntry(NamedTuple):
 
 
 class ParsedEntry(NamedTuple):
-    """A good row of a file, in any other form, as it was read."""
+    """A valid row of a file, in any other form, as it was decoded."""
 
     entry: Entry
     parsed: Row
@@ -59,7 +59,7 @@ GoodEntry = RegularEntry | ParsedEntry
 
 
 class Rejection(NamedTuple):
-    """A row that does not go into Redis. fault: what is wrong, in the same words for all rows with that fault."""
+    """A row that is not stored. fault: what is wrong, in the same words for all rows with that fault."""
 
     entry: Entry
     reason: str
@@ -70,18 +70,18 @@ Reject = Callable[[Rejection], Awaitable[None]]
 
 
 class RowWriter:
-    """Sends batches to one Redis. reject: called with each row that Redis cannot take.
+    """Stores batches in one Redis. reject: called with each row that cannot be stored.
 
-    Methods raise LimiterUnavailable: then some rows of the batch may be in, each of them whole.
+    Methods raise LimiterUnavailable: some rows of the batch may then be stored, each of them as a whole.
     """
 
     def __init__(self, session: Session, reject: Reject) -> None:
         self._session, self._reject = session, reject
         self._scripts = session.scripts(timeout_ms=_TIMEOUT_MS)
-        self._has_slots = False  # of a cluster, once its first answer said so
+        self._has_slots = False  # of a cluster, known after its first reply
 
     async def preview(self, batch: Sequence[GoodEntry], mode: PutMode) -> "Counter[PutStatus]":
-        """Count what put_row would do with each row, and write nothing."""
+        """Count, by status, what put_row would do with each row. Write nothing."""
         answers: Counter[PutStatus] = Counter()
         for item, answer in await self._put(batch, mode, dry_run=True):
             if not isinstance(answer, BrokenRow):
@@ -93,7 +93,7 @@ class RowWriter:
         return answers
 
     async def store(self, batch: Sequence[GoodEntry], mode: PutMode) -> "Counter[PutStatus]":
-        """Store the rows that Redis has not, many in a call, then the others as put_row does; count the answers."""
+        """Create the new rows, many in a call, and put the others by put_row; count them by status."""
         others = await self._create(batch)
         answers = Counter({PutStatus.CREATED: len(batch) - len(others)})
         for item, answer in await self._put(others, mode, dry_run=False):
@@ -111,14 +111,14 @@ class RowWriter:
         await self._reject(Rejection(entry, reason=f"{fault}: {error}", fault=fault))
 
     async def _create(self, batch: Sequence[GoodEntry]) -> Sequence[GoodEntry]:
-        """Store the rows that Redis has not, and return the others, which are left for put_row."""
+        """Create the new rows, and return the others, which are left for put_row."""
         if self._has_slots:
             return batch
         calls = [batch[at : at + _ROWS_IN_A_CALL] for at in range(0, len(batch), _ROWS_IN_A_CALL)]
         answered = await asyncio.gather(*(self._create_some(call) for call in calls), return_exceptions=True)
         others: list[GoodEntry] = []
         for call, statuses in zip(calls, answered, strict=True):
-            if isinstance(statuses, BaseException):  # the other calls are over by now
+            if isinstance(statuses, BaseException):  # the other calls have ended by now
                 raise statuses
             others += [item for item, status in zip(call, statuses, strict=True) if status is not PutStatus.CREATED]
         return others
@@ -131,13 +131,13 @@ class RowWriter:
         except ScriptContractError as error:
             if not isinstance(error.__cause__, ClusterCrossSlotError):
                 raise
-            self._has_slots = True  # a call's rows are in one slot there, and those of a file are not
+            self._has_slots = True  # a call must have rows of one slot there, and those of a file are not
             return [PutStatus.EXISTS] * len(call)
 
     async def _put(
         self, batch: Sequence[GoodEntry], mode: PutMode, *, dry_run: bool
     ) -> list[tuple[GoodEntry, PutStatus | BrokenRow]]:
-        """Run put_row for each row, and return what it answers."""
+        """Run put_row for each row, and return its replies."""
         settled = await self._settled(batch, mode)
         keys = [self._session.keys.install(row.install_id) for _, row in settled]
         attempts = (
@@ -153,10 +153,11 @@ class RowWriter:
         return answered
 
     async def _settled(self, batch: Sequence[GoodEntry], mode: PutMode) -> list[tuple[GoodEntry, Row]]:
-        """Return the rows to send: what the file leaves open is filled from the row that is stored already.
+        """Return the rows to send: fields that the file leaves open are filled from the stored row.
 
-        A row without a period began "now", and a repeat has another now. And a merge keeps the other members of both.
-        This looks before it writes, which is safe: a stored period only moves on, and put_row lets a later one win.
+        The period of a row without one begins now, and a repeat runs at another time. And a merge keeps the other
+        members of both. The read before the write is safe: a stored period only moves on, and put_row keeps a later
+        one.
         """
         rows = [(item, item.row()) for item in batch]
         keys = [
@@ -183,7 +184,7 @@ class RowWriter:
 
     def _stored(self, key: str, fields: "Fields | Exception") -> Row | None:
         if isinstance(fields, Exception) or not fields:
-            return None  # put_row says what is wrong with it
+            return None  # put_row will report what is wrong with it
         try:
             return decode_row(self._session.keys, key, fields)
         except BrokenRow:

@@ -70,7 +70,7 @@ def _choose_dump(file: Path | None, settings: Settings) -> VerifyReport:
         if not settings.persister.file:
             raise SettingsError("persister.file is empty: name the file, as in limiter restore FILE")
         path = Path(settings.persister.file)
-        found = newest_good(path, passed_over=_pass_over)
+        found = newest_good(path, on_faulty=_pass_over)
         for each in set_aside(path):
             _print(f"{each} was set aside when Redis had fewer rows: to restore it, name it as FILE")
         return found

@@ -1,4 +1,4 @@
-"""The file credits.json: read, write and verify it. It knows no Redis.
+"""The file credits.json: read, write and verify it. It does not use Redis.
 
 Begin with `file.LedgerFile`, `writer.LedgerWriter`, `verify.verify`, `rotation.generations`.
 

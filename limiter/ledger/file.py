@@ -1,7 +1,7 @@
-"""credits.json, read as a whole. Its other parts: `row_codec`, `row_fast_path`, `writer`, `trailer`.
+"""Reading credits.json as a whole. Rows are decoded by `row_codec` and `row_fast_path`.
 
-No Redis here. It streams: memory does not grow with the file, but for 12 to 24 bytes an install id, by which
-duplicates are recognised. What it refuses, it refuses with line, column and cause, before anything is written.
+No Redis here. It streams: memory does not grow with the file, except for 12 to 24 bytes an install id, to recognise
+duplicates. Its errors have line, column and cause.
 """
 
 import os
@@ -22,16 +22,16 @@ from limiter.ledger.json_stream import JsonStream, Unusable
 from limiter.ledger.row_codec import row_from_member, undated_fields
 from limiter.ledger.row_fast_path import REGULAR_ROW, row_from_groups
 
-_MAX_NAMES = 64  # of the file itself: rows, meta, and whatever else somebody keeps there
-_ROW_BYTES = 300  # of most rows: so many ids are expected
-_MAX_OTHER_BYTES = 8 * 1024 * 1024  # of each of those
+_MAX_NAMES = 64  # of the file itself: rows, meta, and any others that were added to it
+_ROW_BYTES = 300  # of most rows, to estimate how many ids there are
+_MAX_OTHER_BYTES = 8 * 1024 * 1024  # of each member besides rows
 _KINDS = {"{": "an object", "[": "a list", '"': "a text", "t": "true", "f": "false", "n": "null"}
 
 
 class Entry(NamedTuple):
     """One member of `rows`.
 
-    found: where `row_fast_path.REGULAR_ROW` found it; None for any other form. value: the others as the file has them.
+    found: the match of `row_fast_path.REGULAR_ROW`; None for any other form. value: the JSON value of the other forms.
     """
 
     install_id: str
@@ -45,23 +45,23 @@ class Entry(NamedTuple):
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """The values of ROW_MEMBERS, of one of the regular form; else none."""
+        """The values of ROW_MEMBERS in the regular form; else empty."""
         return () if self.found is None else self.found.groups()
 
     @property
     def member(self) -> object:
-        """The member as the file has it: numbers are int or Decimal, what has no value its text."""
+        """The JSON value of the member: numbers are int or Decimal; unusable JSON is its text."""
         if self.is_regular:
             return row_from_groups(self.groups).as_dict()
         return orjson.Fragment(self.value.text) if isinstance(self.value, Unusable) else self.value
 
     @property
     def undated(self) -> frozenset[str]:
-        """The fields of its row that the file says nothing of; see `row_codec.undated_fields`."""
+        """The fields of its row that the file leaves open; see `row_codec.undated_fields`."""
         return frozenset() if self.is_regular else undated_fields(self.value)
 
     def row(self, *, now_ms: int) -> Row:
-        """Return its row. now_ms: where a row without a period begins. Raises LedgerFileError."""
+        """Return its row. now_ms: the start of the period of a row without one. Raises LedgerFileError."""
         if self.is_regular:
             return row_from_groups(self.groups)
         if isinstance(self.value, Unusable):
@@ -72,7 +72,7 @@ class Entry(NamedTuple):
 class LedgerFile:
     """An open credits.json, read from its start as often as needed. A `with` block closes it.
 
-    It stays the same file when another takes its name meanwhile. Raises LedgerFileError when it cannot be opened.
+    It stays the same file if another one takes its path meanwhile. Raises LedgerFileError if it cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -97,12 +97,12 @@ class LedgerFile:
 
     @property
     def has_checksum(self) -> bool:
-        """Whether its member meta gives one, as that of a dump does; known after a whole reading."""
+        """Whether its member meta has one, as in a dump; known after the whole file was read."""
         return isinstance(self.meta, dict) and "checksum" in self.meta
 
     @property
     def read_bytes(self) -> int:
-        """How much of it the running reading has seen."""
+        """How many bytes have been read so far."""
         return self._text.read_bytes
 
     def __enter__(self) -> Self:
@@ -114,9 +114,9 @@ class LedgerFile:
         self._stream.close()
 
     def rows(self, *, now_ms: int) -> Iterator[tuple[str, Row | LedgerFileError]]:
-        """Read every row; one that cannot be taken comes as its error. now_ms: where rows without a period begin.
+        """Read every row; one that is not valid becomes its error. now_ms: the start of the period of rows without one.
 
-        Raises LedgerFileError, with line, column and cause, where the file is broken as a whole.
+        Raises LedgerFileError, with line, column and cause, if the file as a whole is not valid.
         """
         for entry in self.entries():
             try:
@@ -125,7 +125,7 @@ class LedgerFile:
                 yield entry.install_id, error
 
     def members(self) -> Iterator[tuple[str, object]]:
-        """Read every member of `rows` as it is. Raises as `rows`."""
+        """Read every member of `rows` without decoding it. Raises as `rows`."""
         for entry in self.entries():
             yield entry.install_id, entry.member
 
@@ -168,14 +168,14 @@ class LedgerFile:
             text.fail(want.format(_KINDS.get(mark, "a number" if mark.isdigit() or mark == "-" else "no JSON")))
 
     def _rows(self, text: JsonStream) -> Iterator[Entry]:
-        # Once all of it was read they are known to differ.
+        # Only after all of the file was read are they known to differ.
         is_new = _is_new if self._ids_differ else FingerprintSet(self.size_bytes // _ROW_BYTES).add
         match = REGULAR_ROW.match
         text.expect("{", "an object")
         after = "," if text.peek() != "}" else text.expect("}", "}")
         while after == ",":
             text.peek()  # a dump has each row on a line of its own
-            # Nearly all rows are of one form, which needs no parser; each takes its comma along.
+            # Nearly all rows are of one form, which needs no parser; the match includes the comma.
             while found := match(text.window, text.at):
                 install_id = found[1]
                 if not is_new(install_id):
@@ -190,7 +190,7 @@ class LedgerFile:
 
 
 def _stored_id(install_id: str) -> str:
-    """Return the id as Redis would have it; of one that it would not take, itself."""
+    """Return the id as it would be stored; an invalid one as it is."""
     try:
         return normalise_install_id(install_id)
     except InvalidInstallId:

@@ -1,6 +1,6 @@
-"""The text of a ledger's file, read as JSON piece by piece. It knows JSON, and nothing of rows.
+"""Reading the text of a ledger's file as JSON, piece by piece. It does not know rows.
 
-Memory is that of a window on the file, which grows with the value that is read, up to a bound.
+It keeps a window of the file in memory, which grows with the value that is read, up to a bound.
 """
 
 import codecs
@@ -30,9 +30,9 @@ _TRUNCATED = "the file ends in the middle: it is truncated"
 
 
 class JsonStream:
-    """A window on the text, and where in it the reading stands. Each method goes on from there.
+    """A window of the text, and the position in it. Each method continues from there.
 
-    What cannot be read raises LedgerFileError, with line and column, both from 1, the column in characters.
+    Methods raise LedgerFileError with line and column, both counted from 1, the column in characters.
     """
 
     def __init__(self, path: Path, stream: BinaryIO) -> None:
@@ -40,16 +40,18 @@ class JsonStream:
         self.at = 0
         self.read_bytes = 0
         self._path, self._stream = path, stream
-        self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode  # some editors put the mark there
+        self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode  # a byte order mark, which some editors write
         self._line = self._column = 1  # of the window's first character
         self._stream.seek(0)
 
     def fill(self) -> bool:
-        """Let go what is read, and read on; False at the end of the file."""
+        """Drop what was consumed, and read more; return False at the end of the file."""
         self._line, self._column = self._place(self.at)
         self.window, self.at = self.window[self.at :], 0
         try:
-            raw = self._stream.read(max(READ_BYTES, len(self.window)))  # twice as much: a long value stays cheap
+            raw = self._stream.read(
+                max(READ_BYTES, len(self.window))
+            )  # twice as much, so that a long value takes linear time
         except OSError as error:
             raise LedgerFileError(f"{self._path} cannot be read: {error.strerror}") from error
         if not self.read_bytes and (raw.startswith(_WIDE) or b"\0" in raw[:4]):
@@ -63,7 +65,7 @@ class JsonStream:
         return bool(raw)
 
     def peek(self) -> str:
-        """Pass over white space, and give the character that stands there; "" at the end of the file."""
+        """Skip white space, and return the next character; "" at the end of the file."""
         while True:
             window, at = self.window, self.at
             while at < len(window) and window[at] in _SPACE:
@@ -75,7 +77,7 @@ class JsonStream:
                 return ""
 
     def expect(self, marks: str, what: str) -> str:
-        """Pass over white space and one of these characters, and give it."""
+        """Skip white space and one of these characters, and return it."""
         mark = self.peek()
         if not mark:
             self.fail("it is empty" if self._place(self.at) == (1, 1) else _TRUNCATED)
@@ -104,9 +106,9 @@ class JsonStream:
                 return
 
     def value(self, of: str, *, most_bytes: int = _MAX_ITEM_BYTES) -> object:
-        """Read a value whole: an integer of any size is an int, another number a Decimal. of: whose it is, for errors.
+        """Read a value whole: an integer of any size is an int, another number a Decimal. of: its name in errors.
 
-        No name may be twice in an object: only its author can say which of the two values counts.
+        No name may occur twice in an object: only its author knows which of the two values counts.
         """
         value, end = self._decoded(of, most_bytes)
         if fault := _fault_of(value, self.window[self.at : end]):
@@ -122,7 +124,7 @@ class JsonStream:
         return Unusable(fault, text) if fault else value
 
     def _decoded(self, of: str, most_bytes: int) -> tuple[object, int]:
-        """Read on until a value is whole in the window; give it and where it ends."""
+        """Read until the window has a whole value; return it and where it ends."""
         self.peek()
         while True:
             try:
@@ -147,7 +149,7 @@ class JsonStream:
             return value, self.at + length
 
     def fail(self, cause: str, *, at: int | None = None) -> NoReturn:
-        """Raise LedgerFileError with the place where the reading stands, or another one in the window."""
+        """Raise LedgerFileError with the current position, or with another one in the window."""
         line, column = self._place(self.at if at is None else at)
         raise LedgerFileError(f"{self._path} line {line}, column {column}: {cause}")
 

@@ -1,6 +1,6 @@
-"""The files that a credits.json replaced, which stay beside it: `credits.json.20260511T230257.123Z`, by their time.
+"""The files that a credits.json replaced and that stay beside it, as `credits.json.20260511T230257.123Z`, by time.
 
-Files of any other name are nobody's to remove; so are those kept as `credits.json.before-…`. It blocks, and knows no
+Files of any other name are never removed, nor are those kept as `credits.json.before-…`. It blocks, and does not use
 Redis.
 """
 
@@ -19,7 +19,7 @@ _SUFFIX = re.compile(r"\.\d{8}T\d{6}\.\d{3}Z(-\d+)?", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One of the files, or the one that has the name itself; trailer: None where the last line cannot be read."""
+    """One of the files, or the current one. trailer: None if its last line cannot be read."""
 
     path: Path
     trailer: Trailer | None
@@ -31,7 +31,7 @@ def generation_name(path: Path, trailer: Trailer) -> Path:
 
 
 def set_aside_name(path: Path, time: str) -> Path:
-    """Return a free name for a file that must not be lost: it may have what Redis has not."""
+    """Return a free name for a file that must not be lost: it may have rows that Redis does not have."""
     return free_name(path, f"before-{_stamp(time)}")
 
 
@@ -51,16 +51,16 @@ def generations(path: Path) -> list[Generation]:
 
 
 def set_aside(path: Path) -> list[Path]:
-    """List the files that were kept because Redis had not all of their rows."""
+    """List the files that were set aside because Redis did not have all of their rows."""
     path = path.resolve()
     return [entry for entry in _beside(path) if entry.name.startswith(f"{path.name}.before-")]
 
 
 def prune(path: Path, keep: int) -> list[Path]:
-    """Remove all but the latest `keep`, and give what was removed.
+    """Remove all but the latest `keep`, and return those that were removed.
 
-    The file itself is read again first: unless it is good, nothing goes. The latest that has every row stays in any
-    case. Raises OSError.
+    The current file is checked first: unless it is good, nothing is removed. The latest one with every row always
+    stays. Raises OSError.
     """
     listed = [each for each in generations(path) if each.trailer is not None]
     spare = _spare(listed, keep)

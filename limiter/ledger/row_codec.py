@@ -1,7 +1,7 @@
 """One row of credits.json: from the file's JSON to a Row, by the rules of the old ledger, and from a Row to its line.
 
 Pure: no file, no Redis, no clock. The rules are those of credits.js, which loads and migrates a file when it starts.
-Nearly all rows need none of them: `row_fast_path` knows those at a look.
+Nearly all rows need none of them: `row_fast_path` matches those with one pattern.
 """
 
 import json
@@ -24,11 +24,14 @@ from limiter.ledger.strict_json import DECODER, RefusedJson
 MAX_EXTRA_BYTES = 64 * 1024
 _OWN = frozenset(ROW_MEMBERS)
 _MONTH = re.compile(r"(\d{4})-(\d{2})", re.ASCII)
-# What both ISO 8601 and `new Date()` read, and read alike. Without an offset a time is local to JavaScript.
+# What both ISO 8601 and `new Date()` parse, and parse alike. Without an offset a time is local to JavaScript.
 _TIME = re.compile(
     r"(\d{4})(?:-(\d\d)(?:-(\d\d)(?:T(\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,9}))?)?(Z|[+-]\d\d:\d\d))?)?)?", re.ASCII
 )
-_FIRST_YEAR, _LAST_YEAR = 1970, 9998  # the calendar of the scripts counts from 1970, and renews within four digits
+_FIRST_YEAR, _LAST_YEAR = (
+    1970,
+    9998,
+)  # the calendar of the scripts counts from 1970, and a renewal must have a year of four digits
 _FIRST_ISO, _END_ISO = f"{_FIRST_YEAR}-", f"{_LAST_YEAR + 1}-"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
@@ -38,7 +41,7 @@ _SHOWN_CHARACTERS = 60
 
 
 class _Unusable(ValueError):  # noqa: N818  a value that is
-    """What a row cannot have. fault: the same words without the value, so that faults can be counted."""
+    """A value that a row cannot have. fault: the message without the value, so that faults can be counted."""
 
     def __init__(self, what: str, value: str, want: str) -> None:
         super().__init__(f"{what} {value}, want {want}")
@@ -48,7 +51,7 @@ class _Unusable(ValueError):  # noqa: N818  a value that is
 def row_from_member(install_id: str, member: object, *, now_ms: int) -> Row:
     """Read one member of `rows`, migrating what an old ledger may hold.
 
-    member: JSON as Python values; a number may be a Decimal. now_ms: where a row without any period is anchored.
+    member: JSON as Python values; a number may be a Decimal. now_ms: the start of the period of a row without one.
     Raises LedgerRowError, which names the install id and the cause.
     """
     try:
@@ -62,7 +65,7 @@ def row_from_member(install_id: str, member: object, *, now_ms: int) -> Row:
 
 
 def undated_fields(member: object) -> frozenset[str]:
-    """Name the fields of its row that hold the moment of reading, because the file gives no period; mostly none."""
+    """Return the fields of its row that depend on the time of reading, as the file has no period; mostly none."""
     if not isinstance(member, dict) or not _is_undated(member) or _month_start(member) is not None:
         return frozenset()
     fields = {"last_renewal_at"}
@@ -76,7 +79,7 @@ def undated_fields(member: object) -> frozenset[str]:
 def line_from_row(row: Row) -> bytes:
     """Return the row as its line of credits.json, without comma and line end: `"<id>":{…}`.
 
-    Raises LedgerFileError for a row that an import would not take back, as one that was edited by hand.
+    Raises LedgerFileError for a row that an import would reject, as one that was edited by hand.
     """
     try:
         return _line(row)
@@ -85,7 +88,7 @@ def line_from_row(row: Row) -> bytes:
 
 
 def merged_extra(stored: str, given: str) -> str:
-    """Return the other members of both; the given ones win. A stored text that is not a JSON object is dropped."""
+    """Return the other members of both; those of `given` win. A stored text that is not a JSON object is dropped."""
     try:
         members = _members_of(stored) if stored else {}
     except ValueError:
@@ -116,7 +119,7 @@ def json_bytes(value: object) -> bytes:
 
 
 def kind_of(value: object) -> str:
-    """Name the JSON kind of a value, for errors."""
+    """Return the name of a value's JSON type, for errors."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, str):
@@ -175,7 +178,7 @@ def _counter(member: Mapping[str, object], name: str) -> int:
 
 
 def _day(value: object) -> int | None:
-    """Return a usable anniversary day; None for what the old ledger passes over, to go by last_renewal_at."""
+    """Return a valid anniversary day; None for a value that the old ledger ignores, in favour of last_renewal_at."""
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal) or not 1 <= value <= 31:  # noqa: PLR2004
         return None
     if value != int(value):
@@ -184,13 +187,13 @@ def _day(value: object) -> int | None:
 
 
 def _is_undated(member: Mapping[str, object]) -> bool:
-    """Return whether the old ledger would migrate it: last_renewal_at is missing, or nothing that JavaScript sees."""
+    """Return whether the old ledger would migrate it: last_renewal_at is missing, or falsy in JavaScript."""
     value = member.get("last_renewal_at")
     return value is None or (isinstance(value, str | int | float | Decimal) and not value)
 
 
 def _month_start(member: Mapping[str, object]) -> str | None:
-    """Return the first of the row's `month`, as JavaScript's Date.UTC has it: month 13 is the next year's January."""
+    """Return the first day of the row's `month`, by JavaScript's rules for Date.UTC: month 13 is the next January."""
     month = member.get("month")
     parts = _MONTH.fullmatch(month) if isinstance(month, str) else None
     if parts is None:
@@ -281,7 +284,7 @@ def _fragment(value: object) -> orjson.Fragment:
 
 
 def _widened(value: object) -> object:
-    """Turn integers into Decimals, which print with all digits: orjson's own end at 64 bits."""
+    """Turn integers into Decimals, which print with all digits: orjson's end at 64 bits."""
     if isinstance(value, int) and not isinstance(value, bool):
         return Decimal(value)
     if isinstance(value, Mapping):

@@ -1,6 +1,6 @@
-"""Rows of credits.json in the form that nearly all of them have, read and written in one look each.
+"""Rows of credits.json in the form that nearly all of them have, read and written by one pattern each.
 
-Pure: no file, no Redis, no clock. What has any other form, and may be as good, is `row_codec`'s to read and to write.
+Pure: no file, no Redis, no clock. Rows of any other form, which may be as good, are left to `row_codec`.
 """
 
 import re
@@ -9,13 +9,13 @@ from typing import Any
 
 from limiter.credits.models import FIELDS, TIER_NAME, FieldKind, Row
 
-# The stored form, but for 29 February: valid as it stands. Nearly all times are, so nothing else is looked at.
+# The stored form, except 29 February: valid as it stands, and nearly all times have it. Others go to `row_codec`.
 COMMON_TIME = re.compile(
     r"(?:19[7-9]\d|2\d{3})-(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1\d|2[0-8])|(?:0[13-9]|1[0-2])-(?:29|30)|(?:0[13578]|1[02])-31)"
     r"T(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d\.\d{3}Z",
     re.ASCII,
 )
-# Of each kind the values that are valid as they stand, and print as they came.
+# For each kind, the values that are valid as they stand, and are printed unchanged.
 _COMMON = {
     FieldKind.TIER: TIER_NAME.pattern,
     FieldKind.COUNT: r"0|[1-9]\d{0,14}",
@@ -25,7 +25,7 @@ _COMMON = {
 _QUOTE = {FieldKind.TIER: '"', FieldKind.COUNT: "", FieldKind.DAY: "", FieldKind.TIME: '"'}
 _REQUIRED = [each for each in FIELDS if each.default is None]
 _INTEGERS = [at for at, each in enumerate(_REQUIRED, 1) if not _QUOTE[each.kind]]
-# A member of `rows` as both ledgers write nearly all of them, with its comma: valid as it stands, and read in one look.
+# A member of `rows` as both ledgers write nearly all of them, with its comma: valid as it stands.
 # The groups are the install id and the values of the required fields; a row with an optional one has another form.
 REGULAR_ROW = re.compile(
     r'"([a-z0-9._-]{1,64})":{"install_id":"\1",'
@@ -35,7 +35,7 @@ REGULAR_ROW = re.compile(
 )
 _NOT_STORED = [None] * (len(FIELDS) - len(_REQUIRED))
 _EMPTY_LINES = "\n" * len(_NOT_STORED)
-# A whole row as Redis has it, its stored values a line each: what `row_codec.line_from_row` would check, in one look.
+# A whole row as Redis has it, one stored value a line: the checks of `row_codec.line_from_row` in one pattern.
 _COMMON_ROW = re.compile(
     "\n".join(("[a-z0-9._-]{1,64}", *(f"(?:{_COMMON[each.kind]})" for each in _REQUIRED))).encode()
 )
@@ -47,7 +47,7 @@ _COMMON_LINE = (
 
 
 def row_from_groups(groups: Sequence[str]) -> Row:
-    """Return the row of what REGULAR_ROW found."""
+    """Return the row of a match of REGULAR_ROW."""
     values: list[Any] = list(groups)
     for at in _INTEGERS:
         values[at] = int(values[at])
@@ -55,18 +55,18 @@ def row_from_groups(groups: Sequence[str]) -> Row:
 
 
 def stored_text_from_groups(groups: Sequence[str]) -> str:
-    """Return what create_rows.lua stores of what REGULAR_ROW found, as `credits.scripts.stored_text` does of a row."""
+    """Return what create_rows.lua stores for a match of REGULAR_ROW, as `credits.scripts.stored_text` does of a row."""
     return "\n".join(groups[1:]) + _EMPTY_LINES
 
 
 def line_from_values(install_id: bytes, values: list[bytes | None]) -> bytes | None:
-    """Return the line of a row as Redis has it, if it needs no second look; None for any other, which may be as good.
+    """Return the line of a row as Redis has it, if it is of the regular form; else None: it may be as good.
 
-    values: of STORED_FIELDS. The line is what `row_codec.line_from_row` gives in ten times as long.
+    values: of STORED_FIELDS. The line is the one that `row_codec.line_from_row` returns in ten times as long.
     """
     own = values[: len(_REQUIRED)]
     if values[len(_REQUIRED) :] != _NOT_STORED or None in own:
         return None
-    if not _COMMON_ROW.fullmatch(b"\n".join((install_id, *own))):  # type: ignore[arg-type]  # None was seen to
+    if not _COMMON_ROW.fullmatch(b"\n".join((install_id, *own))):  # type: ignore[arg-type]  # None was excluded
         return None
     return _COMMON_LINE % (install_id, install_id, *own)

@@ -1,4 +1,4 @@
-"""A file beside a ledger, for what the ledger cannot hold: rows that an import rejected, or a dump could not read."""
+"""A file beside a ledger, for rows that the ledger cannot have: rejected by an import, or unreadable to a dump."""
 
 import asyncio
 from pathlib import Path
@@ -11,7 +11,7 @@ from limiter.ledger.row_codec import json_bytes
 
 
 class SideFile:
-    """A JSON file `{"<word>": […]}`, one item a line, of what a ledger cannot hold; it is made with its first item."""
+    """A JSON file `{"<word>": […]}`, one item a line; it is created with its first item."""
 
     def __init__(self, path: Path, word: str) -> None:
         self.path = path
@@ -30,7 +30,7 @@ class SideFile:
             self._file.discard()
 
     async def add(self, item: dict[str, object]) -> None:
-        """Append an item, also while others are being appended. Raises LedgerFileError."""
+        """Append an item; concurrent calls are safe. Raises LedgerFileError."""
         async with self._adding:
             text = (b",\n" if self.count else b'{"%s": [\n' % self._word.encode()) + json_bytes(item)
             try:
@@ -42,7 +42,7 @@ class SideFile:
             self.count += 1
 
     async def publish(self) -> Path | None:
-        """Bring it under its name; None when there was nothing to write. Raises LedgerFileError."""
+        """Publish the file, and return its path; None if there are no items. Raises LedgerFileError."""
         if self._file is None:
             return None
         try:

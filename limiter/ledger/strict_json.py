@@ -1,4 +1,4 @@
-"""Strict JSON, read: no name twice in an object, and no NaN or Infinity. It knows no file and no rows.
+"""Decoding strict JSON: no name twice in an object, and no NaN or Infinity. It knows neither files nor rows.
 
 An integer of any size is an int, another number a Decimal, so that each prints with all its digits.
 """

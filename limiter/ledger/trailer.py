@@ -1,9 +1,10 @@
-"""The last line of a credits.json that limiter wrote: who wrote it when, how many rows, and a checksum of all of it.
+"""The last line of a credits.json that limiter wrote: the writer's epoch, the time, the number of rows, a checksum.
 
     }, "meta": {"format":1,"epoch":3,"sequence":41,"time":"…","rows":2,"broken":0,"checksum":"sha256:…"}}
 
-The checksum is that of every byte before its own member, so `head -c -88 credits.json | sha256sum` gives it, and what
-follows it can have one form only: no byte of the file can change unseen. It blocks, and knows neither rows nor Redis.
+The checksum is that of every byte before its own member, as `head -c -88 credits.json | sha256sum` computes it, and
+what follows it can have one form only: no change of a byte goes undetected. It blocks, and knows neither rows nor
+Redis.
 """
 
 import hashlib
@@ -26,7 +27,16 @@ _READ_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Trailer:
-    """What the last line says. epoch: of the writer's lease. sequence: which dump it is. broken: rows left out."""
+    """The values of the last line.
+
+    Args:
+        epoch: of the writer's lease.
+        sequence: the number of the dump.
+        time: of the dump, as ISO text.
+        rows: how many rows the file has.
+        broken: how many rows were left out.
+        checksum: of all before it.
+    """
 
     epoch: int
     sequence: int
@@ -37,7 +47,7 @@ class Trailer:
 
     @property
     def age_key(self) -> tuple[int, int]:
-        """What puts files in order: a later dump has the larger one."""
+        """The sort key of files: a later dump has the larger one."""
         return self.epoch, self.sequence
 
 
@@ -45,8 +55,11 @@ class Trailer:
 class DumpedFile:
     """A file as it was found or published.
 
-    trailer: None when it has no such last line. is_intact: the checksum is that of the file; without a trailer False.
-    rows_digest: of all before the last line, by which two files have the same rows; empty unless intact.
+    Args:
+        trailer: None without such a last line.
+        is_intact: whether the checksum matches the file; False without a trailer.
+        rows_digest: of all before the last line, equal for files with the same rows; empty unless intact.
+        stat: of the file.
     """
 
     trailer: Trailer | None
@@ -64,7 +77,7 @@ class DumpedFile:
 
 
 def meta_line(*, epoch: int, sequence: int, time: str, rows: int, broken: int) -> bytes:
-    """Return the last line up to where the checksum begins."""
+    """Return the last line up to the checksum."""
     return b'}, "meta": {"format":%d,"epoch":%d,"sequence":%d,"time":"%s","rows":%d,"broken":%d' % (
         *(FORMAT, epoch, sequence, time.encode(), rows, broken),
     )
@@ -107,7 +120,7 @@ def check_trailer(path: Path, *, on_read: Callable[[int], None] | None = None) -
 
 
 def has_header(path: Path) -> bool:
-    """Return whether a file begins as those that limiter writes. Raises OSError."""
+    """Return whether a file begins like those that limiter writes. Raises OSError."""
     with path.open("rb") as stream:
         return stream.read(len(HEAD)) == HEAD
 

@@ -1,7 +1,7 @@
 """Whether a credits.json is whole: its checksum, its count, and each row. It reads the file, and never Redis.
 
-A file of limiter's is known by its first line, by its last and by the checksum in its meta: where one is spoilt, the
-others give it away.
+A file that limiter wrote is recognised by its first line, by its last one or by the checksum in its meta: if one of
+them is damaged, the others still show it.
 """
 
 import time
@@ -17,10 +17,15 @@ _FAULTS_KEPT = 20
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What was found. It `is_good` when there is no fault.
+    """The result of verifying a file. It `is_good` if there is no fault.
 
-    trailer: what the last line says; None in a file that limiter did not write, which has no checksum either. rows: how
-    many can be taken. faults: the first of `fault_count`.
+    Args:
+        path: of the file.
+        size_bytes: its size.
+        trailer: its last line; None in a file that limiter did not write, which has no checksum either.
+        rows: how many are valid.
+        faults: the first of them.
+        fault_count: how many there are.
     """
 
     path: Path
@@ -37,16 +42,16 @@ class VerifyReport:
 
 
 def verify(path: Path) -> VerifyReport:
-    """Read a file twice, for its checksum and for its rows, and tell what is wrong with it. It blocks.
+    """Read a file twice, for its checksum and for its rows, and report what is wrong with it. It blocks.
 
-    Raises LedgerFileError when it cannot be read at all.
+    Raises LedgerFileError if it cannot be read at all.
     """
     with LedgerFile(path) as file:
         faults = _Faults()
         trailer = _check_trailer(path, faults)
         rows = _check_rows(file, faults)
         if trailer is None and not faults.count and file.has_checksum:
-            faults.note("its checksum is not that of the file: it was written anew after limiter had")
+            faults.note("its checksum is not that of the file: it was rewritten after limiter wrote it")
         if rows is not None and trailer is not None and trailer.rows != rows:
             faults.note(f"it has {rows} rows, and its last line says {trailer.rows}")
         return VerifyReport(path, file.size_bytes, trailer, rows or 0, tuple(faults.first), faults.count)
@@ -79,7 +84,7 @@ def _check_trailer(path: Path, faults: _Faults) -> Trailer | None:
 
 
 def _check_rows(file: LedgerFile, faults: _Faults) -> int | None:
-    """Count the rows that can be taken; None when the file cannot be read to its end."""
+    """Count the valid rows; None when the file cannot be read to its end."""
     rows = 0
     try:
         for _, row in file.rows(now_ms=time.time_ns() // 1_000_000):

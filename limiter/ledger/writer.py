@@ -1,13 +1,13 @@
-"""credits.json, written: lines as they come, to a file that takes the name of the old one when it is whole.
+"""Writing credits.json: line by line, to a temporary file that replaces the old one when it is complete.
 
-No Redis here. The form, which JSON.parse reads as the old ledger's:
+No Redis here. The format, which JSON.parse reads like the old ledger's:
 
     {"rows": {
     "<install id>":{…},
     "<install id>":{…}
     }, "meta": {…}}
 
-`row_fast_path` and `row_codec` give the lines, `trailer` the last of them.
+`row_fast_path` and `row_codec` make the lines, `trailer` makes the last one.
 """
 
 import hashlib
@@ -27,10 +27,10 @@ _WRITE_BYTES = 256 * 1024
 
 
 class LedgerWriter:
-    """A credits.json in the making: `add` the rows, `write_trailer`, `publish`.
+    """A new credits.json: `add` the rows, then `write_trailer` and `publish`.
 
-    A `with` block that ends without leaves no trace. Methods raise LedgerFileError; the file at `path` then is as it
-    was, and the temp file gone with the block.
+    Unless it is published, the end of the `with` block removes the temporary file. Methods raise LedgerFileError; the
+    file at `path` is then unchanged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -54,7 +54,7 @@ class LedgerWriter:
         self._file.discard()
 
     async def add(self, lines: Sequence[bytes]) -> None:
-        """Append rows, each as `line_from_row` gives it."""
+        """Append rows, as lines that `line_from_row` returned."""
         if not lines:
             return
         text = b",\n".join(lines)
@@ -65,14 +65,14 @@ class LedgerWriter:
             await self._flush()
 
     async def rows_digest(self) -> bytes:
-        """End the rows, and give the digest by which two files have the same ones."""
+        """End the rows, and return their digest, equal for files with the same rows."""
         if self.rows:
             self._waiting.append(b"\n")
         await self._flush()
         return self._digest.digest()
 
     async def write_trailer(self, *, epoch: int, sequence: int, time: str, broken: int) -> Trailer:
-        """Write the last line, after `rows_digest`, and bring all of it to disk."""
+        """Write the last line, after `rows_digest`, and sync the file to disk."""
         line = meta_line(epoch=epoch, sequence=sequence, time=time, rows=self.rows, broken=broken)
         self._waiting.append(line)
         await self._flush()
@@ -81,7 +81,7 @@ class LedgerWriter:
         return self._trailer
 
     async def publish(self, rows_digest: bytes, *, keep_as: Path | None) -> DumpedFile:
-        """Bring it under its name; with keep_as, the file that it replaces stays under that one."""
+        """Replace the file at `path`. keep_as: the name under which the replaced file stays."""
         status = await self._run(self._publish, keep_as)
         return DumpedFile(self._trailer, is_intact=True, rows_digest=rows_digest, stat=status)
 

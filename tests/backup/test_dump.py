@@ -81,8 +81,8 @@ async def test_dump_when_its_checksum_is_taken_with_two_common_tools_then_it_is_
     await limiter.debit("a", tier="pro", has_hardware=True)
     report = await dump(limiter.session, path)
     command = ["sh", "-c", 'head -c -88 "$0" | sha256sum', str(path)]
-    told = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=True)
-    assert report.checksum == f"sha256:{told.stdout.split()[0]}"
+    reported = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=True)
+    assert report.checksum == f"sha256:{reported.stdout.split()[0]}"
 
 
 async def test_dump_when_there_is_nothing_then_an_empty_ledger_is_written(limiter: CreditLimiter, path: Path) -> None:
@@ -107,13 +107,13 @@ async def test_dump_when_rows_are_broken_then_the_others_are_written_and_the_bro
     assert (report.rows, report.broken, len(report.first_broken)) == (1, 4, 4)
     broken_file = path.with_name("credits.json.broken.json")
     assert report.broken_file == broken_file
-    told = {each["key"]: each for each in json.loads(broken_file.read_text())["broken"]}
-    assert set(told) == {f"credits:install:{name}" for name in ("counter", "tier", "extra", "string")}
-    assert "field monthly_consumed is 'lots'" in told["credits:install:counter"]["reason"]
-    assert told["credits:install:tier"]["fields"]["tier_snapshot"] == "a tier"
-    assert "field extra is '{', want a JSON object" in told["credits:install:extra"]["reason"]
+    reported = {each["key"]: each for each in json.loads(broken_file.read_text())["broken"]}
+    assert set(reported) == {f"credits:install:{name}" for name in ("counter", "tier", "extra", "string")}
+    assert "field monthly_consumed is 'lots'" in reported["credits:install:counter"]["reason"]
+    assert reported["credits:install:tier"]["fields"]["tier_snapshot"] == "a tier"
+    assert "field extra is '{', want a JSON object" in reported["credits:install:extra"]["reason"]
     await redis.flushdb()
-    for key, each in told.items():  # nothing of them is lost
+    for key, each in reported.items():  # nothing of them is lost
         await redis.restore(key, 0, base64.b64decode(each["dump"]))
     assert await redis.get("credits:install:string") == b"\xff"
     assert await redis.hget("credits:install:counter", "monthly_consumed") == b"lots"
@@ -132,7 +132,7 @@ async def test_dump_when_no_row_can_be_read_then_the_file_stays(
     assert names(path.parent) == ["credits.json"]
 
 
-async def test_dump_when_a_uuid_key_is_in_upper_case_then_it_is_told_and_does_not_spoil_the_file(
+async def test_dump_when_a_uuid_key_is_in_upper_case_then_it_is_reported_and_the_file_stays_valid(
     limiter: CreditLimiter, redis: Redis, path: Path
 ) -> None:
     install_id = "b879d5d7-bb73-4526-a28e-55a8af93660b"
@@ -167,7 +167,7 @@ async def test_dump_when_its_file_is_a_pipe_or_a_folder_then_it_says_so_and_leav
     assert names(path.parent) == [path.name]
 
 
-async def test_dump_when_redis_goes_away_midway_then_the_old_file_stays(
+async def test_dump_when_redis_becomes_unavailable_midway_then_the_old_file_stays(
     own_server: Callable[..., Server], path: Path, closing: AsyncExitStack
 ) -> None:
     server = own_server()
@@ -211,7 +211,7 @@ async def test_dump_when_it_is_cancelled_then_the_old_file_stays_and_no_temp_fil
 async def test_dump_when_a_file_with_rows_meets_an_empty_redis_then_it_refuses_and_says_to_import(
     limiter: CreditLimiter, path: Path
 ) -> None:
-    """Whoever brings a credits.json and starts before importing it must not lose it."""
+    """An operator who starts with a credits.json before importing it must not lose it."""
     path.write_text(json.dumps(OLD))
     with pytest.raises(LedgerFileError, match=r"it has rows and Redis has none. Import it first \(limiter import "):
         await dump(limiter.session, path)
@@ -313,7 +313,7 @@ async def test_prune_when_the_file_itself_is_broken_then_nothing_is_removed(
     assert names(path.parent) == ["credits.json"]
 
 
-async def test_dump_when_somebody_put_another_file_there_then_it_is_kept(limiter: CreditLimiter, path: Path) -> None:
+async def test_dump_when_another_file_was_put_there_then_it_is_kept(limiter: CreditLimiter, path: Path) -> None:
     await limiter.debit("a", tier="pro", has_hardware=True)
     first = await dump(limiter.session, path)
     second = await dump(limiter.session, path, last=first.file)

@@ -58,7 +58,7 @@ async def test_import_when_redis_is_empty_then_every_row_is_in(limiter: CreditLi
     assert row.as_dict() == {"install_id": "i-200"} | member(monthly_consumed=200)
 
 
-async def test_import_when_it_is_a_dry_run_then_it_tells_the_same_and_writes_nothing(
+async def test_import_when_it_is_a_dry_run_then_it_reports_the_same_and_writes_nothing(
     limiter: CreditLimiter, redis: Redis, ledger: Ledger
 ) -> None:
     path = ledger(many(7) | {"bad": 5})
@@ -182,7 +182,7 @@ async def test_import_when_it_runs_then_progress_goes_through_the_file_in_each_p
 # Bad rows and bad files
 
 
-async def test_import_when_some_rows_are_bad_then_the_good_ones_are_in_and_the_bad_ones_are_told(
+async def test_import_when_some_rows_are_bad_then_the_good_ones_are_in_and_the_bad_ones_are_reported(
     limiter: CreditLimiter, ledger: Ledger
 ) -> None:
     bad = {
@@ -198,10 +198,10 @@ async def test_import_when_some_rows_are_bad_then_the_good_ones_are_in_and_the_b
     rejected_file = path.with_name("credits.json.rejected.json")
     assert report.rejected_file == rejected_file
     assert stat.S_IMODE(rejected_file.stat().st_mode) == 0o600
-    told = json.loads(rejected_file.read_text())["rejected"]
-    assert [(each["install_id"], each["row"]) for each in told] == list(bad.items())
-    assert [each["reason"] for each in told] == [each.reason for each in report.first_rejected]
-    assert told[0]["reason"] == "row 'b-1': monthly_consumed is -1, want an integer from 0 to 2^53 - 1"
+    listed = json.loads(rejected_file.read_text())["rejected"]
+    assert [(each["install_id"], each["row"]) for each in listed] == list(bad.items())
+    assert [each["reason"] for each in listed] == [each.reason for each in report.first_rejected]
+    assert listed[0]["reason"] == "row 'b-1': monthly_consumed is -1, want an integer from 0 to 2^53 - 1"
     assert report.faults == {
         "monthly_consumed: want an integer from 0 to 2^53 - 1": 1,
         "the install id is not usable": 1,
@@ -301,7 +301,7 @@ async def test_import_when_rows_differ_then_it_refuses(limiter: CreditLimiter, r
     assert await dumps(redis) == before
 
 
-async def test_import_when_a_key_is_no_hash_then_create_refuses_and_the_others_reject_it(
+async def test_import_when_a_key_is_not_a_hash_then_create_refuses_and_the_others_reject_it(
     limiter: CreditLimiter, redis: Redis, ledger: Ledger
 ) -> None:
     path = ledger(many(3))
@@ -390,7 +390,9 @@ async def test_merge_when_the_stored_row_is_broken_then_it_is_rejected_and_repla
     assert await fields(limiter, "i-1") == member(monthly_consumed=1)
 
 
-async def test_put_row_when_it_only_asks_then_it_tells_and_writes_nothing(limiter: CreditLimiter, redis: Redis) -> None:
+async def test_put_row_when_it_is_a_dry_run_then_it_returns_the_status_and_writes_nothing(
+    limiter: CreditLimiter, redis: Redis
+) -> None:
     row = Row("a", "core", 1, 0, "2026-05-04T00:00:00.000Z", 4, 0, 0, "2026-05-04T00:00:00.000Z")
     scripts, key = limiter.session.scripts(timeout_ms=1000), limiter.session.keys.install("a")
     assert await scripts.put_row(key, row, mode="create", dry_run=True) is PutStatus.CREATED

@@ -108,17 +108,17 @@ def test_import_when_it_is_killed_at_random_points_and_repeated_then_the_end_is_
     assert rows_of(server) == wanted
 
 
-def test_import_when_ctrl_c_ends_it_then_it_says_what_is_in_and_another_can_begin_at_once(
+def test_import_when_ctrl_c_ends_it_then_it_says_what_is_stored_and_another_can_begin_at_once(
     server: BlockingRedis, ledger: Path
 ) -> None:
     process = start(ledger, server)
     wait_until(lambda: server.dbsize() > 100, within_s=30)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    _, printed = process.communicate(timeout=60)
     if process.returncode != 1:  # or it was done before
         assert process.returncode == 130
-        assert "interrupted" in told
-        assert "import the file again" in told
+        assert "interrupted" in printed
+        assert "import the file again" in printed
     assert server.hget("credits:import", "lapses_ms") == b"0"
     assert limiter("import", str(ledger), "--redis", url_of(server), cwd=ledger.parent).returncode == 1
     assert len(rows_of(server)) == ROWS + 400
@@ -128,9 +128,9 @@ def test_import_when_two_run_at_once_then_the_second_waits_and_finds_the_same(
     server: BlockingRedis, ledger: Path
 ) -> None:
     processes = [start(ledger, server), start(ledger, server)]
-    told = [process.communicate(timeout=60) for process in processes]
-    assert [process.returncode for process in processes] == [1, 1], told  # the rows that cannot be taken
-    assert sorted("another import runs" in errors for _, errors in told) in ([False, True], [False, False])
+    printed = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [1, 1], printed  # the rows that cannot be taken
+    assert sorted("another import runs" in errors for _, errors in printed) in ([False, True], [False, False])
     assert len(rows_of(server)) == ROWS + 400
 
 
@@ -142,7 +142,7 @@ async def test_import_when_another_has_the_lease_then_it_waits_until_it_is_given
     limiter = CreditLimiter(redis, TIERS)
     async with exclusive_import(limiter.session):
         second = asyncio.create_task(run_import(limiter, ledger))
-        await asyncio.sleep(0.5)  # it has read the file, and asks
+        await asyncio.sleep(0.5)  # it has read the file, and waits for the lease
         assert not second.done()
         assert await dumps(redis) == {}
     assert (await second).new == ROWS + 400
@@ -168,22 +168,24 @@ async def test_import_when_another_took_the_lease_meanwhile_then_the_check_says_
     assert server.hget("credits:import", "owner") == b"other:1:x"  # and it is left to the other
 
 
-def test_import_when_it_was_stopped_and_another_ran_meanwhile_then_it_gives_up(
+def test_import_when_it_was_stopped_and_another_ran_meanwhile_then_it_stops(
     server: BlockingRedis, tmp_path: Path
 ) -> None:
     rows = 20_000
     for name, count in (("first", 1), ("second", 2)):
-        told = {f"i-{number}": member(lifetime_consumed=count) for number in range(rows)}
-        (tmp_path / f"{name}.json").write_text(json.dumps({"rows": told}, separators=(",", ":")))
+        printed = {f"i-{number}": member(lifetime_consumed=count) for number in range(rows)}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"rows": printed}, separators=(",", ":")))
     first = start(tmp_path / "first.json", server, "--replace")
     wait_until(lambda: first.poll() is not None or server.dbsize() > 100, within_s=30)
     first.send_signal(signal.SIGSTOP)
     assert server.dbsize() < rows
-    second = limiter("import", "second.json", "--redis", url_of(server), "--replace", cwd=tmp_path)  # when that lapsed
+    second = limiter(
+        "import", "second.json", "--redis", url_of(server), "--replace", cwd=tmp_path
+    )  # when that has expired
     assert second.returncode == 0, second.stderr
     first.send_signal(signal.SIGCONT)
     _, errors = first.communicate(timeout=60)
-    assert (first.returncode, "another import began (it is over)" in errors) == (1, True), errors
+    assert (first.returncode, "another import began (it has ended)" in errors) == (1, True), errors
     stored = [server.hget(f"credits:install:i-{number}", "lifetime_consumed") for number in range(rows)]
     assert stored.count(b"2") >= rows - _BATCHES_SENT * BATCH_ROWS, "what was under way is in, and no more"
 
@@ -195,10 +197,10 @@ def test_import_when_rows_are_rejected_at_once_then_their_file_holds_each_of_the
     for name in broken:
         server.set(f"credits:install:{name}", "no row")
     done = limiter("import", str(ledger), "--redis", url_of(server), "--merge", cwd=ledger.parent)
-    told = json.loads(ledger.with_name("credits.json.rejected.json").read_text())["rejected"]
+    printed = json.loads(ledger.with_name("credits.json.rejected.json").read_text())["rejected"]
     assert done.returncode == 1
-    assert {each["install_id"] for each in told} == broken | {f"b-{number}" for number in range(7)}
-    assert len(told) == len(broken) + 7
+    assert {each["install_id"] for each in printed} == broken | {f"b-{number}" for number in range(7)}
+    assert len(printed) == len(broken) + 7
 
 
 @pytest.mark.parametrize("phase", ["check", "wait", "compare"])
@@ -219,8 +221,8 @@ def test_import_when_ctrl_c_ends_it_before_it_writes_then_it_says_that_nothing_w
     while saying not in (line := process.stderr.readline()):
         assert line, "it ended before that"
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
-    assert (process.returncode, "limiter: interrupted: nothing was changed" in told) == (130, True), told
+    _, printed = process.communicate(timeout=60)
+    assert (process.returncode, "limiter: interrupted: nothing was changed" in printed) == (130, True), printed
 
 
 async def test_batch_when_one_of_its_calls_fails_then_the_others_are_over_when_it_says_so(
@@ -254,7 +256,7 @@ async def test_batch_when_one_of_its_calls_fails_then_the_others_are_over_when_i
     assert server.dbsize() == 80
 
 
-async def test_import_when_the_server_goes_away_then_the_error_says_what_is_in_and_what_to_do(
+async def test_import_when_the_server_becomes_unavailable_then_the_error_says_what_is_stored_and_what_to_do(
     own_server: Callable[..., Server], ledger: Path, closing: AsyncExitStack
 ) -> None:
     server = own_server()
@@ -276,7 +278,7 @@ async def test_import_when_the_server_goes_away_then_the_error_says_what_is_in_a
 
 
 def said_to_be_in(error: Exception) -> int:
-    """Give how many rows an error says are in, at least."""
+    """Return how many rows an error says are in, at least."""
     assert ".." not in str(error)
     found = re.search(r" rows ([\d,]+) or more are in", str(error))
     assert found

@@ -44,7 +44,7 @@ async def test_lease_when_it_is_kept_then_it_is_renewed_until_the_block_ends(
 
 
 @pytest.mark.parametrize(("is_over", "lost_to"), [(False, "b"), (True, "")])
-async def test_check_when_another_has_had_the_lease_then_it_says_so_and_stays_at_that(
+async def test_check_when_another_has_had_the_lease_then_it_raises_and_keeps_raising(
     limiter: CreditLimiter, clock: Clock, *, is_over: bool, lost_to: str
 ) -> None:
     ours, other = lease(limiter, "a"), lease(limiter, "b")
@@ -53,7 +53,7 @@ async def test_check_when_another_has_had_the_lease_then_it_says_so_and_stays_at
         pass_time(clock)
         assert (await other.take()).is_mine
         if is_over:
-            await other.give_back()
+            await other.release()
         await asyncio.sleep(LEASE_S / 2)  # as after a pause of this process: the check looks for itself
         for _ in range(2):
             with pytest.raises(LeaseLost) as lost:
@@ -80,16 +80,16 @@ async def test_keeper_when_it_does_not_know_since_when_then_it_takes_the_lease_a
 async def test_keeper_when_a_renewal_fails_then_it_goes_on_and_the_next_check_asks_for_itself(
     limiter: CreditLimiter,
 ) -> None:
-    asked = 0
+    attempts = 0
 
     async def fail() -> LeaseState | None:
-        nonlocal asked
-        asked += 1
+        nonlocal attempts
+        attempts += 1
         raise LimiterUnavailable("no answer", execution=Execution.UNKNOWN)
 
     ours = lease(limiter, "a")
     async with ours.kept(renew_every_s=0.01, since=await ours.take(), renew=fail) as keeper:
-        await eventually(lambda: asked > 2)
+        await eventually(lambda: attempts > 2)
         await asyncio.sleep(LEASE_S / 2)
         with pytest.raises(LimiterUnavailable, match="no answer"):
             await keeper.check()

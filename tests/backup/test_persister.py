@@ -89,7 +89,7 @@ async def test_persister_when_its_folder_is_missing_then_it_makes_it_as_the_old_
 
 
 @pytest.mark.slow
-async def test_persister_when_redis_is_away_then_it_says_so_keeps_the_file_and_goes_on_when_it_is_back(
+async def test_persister_when_redis_is_unavailable_then_it_says_so_keeps_the_file_and_goes_on_when_it_is_back(
     own_server: Callable[..., Server], path: Path, closing: AsyncExitStack, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = own_server()
@@ -111,7 +111,7 @@ async def test_persister_when_redis_is_away_then_it_says_so_keeps_the_file_and_g
     assert set(rows_of(path)) == {"a", "b"}
 
 
-async def test_persister_when_rows_are_broken_then_its_report_says_so_until_they_are_mended(
+async def test_persister_when_rows_are_broken_then_its_report_says_so_until_they_are_repaired(
     limiter: CreditLimiter, redis: Redis, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("a", "b"):

@@ -171,7 +171,7 @@ async def rows_of(core: CreditLimiter) -> dict[str, dict[str, object]]:
 async def test_file_when_its_persister_is_killed_at_any_moment_then_it_is_a_good_one_and_can_be_restored(
     core: CreditLimiter, path: Path, nursery: Nursery
 ) -> None:
-    """LIMITER_TEST_KILLS says how often."""
+    """As often as LIMITER_TEST_KILLS."""
     pid, last = nursery.start(interval_s=0.01, lease_s=0.1), (0, 0)
     await eventually(path.exists)
     async with load(core):
@@ -191,7 +191,7 @@ async def test_file_when_its_persister_is_killed_at_any_moment_then_it_is_a_good
     files = generations(path)
     assert len(files) == 3
     assert all(verify(each.path).is_good for each in files)
-    newest = newest_good(path, passed_over=lambda report: pytest.fail(str(report)))
+    newest = newest_good(path, on_faulty=lambda report: pytest.fail(str(report)))
     assert newest.path == path
     await core.session.redis.flushdb()
     await import_file(core.session, newest.path, mode="create")
@@ -213,7 +213,7 @@ async def test_stale_writer_when_it_is_paused_between_scan_and_rename_and_woken_
     newer, stood = path.read_bytes(), path.stat()
     assert age_of(path) == (2, 1)
     nursery.signal(stale, signal.SIGCONT)
-    await eventually(lambda: not any(is_whole(each) for each in path.parent.glob("*.tmp")))  # it gave its own up
+    await eventually(lambda: not any(is_whole(each) for each in path.parent.glob("*.tmp")))  # it dropped its own
     assert path.read_bytes() == newer
     assert path.stat().st_ino == stood.st_ino
     assert json.loads(newer)["rows"]["i-0"]["monthly_consumed"] == 101

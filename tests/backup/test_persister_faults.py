@@ -1,5 +1,5 @@
 # ruff: noqa: ASYNC240, S607  small files; and mount is quick, and where the system has it
-"""A persister on disks that fail: the old file stays, it says what is wrong, and the next interval tries again."""
+"""A persister on disks that fail: the old file stays, the error is reported, and the dump is retried later."""
 
 import contextlib
 import errno
@@ -45,7 +45,7 @@ def fill(path: Path) -> None:
 
 @asynccontextmanager
 async def dumped(limiter: CreditLimiter, path: Path) -> AsyncIterator[Persister]:
-    """Give a persister that has written one row."""
+    """Return a persister that has written one row."""
     limiter.session.clock = None
     await limiter.debit("first", tier="pro", has_hardware=True)
     async with Persister(limiter.session, path, interval_s=0.02, lease_s=30) as persister:
@@ -54,15 +54,15 @@ async def dumped(limiter: CreditLimiter, path: Path) -> AsyncIterator[Persister]
 
 
 async def fails_and_recovers(
-    limiter: CreditLimiter, persister: Persister, path: Path, cause: str, mend: Callable[[], object]
+    limiter: CreditLimiter, persister: Persister, path: Path, cause: str, repair: Callable[[], object]
 ) -> None:
-    """Change a row, wait for the error, then mend the disk and wait for the next good dump."""
+    """Change a row, wait for the error, then repair the disk and wait for the next good dump."""
     await limiter.debit("second", tier="pro", has_hardware=True)
     await eventually(lambda: persister.last_error)
     assert cause in str(persister.report()["error"])
     good_at = persister.last_good_at
     assert good_at
-    mend()
+    repair()
     await eventually(lambda: persister.last_error is None and str(persister.last_good_at) > good_at)
     await eventually(lambda: b'"second":' in path.read_bytes())
     assert verify(path).is_good
@@ -77,11 +77,11 @@ async def test_persister_when_the_disk_is_full_then_the_old_file_stays_until_the
         before = path.read_bytes()
         fill(disk / "other")
 
-        def mend() -> None:
+        def repair() -> None:
             assert path.read_bytes() == before
             (disk / "other").unlink()
 
-        await fails_and_recovers(limiter, persister, path, "No space left on device; nothing was replaced", mend)
+        await fails_and_recovers(limiter, persister, path, "No space left on device; nothing was replaced", repair)
     assert "The file was not written" in caplog.text
 
 
@@ -94,26 +94,26 @@ async def test_persister_when_the_disk_turns_read_only_then_the_old_file_stays_u
         remount = ["mount", "-o", "remount,ro", str(disk)]
         await eventually(lambda: subprocess.run(remount, check=False, capture_output=True).returncode == 0)
 
-        def mend() -> None:
+        def repair() -> None:
             assert path.read_bytes() == before
             subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
 
-        await fails_and_recovers(limiter, persister, path, "Read-only file system", mend)
+        await fails_and_recovers(limiter, persister, path, "Read-only file system", repair)
 
 
-async def test_persister_when_its_folder_vanishes_then_it_is_not_made_anew_and_its_return_is_noticed(
+async def test_persister_when_its_folder_vanishes_then_it_is_not_created_again_and_its_return_is_noticed(
     limiter: CreditLimiter, tmp_path: Path
 ) -> None:
-    """It may be a disk that is not mounted: what is written under its mount point is lost to whoever mounts it."""
+    """It may be a disk that is not mounted: what is written under its mount point is hidden once it is mounted."""
     path = tmp_path / "data" / "credits.json"
     async with dumped(limiter, path) as persister:
-        path.parent.rename(tmp_path / "away")
+        path.parent.rename(tmp_path / "moved")
 
-        def mend() -> None:
+        def repair() -> None:
             assert not path.parent.exists()
-            (tmp_path / "away").rename(path.parent)
+            (tmp_path / "moved").rename(path.parent)
 
-        await fails_and_recovers(limiter, persister, path, "No such file or directory", mend)
+        await fails_and_recovers(limiter, persister, path, "No such file or directory", repair)
 
 
 async def test_persister_when_a_file_cannot_be_brought_to_disk_then_the_old_one_stays(
@@ -131,14 +131,14 @@ async def test_persister_when_a_file_cannot_be_brought_to_disk_then_the_old_one_
 
         monkeypatch.setattr(os, "fsync", failing)
 
-        def mend() -> None:
+        def repair() -> None:
             assert path.read_bytes() == before
             monkeypatch.setattr(os, "fsync", sync)
 
-        await fails_and_recovers(limiter, persister, path, "Input/output error; nothing was replaced", mend)
+        await fails_and_recovers(limiter, persister, path, "Input/output error; nothing was replaced", repair)
 
 
-async def test_persister_when_somebody_replaces_its_file_during_the_scan_then_theirs_is_set_aside_and_not_lost(
+async def test_persister_when_its_file_is_replaced_during_the_scan_then_the_other_one_is_set_aside_and_not_lost(
     limiter: CreditLimiter, redis: Redis, tmp_path: Path
 ) -> None:
     path = tmp_path / "credits.json"
@@ -161,7 +161,7 @@ async def test_persisters_when_two_run_then_one_writes_and_the_other_stands_by_a
         await eventually(lambda: second.role == "standby")
         report = second.report()
         assert (report["writer"], report["epoch"], report["error"]) == (first.report()["writer"], 1, None)
-        await eventually(lambda: second.last_good_at)  # the fleet's: whoever looks at a standby sees it, too
+        await eventually(lambda: second.last_good_at)  # the fleet's: a standby shows it, too
         first.stop()
         await eventually(lambda: second.role == "writer")
         assert second.report()["epoch"] == 2

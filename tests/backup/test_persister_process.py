@@ -1,4 +1,4 @@
-"""The persister of `limiter serve`, a process of its own: it is watched, started again, and outlives nobody."""
+"""The persister of `limiter serve`, a process of its own: it is supervised, restarted, and ends with its parent."""
 
 import json
 import os

@@ -40,8 +40,8 @@ def core(limiter: CreditLimiter) -> CreditLimiter:
 
 
 async def restore(redis_url: str, path: Path, *arguments: str) -> Ran:
-    told = {"PERSISTER__FILE": str(path), "REDIS__URL": redis_url, "PERSISTER__LEASE_S": "1"}
-    settings = {f"LIMITER_{name}": value for name, value in told.items()}
+    shown = {"PERSISTER__FILE": str(path), "REDIS__URL": redis_url, "PERSISTER__LEASE_S": "1"}
+    settings = {f"LIMITER_{name}": value for name, value in shown.items()}
     return await asyncio.to_thread(limiter, "restore", *arguments, cwd=path.parent, settings=settings)
 
 
@@ -108,7 +108,7 @@ async def test_restore_when_no_file_is_good_then_it_says_so_and_changes_nothing(
     assert await consumed(core) == {}
 
 
-async def test_restore_when_redis_has_other_rows_then_it_refuses_unless_it_is_told(
+async def test_restore_when_redis_has_other_rows_then_it_refuses_unless_replace_or_merge_is_given(
     core: CreditLimiter, redis: Redis, redis_url: str, path: Path, clock: Clock
 ) -> None:
     await two_dumps(core, path, clock)
@@ -125,7 +125,7 @@ async def test_restore_when_redis_has_other_rows_then_it_refuses_unless_it_is_to
     assert await consumed(core) == {"a": 3, "b": 4}
 
 
-async def test_restore_when_the_file_is_missing_then_it_says_that_before_it_wants_a_terminal(
+async def test_restore_when_the_file_is_missing_then_it_says_that_before_it_needs_a_terminal(
     redis_url: str, redis: Redis, path: Path
 ) -> None:
     await redis.ping()
@@ -134,7 +134,7 @@ async def test_restore_when_the_file_is_missing_then_it_says_that_before_it_want
     assert "nofile cannot be read: No such file or directory" in ran.stderr
 
 
-async def test_restore_when_there_is_no_terminal_then_it_wants_yes(
+async def test_restore_when_there_is_no_terminal_then_it_needs_yes(
     core: CreditLimiter, redis_url: str, path: Path
 ) -> None:
     await dump(core.session, path)
@@ -144,7 +144,7 @@ async def test_restore_when_there_is_no_terminal_then_it_wants_yes(
 
 
 @pytest.mark.parametrize(("answer", "rows"), [("n\n", {}), ("\n", {}), ("y\n", {"a": 3, "b": 4})])
-async def test_restore_when_it_asks_then_it_does_as_it_is_told(
+async def test_restore_when_it_asks_then_it_does_what_is_answered(
     core: CreditLimiter, redis: Redis, redis_url: str, path: Path, clock: Clock, answer: str, rows: dict[str, int]
 ) -> None:
     await two_dumps(core, path, clock)
@@ -160,9 +160,9 @@ async def test_restore_when_it_asks_then_it_does_as_it_is_told(
     )
     os.close(theirs)
     os.write(ours, answer.encode())
-    _, told = await asyncio.to_thread(process.communicate, timeout=60)
+    _, shown = await asyncio.to_thread(process.communicate, timeout=60)
     os.close(ours)
-    assert b"Restore it?" in told
+    assert b"Restore it?" in shown
     assert process.returncode == (0 if rows else 1)
     assert await consumed(core) == rows
 
@@ -181,9 +181,9 @@ async def test_restore_when_ctrl_c_comes_while_it_asks_then_it_ends_and_changes_
         stderr=subprocess.PIPE,
     )
     assert process.stderr
-    told = b""
-    while b"Restore it?" not in told:
-        told += await asyncio.to_thread(os.read, process.stderr.fileno(), 1000)
+    shown = b""
+    while b"Restore it?" not in shown:
+        shown += await asyncio.to_thread(os.read, process.stderr.fileno(), 1000)
     process.send_signal(signal.SIGINT)
     await asyncio.to_thread(process.communicate, timeout=20)
     for end in terminal:
@@ -192,7 +192,7 @@ async def test_restore_when_ctrl_c_comes_while_it_asks_then_it_ends_and_changes_
     assert await consumed(core) == {}
 
 
-async def test_restore_when_a_persister_is_at_work_then_it_refuses_and_says_to_stop_it(
+async def test_restore_when_a_persister_is_running_then_it_refuses_and_says_to_stop_it(
     core: CreditLimiter, redis: Redis, redis_url: str, path: Path, clock: Clock
 ) -> None:
     await two_dumps(core, path, clock)
@@ -205,7 +205,7 @@ async def test_restore_when_a_persister_is_at_work_then_it_refuses_and_says_to_s
     assert await consumed(core) == {}
 
 
-async def test_restore_when_a_persister_was_killed_then_it_waits_for_its_lease_to_lapse(
+async def test_restore_when_a_persister_was_killed_then_it_waits_for_its_lease_to_expire(
     core: CreditLimiter, redis: Redis, redis_url: str, path: Path, clock: Clock
 ) -> None:
     await two_dumps(core, path, clock)

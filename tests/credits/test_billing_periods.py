@@ -14,7 +14,7 @@ from tests.support.reference_model import epoch_ms, iso, next_renewal
 
 
 async def stored_on(limiter: CreditLimiter, clock: Clock, began: str, day: int, now: str) -> tuple[str, int, int]:
-    """Let a row of the period `began`, with 5 credits used, be decided on at `now`; give its period, day and use."""
+    """Let a row of the period `began`, with 5 credits used, be decided on at `now`; return its period, day and use."""
     row = Row("a", "pro", 0, 0, began, day, 5, 5, began)
     await limiter.put_row(row, mode="replace")
     clock.now_ms = ms_from_iso(now)
@@ -78,7 +78,7 @@ async def test_anniversary_day_when_missing_then_it_is_inferred_once_and_survive
 
 
 @pytest.mark.slow
-async def test_calendar_when_asked_for_every_day_of_two_centuries_then_it_agrees_with_pythons(redis: Redis) -> None:
+async def test_calendar_when_computed_for_every_day_of_two_centuries_then_it_agrees_with_pythons(redis: Redis) -> None:
     """Through the scripts' own calendar, over leap years, century years and 2000, on several anniversary days."""
 
     def include(name: str) -> str:
@@ -104,7 +104,7 @@ async def test_calendar_when_asked_for_every_day_of_two_centuries_then_it_agrees
 
 
 @pytest.mark.slow
-async def test_renewal_when_told_for_every_day_of_a_century_then_it_agrees_with_pythons(
+async def test_renewal_when_computed_for_every_day_of_a_century_then_it_agrees_with_pythons(
     redis: Redis, limiter: CreditLimiter
 ) -> None:
     """Through the short way that include/row.lua has for the days that every month has, and the long one for others."""

@@ -1,4 +1,4 @@
-"""Rows that somebody broke by hand: the error names key and field, nothing changes, other installs do not notice."""
+"""Rows that were broken by hand: the error names key and field, nothing changes, other installs do not notice."""
 
 from collections.abc import Awaitable, Callable
 
@@ -72,7 +72,7 @@ async def test_field_when_it_cannot_be_read_then_each_operation_names_it_and_cha
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-async def test_key_when_it_is_no_hash_then_each_operation_says_what_to_do(
+async def test_key_when_it_is_not_a_hash_then_each_operation_says_what_to_do(
     redis: Redis, limiter: CreditLimiter, operation: str
 ) -> None:
     await redis.set(KEY, "hello")
@@ -142,7 +142,7 @@ async def test_row_when_mended_by_a_replacement_then_it_works_again(redis: Redis
     ],
 )
 @pytest.mark.parametrize("operation", ["commit", "release", "reserve again", "reserve another", "balance", "row"])
-async def test_hold_when_its_text_is_broken_then_whoever_needs_it_is_told_and_nothing_changes(
+async def test_hold_when_its_text_is_broken_then_each_operation_that_needs_it_fails_and_nothing_changes(
     redis: Redis, limiter: CreditLimiter, operation: str, text: str
 ) -> None:
     calls: dict[str, Callable[[], Awaitable[object]]] = {
@@ -162,7 +162,7 @@ async def test_hold_when_its_text_is_broken_then_whoever_needs_it_is_told_and_no
 
 
 @pytest.mark.parametrize("text", ["", "x", "1 2 3", "-1 0 0 0 0 0 1778541177123", "1 0 0 0 9 9 nan"])
-async def test_held_when_its_text_is_broken_then_the_holds_are_counted_anew(
+async def test_held_when_its_text_is_broken_then_the_holds_are_counted_again(
     redis: Redis, limiter_with: LimiterWith, text: str
 ) -> None:
     limiter = limiter_with(pro={"monthly": 5})
@@ -174,7 +174,7 @@ async def test_held_when_its_text_is_broken_then_the_holds_are_counted_anew(
     assert (await fields_of(redis, "a"))["held"].startswith("2 0 0 0 5 5 ")
 
 
-async def test_held_when_deleted_by_hand_then_the_next_settlement_counts_the_holds_anew(
+async def test_held_when_deleted_by_hand_then_the_next_settlement_counts_the_holds_again(
     redis: Redis, limiter: CreditLimiter
 ) -> None:
     for number in (1, 2, 3):
@@ -191,7 +191,7 @@ async def test_held_when_deleted_by_hand_then_the_next_settlement_counts_the_hol
 async def test_clock_when_it_steps_back_then_no_sum_goes_wrong_for_long(
     redis: Redis, limiter: CreditLimiter, clock: Clock
 ) -> None:
-    """A failover to a server whose clock is behind makes a lapsed hold live again."""
+    """A failover to a server whose clock is behind makes an expired hold live again."""
     await limiter.reserve("a", tier="pro", has_hardware=False, cost=2, hold_id="h1")
     clock.now_ms += limiter.hold_ms
     await limiter.reserve("a", tier="pro", has_hardware=False, cost=3, hold_id="h2")

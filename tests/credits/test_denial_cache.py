@@ -1,4 +1,4 @@
-"""Who was refused for want of credits is refused again without asking Redis: for a moment, and never wrongly."""
+"""A refusal for lack of credits is repeated without a call to Redis: for a moment, and never wrongly."""
 
 import random
 import time
@@ -36,7 +36,7 @@ async def limiter(proxy: Proxy, clock: Clock, closing: AsyncExitStack) -> Credit
     return CreditLimiter(client, TIERS, clock=clock, deny_cache_ms=KEEP_MS)
 
 
-def asked(proxy: Proxy) -> int:
+def calls_to(proxy: Proxy) -> int:
     return sum(command[0] == b"EVALSHA" for command in proxy.commands)
 
 
@@ -53,7 +53,7 @@ async def use_up(limiter: CreditLimiter, *, tier: str = "core") -> None:
     assert (refused.reason, refused.from_memory) == (Reason.OUT_OF_CREDITS, False)
 
 
-async def test_client_when_it_hammers_then_redis_is_asked_once_in_the_time_that_a_refusal_is_kept(
+async def test_client_when_it_keeps_retrying_then_redis_is_called_once_in_the_time_that_a_refusal_is_cached(
     limiter: CreditLimiter, proxy: Proxy, clock: Clock
 ) -> None:
     await use_up(limiter)
@@ -63,7 +63,7 @@ async def test_client_when_it_hammers_then_redis_is_asked_once_in_the_time_that_
         for _ in range(20):
             assert (await reserve(limiter)).reason is Reason.OUT_OF_CREDITS
             assert (await limiter.debit("i", tier="core", has_hardware=True)).reason is Reason.OUT_OF_CREDITS
-        assert asked(proxy) == calls
+        assert calls_to(proxy) == calls
 
 
 async def test_client_when_it_hammers_in_real_time_then_it_costs_a_call_a_second(
@@ -79,8 +79,8 @@ async def test_client_when_it_hammers_in_real_time_then_it_costs_a_call_a_second
     while (took_s := time.monotonic() - began_s) < 0.7:
         assert (await reserve(limiter)).reason is Reason.OUT_OF_CREDITS
         requests += 1
-    assert 1 <= asked(proxy) <= took_s / 0.2 + 1
-    assert requests > 2 * asked(proxy)
+    assert 1 <= calls_to(proxy) <= took_s / 0.2 + 1
+    assert requests > 2 * calls_to(proxy)
 
 
 async def test_refusal_when_given_from_memory_then_it_is_what_redis_says(
@@ -95,18 +95,18 @@ async def test_refusal_when_given_from_memory_then_it_is_what_redis_says(
         assert remembered == fresh._replace(from_memory=True)
 
 
-async def test_cost_when_it_is_within_what_remained_then_redis_is_asked_and_above_it_is_not(
+async def test_cost_when_it_is_within_what_remained_then_redis_is_called_and_above_it_is_not(
     limiter: CreditLimiter, proxy: Proxy
 ) -> None:
     await limiter.debit("i", tier="trial", has_hardware=True, cost=3)
     assert not (await reserve(limiter, tier="trial", cost=4)).allowed
     proxy.commands.clear()
     assert (await reserve(limiter, tier="trial", cost=3)).from_memory
-    assert asked(proxy) == 0
+    assert calls_to(proxy) == 0
     assert (await reserve(limiter, tier="trial", cost=2)).allowed
 
 
-async def test_tier_when_it_is_another_one_then_redis_is_asked(limiter: CreditLimiter) -> None:
+async def test_tier_when_it_is_another_one_then_redis_is_called(limiter: CreditLimiter) -> None:
     await use_up(limiter)
     assert (await reserve(limiter, tier="trial")).allowed
     await limiter.release("i", "h")
@@ -143,7 +143,7 @@ CHANGES: dict[str, Callable[[CreditLimiter], Awaitable[object]]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-async def test_install_when_changed_through_this_node_then_redis_is_asked_again(
+async def test_install_when_changed_through_this_node_then_redis_is_called_again(
     limiter: CreditLimiter, change: str
 ) -> None:
     await reserve(limiter, tier="big", hold_id="held")
@@ -154,7 +154,7 @@ async def test_install_when_changed_through_this_node_then_redis_is_asked_again(
     assert (again.from_memory, again.allowed) == (False, change == "put_row")
 
 
-async def test_rows_when_changed_past_the_limiter_and_it_is_told_then_redis_is_asked_again(
+async def test_rows_when_changed_past_the_limiter_and_that_is_announced_then_redis_is_called_again(
     limiter: CreditLimiter,
 ) -> None:
     await use_up(limiter)
@@ -180,7 +180,7 @@ async def test_other_refusals_when_given_then_they_are_not_remembered(limiter: C
         assert (refused.reason, refused.from_memory) == (Reason.CREDITS_IN_FLIGHT, False)
 
 
-async def test_memory_when_it_is_off_then_redis_is_always_asked(
+async def test_memory_when_it_is_off_then_redis_is_always_called(
     proxy: Proxy, clock: Clock, closing: AsyncExitStack
 ) -> None:
     client = await connect(proxy.url)
@@ -189,7 +189,7 @@ async def test_memory_when_it_is_off_then_redis_is_always_asked(
     await use_up(limiter)
     proxy.commands.clear()
     assert not (await reserve(limiter)).from_memory
-    assert asked(proxy) == 1
+    assert calls_to(proxy) == 1
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -220,15 +220,15 @@ def refusal(now_ms: int = 0) -> Decision:
     return Decision(DecisionStatus.DENIED, Reason.OUT_OF_CREDITS, None, "h", balance)
 
 
-@pytest.mark.parametrize("told", ["a change", "another answer", "no answer"])
-def test_refusal_when_the_row_was_changed_since_redis_was_asked_then_it_is_not_kept(told: str) -> None:
+@pytest.mark.parametrize("outcome", ["a change", "another answer", "no answer"])
+def test_refusal_when_the_row_was_changed_since_the_call_to_redis_then_it_is_not_cached(outcome: str) -> None:
     denials = DenialCache(KEEP_MS, None)
     before = denials.snapshot()
-    if told == "a change":
+    if outcome == "a change":
         denials.invalidate("key")
     else:
         denials.record(
-            "key", before, refusal()._replace(status=DecisionStatus.ALLOWED) if told == "another answer" else None
+            "key", before, refusal()._replace(status=DecisionStatus.ALLOWED) if outcome == "another answer" else None
         )
     denials.record("key", before, refusal())
     assert denials.lookup("key", "core", 1, "h") is None

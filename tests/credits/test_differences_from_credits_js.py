@@ -64,10 +64,10 @@ async def test_tier_when_dropped_to_core_and_back_then_the_month_is_not_new(
     assert not (await limiter.debit("a", tier="pro", has_hardware=False)).allowed
 
 
-async def test_tier_when_back_from_core_with_nothing_used_this_period_then_the_period_is_anchored_anew(
+async def test_tier_when_back_from_core_with_nothing_used_this_period_then_the_period_has_a_new_anchor(
     redis: Redis, limiter: CreditLimiter, clock: Clock
 ) -> None:
-    """Whoever pays again after a pause renews on the day of paying, as the first time."""
+    """An install that pays again after a pause renews on the day of paying, as the first time."""
     await limiter.debit("a", tier="pro", has_hardware=False)
     clock.now_ms += 40 * DAY_MS
     await limiter.debit("a", tier="core", has_hardware=False)

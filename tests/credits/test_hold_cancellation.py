@@ -1,4 +1,4 @@
-"""`limiter.hold()` when its caller goes away, or its answer is lost, while Redis is still deciding."""
+"""`limiter.hold()` when its caller is cancelled, or its answer is lost, while Redis is still deciding."""
 
 import asyncio
 from collections.abc import Callable
@@ -58,7 +58,7 @@ async def test_hold_when_every_answer_of_its_reserve_is_lost_then_nothing_stays_
 
 
 @pytest.mark.parametrize("cost", [1.5, True, 0, -1, 10**7])
-async def test_cost_when_it_is_no_number_of_credits_then_nothing_is_sent(limiter: CreditLimiter, cost: int) -> None:
+async def test_cost_when_it_is_not_a_number_of_credits_then_nothing_is_sent(limiter: CreditLimiter, cost: int) -> None:
     for call in (
         limiter.reserve("i", tier="core", has_hardware=False, cost=cost),
         limiter.debit("i", tier="core", has_hardware=False, cost=cost),

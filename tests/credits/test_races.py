@@ -22,7 +22,7 @@ NODES = 3
 async def spent_by_nodes(
     redis_url: str, tier: str, limits: dict[str, int], *, has_hardware: bool, give_back: float = 0.0
 ) -> "list[Counter[str]]":
-    """Let a few processes of 64 tasks each spend the install `raced` together; give what each of them spent."""
+    """Let a few processes of 64 tasks each spend the install `raced` together; return what each of them spent."""
     words = (redis_url, "raced", tier, json.dumps(limits), str(int(has_hardware)), str(give_back))
     nodes = [
         await asyncio.create_subprocess_exec(
@@ -79,7 +79,7 @@ async def test_gemini_cap_when_many_nodes_race_for_it_without_hardware_then_noth
     await assert_row_tells(redis, "lifetime", consumed=300, on_gemini=300)
 
 
-async def test_credits_when_many_nodes_also_give_some_back_then_all_are_spent_and_none_twice(
+async def test_credits_when_many_nodes_also_release_some_then_all_are_spent_and_none_twice(
     redis: Redis, redis_url: str
 ) -> None:
     nodes = await spent_by_nodes(
@@ -148,7 +148,7 @@ async def test_reply_of_any_command_when_lost_then_the_caller_has_its_answer_and
 
 
 @pytest.mark.parametrize("loss", get_args(Loss))
-async def test_debit_when_its_reply_is_lost_then_it_is_debited_once_and_the_caller_is_told_that_nobody_knows(
+async def test_debit_when_its_reply_is_lost_then_it_is_debited_once_and_the_error_says_that_the_outcome_is_unknown(
     redis: Redis, proxy: Proxy, proxied: CreditLimiter, loss: Loss
 ) -> None:
     await redis.script_load(compose("debit").text)
@@ -157,7 +157,7 @@ async def test_debit_when_its_reply_is_lost_then_it_is_debited_once_and_the_call
         await proxied.debit("raced", tier="pro", has_hardware=False)
     assert unknown.value.execution is Execution.UNKNOWN
     await assert_row_tells(redis, "monthly", consumed=1, on_gemini=1)
-    assert [command[0] for command in proxy.commands].count(b"EVALSHA") == 1, "somebody repeated it"
+    assert [command[0] for command in proxy.commands].count(b"EVALSHA") == 1, "it was repeated"
 
 
 @pytest.mark.parametrize("loss", get_args(Loss))

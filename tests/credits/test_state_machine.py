@@ -135,7 +135,7 @@ class Credits(RuleBasedStateMachine):
         after = self.stored(install)
         if answer.status is DecisionStatus.ALLOWED:
             self.assert_within_quota(install, tier)
-            assert int(after["held"].split()[-1]) > self.clock.now_ms, "the sums would be counted anew each time"
+            assert int(after["held"].split()[-1]) > self.clock.now_ms, "the sums would be counted again each time"
         elif answer.status is DecisionStatus.DENIED:
             assert _without_period(after) == _without_period(before) or not before
         else:
@@ -275,8 +275,8 @@ class Credits(RuleBasedStateMachine):
         live = [text.split() for name, text in fields.items() if name.startswith("hold:")]
         promised = sum(
             int(cost)
-            for _, _, counter, cost, lapses_ms in live
-            if counter == tier.counter and int(lapses_ms) > self.clock.now_ms
+            for _, _, counter, cost, expires_ms in live
+            if counter == tier.counter and int(expires_ms) > self.clock.now_ms
         )
         assert tier.quota is None or int(fields[f"{tier.counter}_consumed"]) + promised <= tier.quota
 

@@ -16,7 +16,7 @@ from tests.support.vectors import Entry, Vectors, as_ours
 
 
 def renewals(vectors: Vectors) -> Iterator[tuple[Row, int]]:
-    """Give a row that began at each `from`, with the anniversary day of its anchor, and its renewal in epoch ms."""
+    """Return a row that began at each `from`, with the anniversary day of its anchor, and its renewal in epoch ms."""
     for number, entry in enumerate(vectors["renewals"]):
         began = entry["from"]
         day = entry["anchor"] or int(began[8:10])
@@ -36,7 +36,7 @@ async def test_renewal_when_read_from_the_balance_then_it_is_the_old_ledgers(
     assert played == len(vectors["renewals"]) == await redis.dbsize()
 
 
-async def test_roll_over_when_the_renewal_is_a_millisecond_away_then_it_waits_for_it(
+async def test_roll_over_when_the_renewal_is_a_millisecond_ahead_then_it_waits_for_it(
     limiter: CreditLimiter, clock: Clock, vectors: Vectors
 ) -> None:
     for row, renews_ms in renewals(vectors):

@@ -22,8 +22,8 @@ pytestmark = pytest.mark.skipif(NODE is None, reason="Node is not installed (Deb
 
 
 def loaded(path: Path, now: str = NOW) -> dict[str, dict[str, Any]]:
-    told = subprocess.run([str(NODE), str(LOADER), str(path), now], capture_output=True, text=True, check=True)
-    rows: dict[str, dict[str, Any]] = json.loads(told.stdout)
+    ran = subprocess.run([str(NODE), str(LOADER), str(path), now], capture_output=True, text=True, check=True)
+    rows: dict[str, dict[str, Any]] = json.loads(ran.stdout)
     return rows
 
 

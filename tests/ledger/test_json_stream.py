@@ -83,7 +83,7 @@ def test_file_when_an_escaped_pair_lies_across_two_reads_then_it_is_one_characte
         ('{"x":' + "[" * 70 + "]" * 70 + "}", "it is nested more than 64 deep"),
     ],
 )
-def test_row_when_nobody_else_could_take_its_json_then_it_alone_is_told_with_its_text(
+def test_row_when_its_json_cannot_be_used_then_it_alone_is_reported_with_its_text(
     tmp_path: Path, member: str, fault: str
 ) -> None:
     path = tmp_path / "credits.json"
@@ -132,7 +132,7 @@ def test_file_when_the_error_is_far_in_then_the_line_is_still_right(tmp_path: Pa
 
 
 @pytest.mark.parametrize("bomb", ["[", '{"a":', '{"rows":{"a":[', '{"rows":{"a":{"b":"'])
-def test_file_when_it_is_a_bomb_then_it_is_given_up_early(tmp_path: Path, bomb: str) -> None:
+def test_file_when_it_is_a_bomb_then_it_is_refused_early(tmp_path: Path, bomb: str) -> None:
     filler = "[" if bomb.endswith("[") else '{"a":' if bomb.endswith(":") else "x"
     cause = cause_of(tmp_path / "f", bomb + filler * 1_200_000)
     assert re.search("nested more than 64|longer than 1,048,576|want an object|ends in the middle", cause), cause

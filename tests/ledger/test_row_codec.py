@@ -164,7 +164,7 @@ def test_row_when_it_cannot_be_taken_then_the_error_names_install_and_cause(memb
 
 
 @pytest.mark.parametrize("key", ["", "a b", "a" * 65, "a*", "{a}", "é"])
-def test_row_when_its_key_is_no_install_id_then_it_is_rejected(key: str) -> None:
+def test_row_when_its_key_is_not_an_install_id_then_it_is_rejected(key: str) -> None:
     with pytest.raises(LedgerFileError, match="is not usable"):
         row_from_member(key, {}, now_ms=NOW_MS)
 
@@ -203,7 +203,7 @@ def test_merged_extra_when_both_have_members_then_the_given_ones_win_and_none_is
 @pytest.mark.parametrize(
     "extra", ["[]", "{", '{"a":NaN}', '{"a":1,"a":2}', '{"monthly_consumed":1}', '{"a":"\\ud800"}']
 )
-def test_line_when_somebody_edited_the_extra_then_the_row_is_refused_and_not_the_file_spoilt(extra: str) -> None:
+def test_line_when_the_extra_was_edited_by_hand_then_the_row_is_refused_and_the_file_stays_valid(extra: str) -> None:
     broken = Row("a", "core", 0, 0, NOW, 11, 0, 0, NOW, extra=extra)
     with pytest.raises(LedgerFileError, match=r"^row 'a': "):
         line_from_row(broken)

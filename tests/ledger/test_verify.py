@@ -30,7 +30,7 @@ async def path(tmp_path: Path) -> Path:
     return path
 
 
-def test_verify_when_a_dump_is_whole_then_it_says_what_it_is(path: Path) -> None:
+def test_verify_when_a_dump_is_whole_then_the_report_describes_it(path: Path) -> None:
     report = verify(path)
     assert (report.is_good, report.rows, report.faults, report.size_bytes) == (True, 3, (), path.stat().st_size)
     assert report.trailer
@@ -45,12 +45,12 @@ def test_verify_when_a_dump_is_whole_then_it_says_what_it_is(path: Path) -> None
 def test_verify_when_any_one_byte_is_another_then_it_is_found(path: Path) -> None:
     """Every place in the file once, each with another change."""
     content = path.read_bytes()
-    spoilt = path.with_name("spoilt.json")
+    damaged = path.with_name("damaged.json")
     for place, byte in enumerate(content):
         changed = bytearray(content)
         changed[place] = (byte + 1 + place * 37 % 255) % 256
-        spoilt.write_bytes(changed)
-        report = verify(spoilt)
+        damaged.write_bytes(changed)
+        report = verify(damaged)
         assert not report.is_good, f"{byte:#x} at {place} became {changed[place]:#x}: {bytes(changed)!r}"
         assert report.faults
 
@@ -63,22 +63,22 @@ def test_verify_when_bytes_are_lost_added_or_swapped_then_it_is_found(path: Path
     end = data.draw(st.integers(start, min(len(content), start + 40)))
     between = data.draw(st.binary(max_size=40))
     changed = content[:start] + between + content[end:]
-    spoilt = path.with_name("spoilt.json")
-    spoilt.write_bytes(changed)
-    assert verify(spoilt).is_good == (changed == content)
+    damaged = path.with_name("damaged.json")
+    damaged.write_bytes(changed)
+    assert verify(damaged).is_good == (changed == content)
 
 
 @pytest.mark.slow
 def test_verify_when_a_file_is_cut_anywhere_then_it_is_found(path: Path) -> None:
     content = path.read_bytes()
-    spoilt = path.with_name("spoilt.json")
+    damaged = path.with_name("damaged.json")
     for size in range(len(content)):
-        spoilt.write_bytes(content[:size])
-        assert not verify(spoilt).is_good, size
+        damaged.write_bytes(content[:size])
+        assert not verify(damaged).is_good, size
 
 
 async def test_verify_when_the_checksum_is_right_and_a_row_or_the_count_is_wrong_then_it_is_found(path: Path) -> None:
-    """As a fault of the writer's would be, or somebody's who can compute a checksum."""
+    """As by a bug of the writer, or by an editor who can compute a checksum."""
     import hashlib  # noqa: PLC0415  only here
 
     for old, new, fault in (
@@ -90,10 +90,10 @@ async def test_verify_when_the_checksum_is_right_and_a_row_or_the_count_is_wrong
     ):
         changed = path.read_bytes()[:-88].replace(old, new)
         assert changed != path.read_bytes()[:-88]
-        spoilt = path.with_name("spoilt.json")
+        damaged = path.with_name("damaged.json")
         end = b',"checksum":"sha256:%s"}}\n' % hashlib.sha256(changed).hexdigest().encode()
-        spoilt.write_bytes(changed + end)
-        assert any(fault in each for each in verify(spoilt).faults), (new, verify(spoilt).faults)
+        damaged.write_bytes(changed + end)
+        assert any(fault in each for each in verify(damaged).faults), (new, verify(damaged).faults)
 
 
 def test_verify_when_the_file_is_of_the_old_ledger_then_its_rows_are_checked_and_no_checksum_is_missed(
@@ -108,18 +108,18 @@ def test_verify_when_the_file_is_of_the_old_ledger_then_its_rows_are_checked_and
     assert "row 'b': lifetime_consumed is -1" in report.faults[0]
 
 
-def test_verify_when_a_dump_was_written_anew_by_something_else_then_it_is_found(path: Path) -> None:
+def test_verify_when_a_dump_was_rewritten_by_another_program_then_it_is_found(path: Path) -> None:
     document = json.loads(path.read_text())
     document["rows"]["a"]["lifetime_consumed"] = 0
-    anew = path.with_name("anew.json")
+    rewritten = path.with_name("rewritten.json")
     for content in (json.dumps(document, indent=2), path.read_text().replace("\n", "\r\n")):
-        anew.write_text(content, newline="")
-        report = verify(anew)
+        rewritten.write_text(content, newline="")
+        report = verify(rewritten)
         assert (report.is_good, report.trailer) == (False, None)
         assert "its checksum is not that of the file" in report.faults[0]
     del document["meta"]
-    anew.write_text(json.dumps(document))
-    assert verify(anew).is_good, "who takes the checksum out says that it was changed on purpose"
+    rewritten.write_text(json.dumps(document))
+    assert verify(rewritten).is_good, "without a checksum, it was changed on purpose"
 
 
 def test_verify_when_there_is_no_file_then_the_error_says_so(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_verify_when_there_is_no_file_then_the_error_says_so(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_verify_command_when_a_file_is_good_or_spoilt_then_it_says_so_and_so_does_its_exit_code(path: Path) -> None:
+def test_verify_command_when_a_file_is_good_or_damaged_then_it_says_so_and_so_does_its_exit_code(path: Path) -> None:
     good = limiter("verify", path.name, cwd=path.parent)
     assert (good.returncode, good.stderr) == (0, "")
     assert good.stdout.splitlines()[1].startswith("dumped at 2026-05-11T23:02:57.123Z, epoch 3, number 41, sha256:")
@@ -136,7 +136,7 @@ def test_verify_command_when_a_file_is_good_or_spoilt_then_it_says_so_and_so_doe
     content = bytearray(path.read_bytes())
     content[60] ^= 1
     path.write_bytes(content)
-    spoilt = limiter("verify", path.name, "--json", cwd=path.parent)
-    document = json.loads(spoilt.stdout)
-    assert (spoilt.returncode, document["good"], document["meta"]["sequence"]) == (1, False, 41)
+    damaged = limiter("verify", path.name, "--json", cwd=path.parent)
+    document = json.loads(damaged.stdout)
+    assert (damaged.returncode, document["good"], document["meta"]["sequence"]) == (1, False, 41)
     assert "the checksum is not that of the file" in document["faults"]

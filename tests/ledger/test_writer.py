@@ -65,8 +65,8 @@ async def test_write_when_the_old_ledger_loads_it_then_its_rows_are_there(tmp_pa
         console.log(JSON.stringify([new Date(row.last_renewal_at).toISOString(), row.monthly_consumed, row.note]));
     """
     command = [node, "-e", f"(async () => {{ {script} }})()", str(path)]
-    told = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=True)
-    assert json.loads(told.stdout) == [PERIOD["last_renewal_at"], 7, "é 😀"]
+    output = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=True)
+    assert json.loads(output.stdout) == [PERIOD["last_renewal_at"], 7, "é 😀"]
 
 
 async def test_write_when_it_publishes_then_file_and_folder_are_synced_around_the_rename(
@@ -146,8 +146,8 @@ def test_write_when_the_disk_is_full_then_the_old_file_stays_and_no_temp_file(tm
     path = tmp_path / "credits.json"
     path.write_text("old")
     command = [sys.executable, "-c", FILL_THE_DISK, str(path)]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert told == f"{path} cannot be written: File too large; nothing was replaced\n"
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert output == f"{path} cannot be written: File too large; nothing was replaced\n"
     assert path.read_text() == "old"
     assert files(tmp_path) == ["credits.json"]
 

@@ -28,7 +28,7 @@ def test_key_when_the_folder_is_missing_then_settings_error(tmp_path: Path) -> N
         read_key(tmp_path / "key.pem")
 
 
-def test_key_when_the_file_is_none_of_ours_then_settings_error(tmp_path: Path) -> None:
+def test_key_when_the_file_is_not_a_private_key_then_settings_error(tmp_path: Path) -> None:
     path = tmp_path / "key.pem"
     path.write_text("no key")
     with pytest.raises(SettingsError, match="not a private key"):

@@ -17,7 +17,7 @@ from tests.support.cli import shown_by_redis_cli
 from tests.support.credits import TIERS
 from tests.support.load import RUNS, Checkpoints, Spending, check
 from tests.support.redis_servers import Server, binaries, free_port
-from tests.support.redis_topologies import ClusterSetUp, told
+from tests.support.redis_topologies import ClusterSetUp, execute
 from tests.support.wait import wait_until
 
 pytestmark = pytest.mark.slow
@@ -64,28 +64,28 @@ class MovingSlot:
     def __init__(self, cluster: ClusterSetUp, slot: int, target: Server) -> None:
         self.source = cluster.owner_of(slot)
         self._cluster, self._slot, self._target = cluster, slot, target
-        told(target, "CLUSTER", "SETSLOT", slot, "IMPORTING", cluster.id_of(self.source))
-        told(self.source, "CLUSTER", "SETSLOT", slot, "MIGRATING", cluster.id_of(target))
+        execute(target, "CLUSTER", "SETSLOT", slot, "IMPORTING", cluster.id_of(self.source))
+        execute(self.source, "CLUSTER", "SETSLOT", slot, "MIGRATING", cluster.id_of(target))
 
     def move_keys(self, most: int) -> int:
-        """Move so many keys, and tell how many there were."""
-        keys = told(self.source, "CLUSTER", "GETKEYSINSLOT", self._slot, most)
+        """Move so many keys, and return how many there were."""
+        keys = execute(self.source, "CLUSTER", "GETKEYSINSLOT", self._slot, most)
         for key in keys:
-            told(self.source, "MIGRATE", "127.0.0.1", self._target.port, key, 0, 5000)
+            execute(self.source, "MIGRATE", "127.0.0.1", self._target.port, key, 0, 5000)
         return len(keys)
 
     def end(self) -> None:
         while self.move_keys(100):
             pass
         for server in (self._target, self.source):
-            told(server, "CLUSTER", "SETSLOT", self._slot, "NODE", self._cluster.id_of(self._target))
+            execute(server, "CLUSTER", "SETSLOT", self._slot, "NODE", self._cluster.id_of(self._target))
 
 
 @pytest.mark.parametrize("run", RUNS)
 async def test_slots_when_they_move_to_a_new_node_under_load_then_every_commit_is_in_the_rows_once(
     set_up: MakeSetUp, closing: AsyncExitStack, run: int
 ) -> None:
-    """The new node has no slots and no scripts when it is first asked over to."""
+    """The new node has no slots and no scripts when it gets its first ASK."""
     del run
     cluster = set_up()
     limiter = await limiter_on(cluster.url, closing)
@@ -100,7 +100,7 @@ async def test_slots_when_they_move_to_a_new_node_under_load_then_every_commit_i
                 for install in late:
                     spent = await limiter.debit(install, tier="max", has_hardware=True)
                     assert spent.allowed
-                assert told(target, "DBSIZE") >= len(late)
+                assert execute(target, "DBSIZE") >= len(late)
             await spending.more(30)
             on_its_way.move_keys(1)
             await spending.more(30)
@@ -136,18 +136,18 @@ async def test_primary_when_it_is_killed_under_load_then_its_replica_goes_on_and
     check(rows, spending, safe=safe)
 
     victim.start()
-    wait_until(lambda: told(victim, "ROLE")[0] == "slave", within_s=30, what="the old primary's being a replica")
+    wait_until(lambda: execute(victim, "ROLE")[0] == "slave", within_s=30, what="the old primary's being a replica")
     for install in INSTALLS:
         assert (await limiter.debit(install, tier="max", has_hardware=True)).allowed
 
 
 async def node_of(server: Server, limiter: CreditLimiter) -> "Redis":
-    """Give the limiter's own plain client of one node."""
+    """Return the limiter's own plain client of one node."""
     nodes = await primaries_of(limiter.session.redis)
     return next(node for node in nodes if node.connection_pool.connection_kwargs["port"] == server.port)
 
 
-async def test_primary_when_it_stands_still_then_the_others_serve_and_it_is_asked_again_when_it_wakes(
+async def test_primary_when_it_hangs_then_the_others_serve_and_it_is_queried_again_when_it_resumes(
     set_up: MakeSetUp, closing: AsyncExitStack
 ) -> None:
     cluster = set_up()
@@ -183,15 +183,15 @@ async def test_ledger_when_a_slot_is_between_two_nodes_then_import_and_dump_miss
     report = await import_file(limiter.session, tmp_path / "credits.json", mode="create")
     assert (report.same, report.rejected) == (len(installs), 0)
     for server in cluster.primaries():
-        told(server, "FLUSHALL")
-        told(server, "SCRIPT", "FLUSH")
+        execute(server, "FLUSHALL")
+        execute(server, "SCRIPT", "FLUSH")
     report = await import_file(limiter.session, tmp_path / "credits.json", mode="create")
     assert (report.new, report.rejected) == (len(installs), 0)
     on_its_way.end()
     assert (await dump(limiter.session, tmp_path / "credits.json")).rows == len(installs)
 
 
-async def test_url_when_it_does_not_say_cluster_or_wrongly_then_the_error_says_what_to_give(
+async def test_url_when_it_is_wrongly_of_a_cluster_or_not_then_the_error_says_what_to_give(
     set_up: MakeSetUp, own_server: Callable[..., Server], closing: AsyncExitStack
 ) -> None:
     cluster = set_up()
@@ -202,7 +202,7 @@ async def test_url_when_it_does_not_say_cluster_or_wrongly_then_the_error_says_w
         await connect(f"redis+cluster://127.0.0.1:{single.port}")
     with pytest.raises(LimiterUnavailable, match="no node of the cluster answers"):
         await connect(f"redis+cluster://127.0.0.1:{free_port()}")
-    # One seed that is away costs nothing.
+    # One seed that is unavailable costs no time.
     limiter = await limiter_on(f"redis+cluster://127.0.0.1:{free_port()},127.0.0.1:{cluster.servers[2].port}", closing)
     for install in INSTALLS[:3]:
         assert (await limiter.debit(install, tier="max", has_hardware=True)).allowed

@@ -1,4 +1,4 @@
-"""`connect`: which servers it takes, which it refuses and why, and that no error tells a password."""
+"""`connect`: which servers it accepts, which it refuses and why, and that no error contains a password."""
 
 import logging
 from collections.abc import Callable
@@ -13,14 +13,14 @@ from limiter.redis.url import Address, parse_url, passwords_of, redacted
 from tests.support.certificates import write_certificate
 from tests.support.credits import TIERS
 from tests.support.redis_servers import Server, binaries, free_port
-from tests.support.redis_topologies import ClusterSetUp, SentinelServer, told
+from tests.support.redis_topologies import ClusterSetUp, SentinelServer, execute
 
 MakeServer = Callable[..., Server]
 SERVERS = pytest.mark.parametrize("binary", ["valkey", "redis"])
 
 
 @pytest.mark.parametrize("url", ["", "localhost:6379", "http://localhost", "redis://localhost:port", "redis://[::1"])
-async def test_url_when_it_is_none_then_it_is_a_settings_error_that_says_what_one_looks_like(url: str) -> None:
+async def test_url_when_it_is_not_valid_then_it_is_a_settings_error_that_shows_the_forms(url: str) -> None:
     with pytest.raises(SettingsError, match="is not a valid Redis URL: give redis://"):
         await connect(url)
 
@@ -41,7 +41,7 @@ async def test_url_when_it_is_none_then_it_is_a_settings_error_that_says_what_on
         "redis+other://h1",
     ],
 )
-async def test_url_of_several_servers_when_it_is_none_then_the_error_has_no_password(
+async def test_url_of_several_servers_when_it_is_not_valid_then_the_error_has_no_password(
     url: str,
 ) -> None:
     with pytest.raises(SettingsError, match="is not a valid Redis URL: give redis://") as refused:
@@ -89,7 +89,7 @@ def test_url_when_shown_then_without_its_password(url: str, shown: str) -> None:
 
 
 @pytest.mark.parametrize("url", ["redis://:sec/ret@127.0.0.1:1", "redis://:secret@127.0.0.1:1", "http://:secret@h"])
-async def test_connect_when_it_fails_then_no_error_tells_the_password(url: str) -> None:
+async def test_connect_when_it_fails_then_no_error_contains_the_password(url: str) -> None:
     with pytest.raises((SettingsError, LimiterUnavailable)) as failed:
         await connect(url)
     chain: BaseException | None = failed.value
@@ -99,10 +99,10 @@ async def test_connect_when_it_fails_then_no_error_tells_the_password(url: str) 
     assert "sec" not in str(failed.value)
 
 
-async def test_connect_when_nobody_listens_then_it_is_unavailable_and_nothing_was_executed() -> None:
-    with pytest.raises(LimiterUnavailable, match=r"no Redis at redis://127\.0\.0\.1:") as away:
+async def test_connect_when_no_server_listens_then_it_is_unavailable_and_nothing_was_executed() -> None:
+    with pytest.raises(LimiterUnavailable, match=r"no Redis at redis://127\.0\.0\.1:") as unavailable:
         await connect(f"redis://127.0.0.1:{free_port()}")
-    assert away.value.execution is Execution.NOT_EXECUTED
+    assert unavailable.value.execution is Execution.NOT_EXECUTED
 
 
 @SERVERS
@@ -134,7 +134,7 @@ async def test_server_when_it_may_evict_rows_then_it_is_refused_unless_that_is_a
 
 
 @SERVERS
-async def test_server_when_it_runs_without_aof_then_a_warning_tells_and_with_it_there_is_none(
+async def test_server_when_it_runs_without_aof_then_there_is_a_warning_and_with_it_none(
     own_server: MakeServer, closing: AsyncExitStack, caplog: pytest.LogCaptureFixture, binary: str
 ) -> None:
     with caplog.at_level(logging.WARNING, logger="limiter"):
@@ -164,7 +164,7 @@ async def test_unix_socket_when_given_then_decisions_go_over_it(
     assert (await CreditLimiter(client, TIERS).debit("a", tier="core", has_hardware=False)).allowed
 
 
-async def test_tls_when_the_certificate_is_trusted_then_decisions_go_over_it_and_otherwise_none(
+async def test_tls_when_the_certificate_is_trusted_then_decisions_go_over_it_and_otherwise_not(
     own_server: MakeServer, closing: AsyncExitStack, tmp_path: Path
 ) -> None:
     """Debian's Redis only: the wheel's Valkey is built without TLS."""
@@ -192,12 +192,12 @@ async def test_tls_when_the_certificate_is_trusted_then_decisions_go_over_it_and
         ("unix:///p?password=c", {"c"}),
     ],
 )
-def test_passwords_of_a_url_when_asked_for_then_all_of_them_in_each_spelling(url: str, passwords: set[str]) -> None:
+def test_passwords_of_a_url_when_listed_then_all_of_them_in_each_spelling(url: str, passwords: set[str]) -> None:
     assert set(passwords_of(url)) == passwords
 
 
 def tls_options(key: Path, certificate: Path) -> dict[str, str]:
-    """Give the settings of a server that speaks TLS with whoever trusts this certificate."""
+    """Return the settings of a server that speaks TLS with clients that trust this certificate."""
     return {
         "tls-cert-file": str(certificate),
         "tls-key-file": str(key),
@@ -207,7 +207,7 @@ def tls_options(key: Path, certificate: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-async def test_tls_when_redis_is_a_cluster_then_each_node_is_spoken_to_over_it(
+async def test_tls_when_redis_is_a_cluster_then_each_node_is_connected_to_over_it(
     closing: AsyncExitStack, tmp_path: Path
 ) -> None:
     binary = binaries()["redis"]
@@ -228,10 +228,10 @@ async def test_tls_when_redis_is_a_cluster_then_each_node_is_spoken_to_over_it(
         assert (await CreditLimiter(client, TIERS).debit(f"i-{number}", tier="core", has_hardware=False)).allowed
     nodes = await primaries_of(client)
     assert sorted(node.connection_pool.connection_kwargs["port"] for node in nodes) == sorted(ports)
-    assert all(told(server, "DBSIZE") for server in cluster.servers)
+    assert all(execute(server, "DBSIZE") for server in cluster.servers)
 
 
-async def test_tls_when_there_are_sentinels_then_they_and_the_primary_are_spoken_to_over_it(
+async def test_tls_when_there_are_sentinels_then_they_and_the_primary_are_connected_to_over_it(
     own_server: MakeServer, closing: AsyncExitStack, tmp_path: Path
 ) -> None:
     key, certificate = write_certificate(tmp_path)
@@ -252,6 +252,6 @@ async def test_tls_when_there_are_sentinels_then_they_and_the_primary_are_spoken
     client = await connect(f"rediss+sentinel://127.0.0.1:{sentinel_port}/mymaster?ssl_ca_certs={certificate}")
     closing.push_async_callback(client.aclose)
     assert (await CreditLimiter(client, TIERS).debit("a", tier="core", has_hardware=False)).allowed
-    assert told(primary, "DBSIZE") == 1
+    assert execute(primary, "DBSIZE") == 1
     with pytest.raises(LimiterUnavailable, match="certificate verify failed"):
         await connect(f"rediss+sentinel://127.0.0.1:{sentinel_port}/mymaster")

@@ -143,7 +143,7 @@ async def test_embedded_when_the_server_does_not_answer_then_no_second_one_is_st
     await client.aclose()
 
 
-async def test_embedded_when_many_come_and_go_at_once_then_nobody_meets_a_server_that_is_just_stopping(
+async def test_embedded_when_many_join_and_leave_at_once_then_none_joins_a_server_that_is_stopping(
     folder: Path,
 ) -> None:
     async def come_and_go() -> None:

@@ -56,7 +56,7 @@ async def test_server_when_killed_and_started_again_then_rows_and_holds_are_ther
 
 
 @pytest.mark.slow
-async def test_server_when_away_then_each_call_says_so_within_its_deadline_and_works_again_after(
+async def test_server_when_unavailable_then_each_call_fails_within_its_deadline_and_works_again_after(
     own_server: MakeServer, closing: AsyncExitStack
 ) -> None:
     server = own_server()
@@ -91,7 +91,7 @@ async def test_server_when_it_comes_back_within_the_deadline_then_the_caller_doe
 
 
 @pytest.mark.slow
-async def test_server_when_it_stands_still_then_calls_end_in_time_and_count_once_when_it_wakes(
+async def test_server_when_it_hangs_then_calls_end_in_time_and_count_once_when_it_resumes(
     own_server: MakeServer, closing: AsyncExitStack
 ) -> None:
     """What was sent to it is still executed then; what is called for later is not even sent."""
@@ -222,7 +222,7 @@ async def test_hold_when_cancelled_while_it_is_being_committed_then_it_is_commit
 
 
 @pytest.mark.parametrize("end", [ZeroDivisionError, asyncio.CancelledError])
-async def test_hold_when_the_server_is_away_at_its_release_then_the_reason_of_its_end_is_not_hidden(
+async def test_hold_when_the_server_is_unavailable_at_its_release_then_the_reason_of_its_end_is_not_hidden(
     own_server: MakeServer, closing: AsyncExitStack, end: type[BaseException]
 ) -> None:
     server = own_server()
@@ -238,7 +238,7 @@ async def test_hold_when_the_server_is_away_at_its_release_then_the_reason_of_it
     assert "will expire by itself" in ended.value.__notes__[0]
 
 
-async def test_hold_when_the_server_is_away_at_its_commit_then_the_caller_is_told(
+async def test_hold_when_the_server_is_unavailable_at_its_commit_then_the_error_is_raised(
     own_server: MakeServer, closing: AsyncExitStack
 ) -> None:
     server = own_server()
@@ -265,7 +265,7 @@ async def test_callers_when_cancelled_at_any_moment_then_each_of_them_ends(limit
             while not task.done():
                 task.cancel()
                 await asyncio.wait({task}, timeout=0.01)
-        assert not deaf, f"{len(deaf)} of {len(tasks)} callers did not hear that they were cancelled"
+        assert not deaf, f"{len(deaf)} of {len(tasks)} callers did not notice their cancellation"
 
 
 async def test_client_when_closed_then_the_server_has_no_connection_of_it_left(

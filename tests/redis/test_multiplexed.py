@@ -34,7 +34,7 @@ async def connection_to(
 
 
 class Recorder:
-    """A server that keeps what each read brought, and says what the test tells it to."""
+    """A server that records what each read returned, and sends what the test writes."""
 
     def __init__(self) -> None:
         self.reads: list[bytes] = []
@@ -72,7 +72,7 @@ async def test_answers_when_many_calls_are_under_way_then_each_caller_has_its_ow
     assert answers == [str(number).encode() for number in range(3000)]
 
 
-async def test_calls_when_of_one_turn_then_they_leave_as_one_write(closing: AsyncExitStack) -> None:
+async def test_calls_when_of_one_iteration_then_they_are_sent_as_one_write(closing: AsyncExitStack) -> None:
     async with recording() as recorder:
         channel = await connection_to(recorder.port, closing)
         await channel.open()
@@ -109,7 +109,7 @@ async def test_call_when_cancelled_before_it_was_sent_then_it_never_is(closing: 
         assert await second == b"two"
 
 
-async def test_call_when_its_time_is_over_before_that_of_others_then_it_is_late_alone_and_keeps_its_place(
+async def test_call_when_it_times_out_before_others_then_it_fails_alone_and_keeps_its_place(
     closing: AsyncExitStack,
 ) -> None:
     async with recording() as recorder:
@@ -135,13 +135,18 @@ async def test_server_when_it_is_slow_but_answers_one_after_the_other_then_it_is
         protocol = channel._protocol
         assert not protocol.is_silent(1000)
         protocol.waiting.append(_Call(asyncio.get_running_loop().create_future(), b"", sent_s=100.0, timeout_s=1.0))
-        for heard, now, silent in ((90, 100.9, False), (90, 101, True), (100.5, 101.4, False), (100.5, 101.5, True)):
-            protocol._last_read_s = heard
+        for last_read_s, now, silent in (
+            (90, 100.9, False),
+            (90, 101, True),
+            (100.5, 101.4, False),
+            (100.5, 101.5, True),
+        ):
+            protocol._last_read_s = last_read_s
             assert protocol.is_silent(now) is silent
         protocol.waiting.clear()
 
 
-async def test_server_when_it_answers_and_then_says_nothing_more_then_the_connection_is_given_up(
+async def test_server_when_it_answers_and_then_falls_silent_then_the_connection_is_dropped(
     closing: AsyncExitStack,
 ) -> None:
     async with recording() as recorder:
@@ -163,7 +168,7 @@ async def test_server_when_it_answers_and_then_says_nothing_more_then_the_connec
         assert await after == b"three"
 
 
-async def test_server_when_it_says_nothing_then_the_connection_is_given_up_and_the_next_call_has_another(
+async def test_server_when_it_is_silent_then_the_connection_is_dropped_and_the_next_call_has_another(
     closing: AsyncExitStack,
 ) -> None:
     async with recording() as recorder:
@@ -179,15 +184,15 @@ async def test_server_when_it_says_nothing_then_the_connection_is_given_up_and_t
         assert (await after, len(recorder.writers)) == (b"three", 2)
 
 
-@pytest.mark.parametrize("said", [b"+nobody asked\r\n", b"what?\r\n"])
-async def test_server_when_it_sends_what_is_no_answer_then_the_connection_is_given_up(
-    closing: AsyncExitStack, said: bytes
+@pytest.mark.parametrize("reply", [b"+unexpected\r\n", b"what?\r\n"])
+async def test_server_when_it_sends_what_is_not_a_reply_then_the_connection_is_dropped(
+    closing: AsyncExitStack, reply: bytes
 ) -> None:
     async with recording() as recorder:
         channel = await connection_to(recorder.port, closing)
         call = channel.send("", echo(1), PLENTY_S)
         await eventually(lambda: came(recorder, 1), what="the call")
-        recorder.writers[-1].write(b"+one\r\n" + said)
+        recorder.writers[-1].write(b"+one\r\n" + reply)
         assert await call == b"one"
         after = channel.send("", echo(2), PLENTY_S)
         await eventually(lambda: came(recorder, 2), what="the call")
@@ -195,7 +200,7 @@ async def test_server_when_it_sends_what_is_no_answer_then_the_connection_is_giv
         assert (await after, len(recorder.writers)) == (b"two", 2)
 
 
-async def test_connection_when_it_breaks_then_who_was_sent_hears_that_nobody_knows_and_the_next_call_has_another(
+async def test_connection_when_it_breaks_then_sent_calls_fail_with_an_unknown_outcome_and_the_next_call_has_another(
     closing: AsyncExitStack,
 ) -> None:
     async with recording() as recorder:
@@ -212,7 +217,7 @@ async def test_connection_when_it_breaks_then_who_was_sent_hears_that_nobody_kno
         assert await after == b"two"
 
 
-async def test_server_when_away_then_calls_say_that_nothing_was_executed_and_go_through_once_it_is_back(
+async def test_server_when_unavailable_then_calls_fail_as_not_executed_and_succeed_once_it_is_back(
     own_server: MakeServer, closing: AsyncExitStack
 ) -> None:
     server = own_server()
@@ -235,7 +240,7 @@ async def test_server_when_away_then_calls_say_that_nothing_was_executed_and_go_
     await eventually(answers, what="the way back")
 
 
-async def test_server_when_it_stands_still_at_the_greeting_then_the_call_ends_in_time_and_was_not_executed(
+async def test_server_when_it_hangs_in_the_handshake_then_the_call_ends_in_time_and_was_not_executed(
     own_server: MakeServer, closing: AsyncExitStack
 ) -> None:
     server = own_server()
@@ -262,7 +267,7 @@ async def test_calls_when_more_wait_than_may_then_the_next_is_overloaded_and_lat
 async def test_server_when_it_reads_slower_than_calls_come_then_they_wait_here_and_are_counted(
     closing: AsyncExitStack,
 ) -> None:
-    """The server's end reads nothing at all: what is not in the kernel's buffers stays unsent, and says so."""
+    """The server reads nothing at all: what is not in the kernel's buffers stays unsent, and fails as not executed."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         listening.setblocking(False)
         loop = asyncio.get_running_loop()
@@ -284,7 +289,7 @@ async def test_server_when_it_reads_slower_than_calls_come_then_they_wait_here_a
     assert executions[-1] is Execution.NOT_EXECUTED
 
 
-async def test_errors_when_the_server_answers_one_then_the_caller_has_it_and_nobody_else(
+async def test_errors_when_the_server_answers_one_then_only_its_caller_gets_it(
     own_server: MakeServer, closing: AsyncExitStack
 ) -> None:
     channel = await connection_to(own_server().port, closing)
@@ -299,14 +304,14 @@ async def test_errors_when_the_server_answers_one_then_the_caller_has_it_and_nob
     assert isinstance(answers[2], ResponseError)
 
 
-async def test_wire_when_its_address_names_a_database_then_it_is_that_one(
+async def test_channel_when_its_address_names_a_database_then_it_is_that_one(
     own_server: MakeServer, closing: AsyncExitStack
 ) -> None:
     channel = await connection_to(own_server().port, closing, database=3)
     assert b"db=3 " in await channel.send("", encode("CLIENT", "INFO"), PLENTY_S)
 
 
-async def test_wire_when_closed_then_who_waits_is_told_and_nobody_can_call_any_more(closing: AsyncExitStack) -> None:
+async def test_channel_when_closed_then_waiting_and_later_calls_fail(closing: AsyncExitStack) -> None:
     async with recording() as recorder:
         channel = await connection_to(recorder.port, closing)
         call = channel.send("", echo(1), PLENTY_S)
@@ -318,7 +323,7 @@ async def test_wire_when_closed_then_who_waits_is_told_and_nobody_can_call_any_m
             channel.send("", echo(2), PLENTY_S)
 
 
-async def test_wire_when_closed_with_calls_that_were_not_sent_then_they_are_told_and_nobody_connects_any_more(
+async def test_channel_when_closed_with_calls_that_were_not_sent_then_they_fail_and_it_does_not_connect(
     closing: AsyncExitStack,
 ) -> None:
     async with recording() as recorder:
@@ -332,7 +337,7 @@ async def test_wire_when_closed_with_calls_that_were_not_sent_then_they_are_told
         assert (recorder.reads, len(recorder.writers), channel._dialling) == ([], 1, None)
 
 
-def test_wire_when_the_loop_is_uvloop_then_it_does_the_same() -> None:
+def test_channel_when_the_loop_is_uvloop_then_it_works_the_same() -> None:
     async def calls() -> None:
         async with recording() as recorder, AsyncExitStack() as closing:
             channel = await connection_to(recorder.port, closing)

@@ -1,4 +1,4 @@
-"""redis.wait_replicas: a command that changed something waits until replicas have it, or says that they have not."""
+"""redis.wait_replicas: a command that changed something waits until replicas have it, or reports that they do not."""
 
 import asyncio
 import subprocess
@@ -21,7 +21,7 @@ from limiter.redis.replication import wait_for_replicas
 from tests.support.cli import environment
 from tests.support.credits import TIERS
 from tests.support.redis_servers import Server, binaries
-from tests.support.redis_topologies import ClusterSetUp, SentinelSetUp, told
+from tests.support.redis_topologies import ClusterSetUp, SentinelSetUp, execute
 from tests.support.wait import wait_until
 
 pytestmark = pytest.mark.slow
@@ -47,14 +47,14 @@ def pair(own_server: MakeServer, binary: str) -> tuple[Server, Server]:
     """Start a primary, and a replica that listens to it."""
     primary = own_server(binary)
     place = ("--replicaof", f"127.0.0.1 {primary.port}")
-    told(primary, "CONFIG", "SET", "repl-diskless-sync-delay", "0")
+    execute(primary, "CONFIG", "SET", "repl-diskless-sync-delay", "0")
     replica = own_server(binary, *place)
-    wait_until(lambda: told(replica, "ROLE")[3] == "connected", what="the replica's listening")
+    wait_until(lambda: execute(replica, "ROLE")[3] == "connected", what="the replica's listening")
     return primary, replica
 
 
 async def command(primary: Server, folder: Path, *words: str, main: str = "from limiter import cli; cli.main()") -> str:
-    """Run a command that wants one replica to have what it does; give its exit code and the end of what it says."""
+    """Run a command that wants one replica to have what it does; return its exit code and the end of what it says."""
     settings = {"LIMITER_REDIS__WAIT_REPLICAS": "1", "LIMITER_REDIS__URL": primary.url}
     done = await asyncio.to_thread(
         subprocess.run,
@@ -77,17 +77,17 @@ async def test_commands_when_a_replica_listens_then_it_has_what_they_did(
     redis = await connected(primary.url, closing)
     file = await ledger_of_three(redis, tmp_path)
     assert await command(primary, tmp_path, "import", str(file)) == "0 writing rows"
-    assert sorted(told(replica, "KEYS", "credits:install:*")) == [f"credits:install:{name}" for name in "abc"]
-    told(primary, "FLUSHALL")
+    assert sorted(execute(replica, "KEYS", "credits:install:*")) == [f"credits:install:{name}" for name in "abc"]
+    execute(primary, "FLUSHALL")
     assert (await command(primary, tmp_path, "restore", str(file), "--yes")).startswith("0 ")
-    assert sorted(told(replica, "KEYS", "credits:install:*")) == [f"credits:install:{name}" for name in "abc"]
+    assert sorted(execute(replica, "KEYS", "credits:install:*")) == [f"credits:install:{name}" for name in "abc"]
     await seat(redis)
     assert await command(primary, tmp_path, "licence", "seats", SUBJECT, "--free", INSTALL) == "0"
-    assert told(replica, "KEYS", "*seats*") == []
+    assert execute(replica, "KEYS", "*seats*") == []
 
 
 @SERVERS
-async def test_commands_when_the_replica_stands_still_then_they_say_how_many_have_it_and_that_it_may_be_lost(
+async def test_commands_when_the_replica_hangs_then_they_report_how_many_have_it_and_that_it_may_be_lost(
     own_server: MakeServer, tmp_path: Path, closing: AsyncExitStack, binary: str
 ) -> None:
     primary, replica = pair(own_server, binary)
@@ -106,12 +106,12 @@ async def test_commands_when_the_replica_stands_still_then_they_say_how_many_hav
         await command(primary, tmp_path, "licence", "seats", SUBJECT, "--free", INSTALL, main=IMPATIENT) == f"1 {why}"
     )
     assert await redis.keys("*seats*") == []
-    # What changes nothing waits for nobody.
+    # A command that changes nothing does not wait.
     assert (await command(primary, tmp_path, "import", str(file), "--dry-run", main=IMPATIENT)).startswith("0 ")
     assert await command(primary, tmp_path, "licence", "seats", SUBJECT, main=IMPATIENT) == "0"
 
 
-async def test_wait_when_one_of_two_replicas_stands_still_then_the_other_is_enough_for_one(
+async def test_wait_when_one_of_two_replicas_hangs_then_the_other_is_enough_for_one(
     tmp_path: Path, closing: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     binary = binaries()["valkey"]
@@ -122,17 +122,17 @@ async def test_wait_when_one_of_two_replicas_stands_still_then_the_other_is_enou
     primary, listening, still = servers.servers
     still.pause()
     await written(redis, replicas=1)
-    assert told(listening, "DBSIZE") == WRITTEN
+    assert execute(listening, "DBSIZE") == WRITTEN
     with monkeypatch.context() as patch:
         patch.setattr(replication, "WITHIN_S", NEVER_S)
         with pytest.raises(NotReplicated, match=f" at port {primary.port} have it, want 2"):
             await written(redis, replicas=2)
     still.resume()
     await written(redis, replicas=2)
-    assert told(still, "DBSIZE") == WRITTEN
+    assert execute(still, "DBSIZE") == WRITTEN
 
 
-async def test_wait_when_a_replica_of_a_cluster_stands_still_then_it_says_whose_and_after_a_failover_that_there_was_one(
+async def test_wait_when_a_replica_of_a_cluster_hangs_then_the_error_names_its_primary_and_later_the_failover(
     tmp_path: Path, closing: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     binary = binaries()["valkey"]
@@ -148,17 +148,17 @@ async def test_wait_when_a_replica_of_a_cluster_stands_still_then_it_says_whose_
             await written(redis, replicas=1)
     replica.resume()
     await written(redis, replicas=1)
-    assert sum(told(server, "DBSIZE") for server in servers.servers[3:]) == WRITTEN
+    assert sum(execute(server, "DBSIZE") for server in servers.servers[3:]) == WRITTEN
 
     def fail_over() -> None:
-        told(replica, "CLUSTER", "FAILOVER")
+        execute(replica, "CLUSTER", "FAILOVER")
         wait_until(lambda: replica in servers.primaries(), what="the failover")
 
     with pytest.raises(NotReplicated, match="another server took the place of a primary meanwhile"):
         await written(redis, replicas=1, then=fail_over)
 
 
-async def test_wait_when_redis_is_away_or_the_block_fails_then_that_is_the_error(
+async def test_wait_when_redis_is_unavailable_or_the_block_fails_then_that_is_the_error(
     own_server: MakeServer, closing: AsyncExitStack
 ) -> None:
     server = own_server()
@@ -171,7 +171,7 @@ async def test_wait_when_redis_is_away_or_the_block_fails_then_that_is_the_error
         async with wait_for_replicas(redis, 1):
             raise AssertionError("the block began")
     async with wait_for_replicas(redis, 0):
-        pass  # nobody is asked
+        pass  # no server is queried
 
 
 async def ledger_of_three(redis: "Redis", folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The bytes of commands: a template gives what encoding the whole would, and no other module spells RESP."""
+"""The bytes of commands: a template yields what encoding the whole would, and no other module spells RESP."""
 
 import ast
 import re
@@ -60,7 +60,7 @@ def test_commands_when_named_then_they_are_those_of_redis() -> None:
 
 
 def spelled_in(source: str) -> Iterator[int]:
-    """Give the lines with the head of a command or word: `*` or `$`, a number or its place, and the end of a line."""
+    """Return the lines with the head of a command or word: `*` or `$`, a number or its place, and the end of a line."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str | bytes):
             text = node.value

@@ -12,7 +12,7 @@ from tests.support.cli import shown_by_redis_cli
 from tests.support.credits import TIERS
 from tests.support.load import RUNS, Checkpoints, Spending, check
 from tests.support.redis_servers import binaries, free_port
-from tests.support.redis_topologies import SentinelSetUp, told
+from tests.support.redis_topologies import SentinelSetUp, execute
 from tests.support.wait import wait_until
 
 pytestmark = pytest.mark.slow
@@ -67,10 +67,10 @@ async def test_primary_when_it_is_killed_under_load_then_nothing_is_debited_twic
 
 @pytest.mark.skipif(len(RUNS) == 1, reason="takes 20 s: set LIMITER_TEST_RUNS to 2 or more")
 @pytest.mark.parametrize("run", RUNS)
-async def test_primary_when_it_stands_still_under_load_and_wakes_replaced_then_nothing_is_debited_twice(
+async def test_primary_when_it_hangs_under_load_and_resumes_as_a_replaced_one_then_nothing_is_debited_twice(
     set_up: MakeSetUp, closing: AsyncExitStack, run: int
 ) -> None:
-    """What it was sent and did while nobody listened any more is not what counts: its successor's rows are."""
+    """What it executed after it was replaced does not count: the rows of the new primary do."""
     servers = set_up()
     limiter = await limiter_on(servers.url, closing)
     old = servers.primary()
@@ -82,7 +82,7 @@ async def test_primary_when_it_stands_still_under_load_and_wakes_replaced_then_n
             old.pause()
             await checkpoints.end()
         old.resume()
-        wait_until(lambda: told(old, "ROLE")[0] == "slave", within_s=30, what="the old primary's being a replica")
+        wait_until(lambda: execute(old, "ROLE")[0] == "slave", within_s=30, what="the old primary's being a replica")
         await spending.more(200)
     check(await spending.consumed(), spending, safe=checkpoints.safe)
 
@@ -95,10 +95,10 @@ async def test_primary_when_it_turns_into_a_replica_under_its_clients_then_nothi
     limiter = await limiter_on(servers.url, closing)
     assert (await limiter.debit("a", tier="max", has_hardware=True)).allowed
     old, other = servers.primary(), servers.servers[1]
-    told(old, "REPLICAOF", "127.0.0.1", other.port)
+    execute(old, "REPLICAOF", "127.0.0.1", other.port)
     with pytest.raises(LimiterUnavailable):
         await limiter.debit("b", tier="max", has_hardware=True)
-    told(old, "REPLICAOF", "NO", "ONE")
+    execute(old, "REPLICAOF", "NO", "ONE")
     assert (await limiter.debit("b", tier="max", has_hardware=True)).allowed
     row = await limiter.row("b")
     assert row is not None

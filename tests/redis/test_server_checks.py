@@ -11,7 +11,7 @@ def found(info: Info, *, allow_eviction: bool = False) -> list[Finding]:
     return inspect(info, subject="redis", kind="single", allow_eviction=allow_eviction)
 
 
-def test_server_when_it_is_well_then_only_its_version_is_told() -> None:
+def test_server_when_it_is_well_then_only_its_version_is_reported() -> None:
     assert found(GOOD) == [Finding("ok", "redis", "is Redis 7.2.4")]
     assert found(GOOD | {"valkey_version": "9.1.0"}) == [Finding("ok", "redis", "is Valkey 9.1.0")]
     assert inspect_health(GOOD, subject="redis", kind="single", wait_replicas=0) == []
@@ -36,7 +36,7 @@ def test_server_when_several_things_are_wrong_then_all_are_found_the_wrong_kind_
     assert all(finding.advice for finding in findings)
 
 
-def test_eviction_when_it_is_accepted_then_it_is_a_warning_which_does_not_tell_to_accept_it() -> None:
+def test_eviction_when_it_is_accepted_then_it_is_a_warning_which_does_not_advise_to_accept_it() -> None:
     refused, accepted = (
         next(each for each in found(GOOD | {"maxmemory_policy": "volatile-lru"}, allow_eviction=allow) if each.advice)
         for allow in (False, True)
@@ -47,7 +47,7 @@ def test_eviction_when_it_is_accepted_then_it_is_a_warning_which_does_not_tell_t
 
 
 @pytest.mark.parametrize(("kind", "texts"), [("single", []), ("sentinel", ["has no replica"])])
-def test_replicas_when_there_are_none_then_that_is_told_only_where_they_are_expected(
+def test_replicas_when_there_are_none_then_that_is_reported_only_where_they_are_expected(
     kind: str, texts: list[str]
 ) -> None:
     findings = inspect_health(
@@ -56,7 +56,7 @@ def test_replicas_when_there_are_none_then_that_is_told_only_where_they_are_expe
     assert [finding.text.partition(":")[0] for finding in findings] == texts
 
 
-def test_health_when_memory_is_nearly_full_and_the_aof_fails_then_both_are_told() -> None:
+def test_health_when_memory_is_nearly_full_and_the_aof_fails_then_both_are_reported() -> None:
     info = GOOD | {"used_memory": 90, "maxmemory": 100, "aof_last_write_status": "err"}
     findings = inspect_health(info, subject="redis", kind="single", wait_replicas=0)
     assert [(finding.level, finding.text) for finding in findings] == [

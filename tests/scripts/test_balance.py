@@ -26,7 +26,7 @@ async def test_balance_when_the_tier_is_a_lifetime_one_then_it_has_no_renewal(
     )
 
 
-async def test_balance_when_the_tier_is_a_monthly_one_then_it_tells_its_renewal(
+async def test_balance_when_the_tier_is_a_monthly_one_then_it_has_its_renewal(
     limiter: CreditLimiter, clock: Clock
 ) -> None:
     await limiter.debit("a", tier="pro", has_hardware=False)
@@ -60,7 +60,7 @@ async def test_balance_when_another_tier_is_presented_than_last_time_then_its_ow
     assert (await limiter.balance("a", tier="pro")).remaining == 993
 
 
-async def test_balance_when_the_period_is_over_then_it_tells_the_new_one_and_stores_nothing(
+async def test_balance_when_the_period_is_over_then_it_has_the_new_one_and_stores_nothing(
     redis: Redis, limiter: CreditLimiter, clock: Clock
 ) -> None:
     await limiter.debit("a", tier="pro", has_hardware=False, cost=7)
@@ -93,7 +93,7 @@ async def test_balance_when_more_was_consumed_than_the_quota_now_allows_then_not
 
 
 async def test_balance_when_there_is_no_row_then_the_script_says_so(redis: Redis, limiter: CreditLimiter) -> None:
-    """Python's callers need only the numbers; whoever runs the script by hand sees what they are of."""
+    """Callers in Python need only the numbers; a reader of the raw reply also sees of which tier they are."""
     script, key = compose("balance").text, limiter.session.keys.install("a")
     assert (await redis.eval(script, 1, key, "monthly", "9", "", ""))[:3] == [b"UNKNOWN_INSTALL", b"", b""]
     await limiter.debit("a", tier="core", has_hardware=False)

@@ -66,7 +66,7 @@ async def test_commit_when_the_request_fell_back_to_hardware_then_hardware_is_de
 async def test_commit_when_another_cost_is_given_then_that_is_debited_even_beyond_the_quota(
     limiter_with: LimiterWith,
 ) -> None:
-    """What was delivered is debited; what is left is never told below 0."""
+    """What was delivered is debited; what remains is never reported below 0."""
     limiter = limiter_with(core={"lifetime": 5, "gemini_cap": 5})
     await limiter.reserve("a", tier="core", has_hardware=False, hold_id="h1")
     assert (await limiter.commit("a", "h1", cost=9)).cost == 9
@@ -74,7 +74,7 @@ async def test_commit_when_another_cost_is_given_then_that_is_debited_even_beyon
     assert (balance.remaining, balance.gemini_remaining, balance.held) == (0, 0, 0)
 
 
-async def test_commit_when_the_hold_has_just_lapsed_then_it_is_late_and_debited_all_the_same(
+async def test_commit_when_the_hold_has_just_expired_then_it_is_late_and_debited_all_the_same(
     redis: Redis, limiter: CreditLimiter, clock: Clock
 ) -> None:
     await limiter.reserve("a", tier="pro", has_hardware=False, hold_id="h1")
@@ -112,7 +112,9 @@ async def test_commit_when_a_core_row_first_pays_then_its_period_begins_now(
     await limiter.debit("a", tier="core", has_hardware=False)
     clock.now_ms += 6 * 24 * HOUR_MS
     await limiter.reserve("a", tier="pro", has_hardware=False, hold_id="h1")
-    assert (await fields_of(redis, "a"))["last_renewal_at"] == "2026-05-11T23:02:57.123Z", "a hold promotes nobody"
+    assert (await fields_of(redis, "a"))["last_renewal_at"] == "2026-05-11T23:02:57.123Z", (
+        "a hold does not change the tier"
+    )
     clock.now_ms += 1000
     await limiter.commit("a", "h1")
     fields = await fields_of(redis, "a")
@@ -172,9 +174,7 @@ async def test_commit_when_a_counter_is_near_its_end_then_it_is_exact_and_stops_
 
 
 @pytest.mark.parametrize("backend", ["", "GEMINI", "telepathy"])
-async def test_commit_when_the_backend_is_none_of_ours_then_it_is_an_error(
-    limiter: CreditLimiter, backend: str
-) -> None:
+async def test_commit_when_the_backend_is_unknown_then_it_is_an_error(limiter: CreditLimiter, backend: str) -> None:
     with pytest.raises(ValueError, match="want 'gemini' or 'hardware'"):
         await limiter.commit("a", "h1", backend=backend)  # type: ignore[arg-type]  # what an untyped caller may send
 

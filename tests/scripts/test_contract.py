@@ -213,7 +213,9 @@ def test_calls_when_listed_then_every_script_is_among_them() -> None:
 def test_binding_when_its_comment_says_int_then_it_is_converted_and_no_other_is(name: str) -> None:
     for binding in bindings(name):
         assert binding.is_of_one_argument, binding
-        is_text = binding.name.endswith("_arg")  # as it came: the script needs the text too, or tells "" from a number
+        is_text = binding.name.endswith(
+            "_arg"
+        )  # unconverted: the script needs the text too, or distinguishes "" from a number
         assert binding.is_number == (binding.comment.startswith("int ") and not is_text), binding
         if binding.is_number:
             assert re.match(r"int (>=? 0|1\.\.31)(, \w|; |$)", binding.comment), f"{binding} has no bound"
@@ -233,7 +235,7 @@ def test_script_when_its_bindings_are_over_then_it_names_no_argument_any_more(na
 
 
 @pytest.mark.parametrize("name", ALL_NAMES)
-def test_script_when_opened_then_its_head_tells_what_it_does_and_what_it_answers(name: str) -> None:
+def test_script_when_opened_then_its_head_says_what_it_does_and_what_it_returns(name: str) -> None:
     first, *lines = (LUA / f"{name}.lua").read_text().splitlines()
     assert re.fullmatch(r"#!lua( flags=[a-z-]+)?", first)
     head = lines[: next(number for number, line in enumerate(lines) if not line.startswith("--"))]
@@ -308,7 +310,7 @@ def test_includes_when_pasted_then_what_each_takes_is_above_it_and_what_it_gives
 async def test_script_when_an_argument_breaks_its_bound_then_it_is_refused_and_nothing_is_written(
     redis: Redis, name: str, argument: str, value: str
 ) -> None:
-    """Whoever calls it: limiter.scripts never sends these."""
+    """A caller other than limiter.credits.scripts, which never sends these."""
     right = CALLS[name][1]
     assert argument in right
     bound = [binding.name for binding in bindings(name) if binding.table == "ARGV"]
@@ -324,7 +326,7 @@ def test_include_when_it_is_to_be_pure_then_it_calls_no_redis(name: str) -> None
 
 
 @pytest.mark.parametrize("name", ALL_NAMES)
-async def test_script_when_loaded_then_the_server_takes_it_and_knows_it_by_our_sha(redis: Redis, name: str) -> None:
+async def test_script_when_loaded_then_the_server_accepts_it_under_our_sha(redis: Redis, name: str) -> None:
     script = compose(name)
     assert await redis.script_load(script.text) == script.sha
 
@@ -339,26 +341,26 @@ def gives_of(include: str) -> str:
     return ", ".join(re.split(r"\s*,\s*", re.sub(r"\([^)]*\)", "", _signature(include)[2]).strip()))
 
 
-def names_in(said: str) -> list[str]:
+def names_in(text: str) -> list[str]:
     """Return the names that a head or a use site lists."""
-    return [] if said.strip() == "nothing" else re.split(r"\s*,\s*", said.strip())
+    return [] if text.strip() == "nothing" else re.split(r"\s*,\s*", text.strip())
 
 
 def _signature(include: str) -> re.Match[str]:
     head = re.match(r"(?:--.*\n)+", _include(include))
     assert head, f"{include} has no head"
-    said = re.search(r"Takes: (.+?) Gives: (.+)", re.sub(r"\n-- *", " ", head[0]).strip(), re.DOTALL)
-    assert said, f"the head of {include} does not say what it takes and gives"
-    return said
+    parts = re.search(r"Takes: (.+?) Gives: (.+)", re.sub(r"\n-- *", " ", head[0]).strip(), re.DOTALL)
+    assert parts, f"the head of {include} does not say what it takes and gives"
+    return parts
 
 
 def code_of(text: str) -> str:
-    """Give Lua without its comments and texts."""
+    """Return Lua without its comments and texts."""
     return re.sub(r"\"[^\"\n]*\"|--[^\n]*", '""', text)
 
 
 def locals_of(text: str) -> set[str]:
-    """Give the names that Lua declares: variables, functions, parameters."""
+    """Return the names that Lua declares: variables, functions, parameters."""
     code = code_of(text)
     lists = re.findall(r"\blocal (?!function)([\w, ]+)", code) + re.findall(r"\bfor ([\w, ]+?) (?:=|in\b)", code)
     lists += [word for found in re.findall(r"\bfunction (\w+)\(([\w, ]*)\)", code) for word in found]

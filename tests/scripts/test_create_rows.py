@@ -12,7 +12,7 @@ from tests.support.credits import fields_of
 
 
 def beside(install_id: str) -> str:
-    """Give another install whose row is in the same slot: in a cluster a call has only such rows."""
+    """Return another install whose row is in the same slot: in a cluster a call has only such rows."""
     keys = Keys()
     names = (f"a{number}" for number in count())
     return next(name for name in names if slot_of(keys.install(name)) == slot_of(keys.install(install_id)))
@@ -49,7 +49,9 @@ async def test_create_rows_when_one_is_there_then_it_is_left_alone_and_the_other
     assert await limiter.row("b") == OTHER
 
 
-async def test_create_rows_when_the_key_is_no_row_then_it_is_left_alone(redis: Redis, limiter: CreditLimiter) -> None:
+async def test_create_rows_when_the_key_is_not_a_row_then_it_is_left_alone(
+    redis: Redis, limiter: CreditLimiter
+) -> None:
     await redis.set(f"credits:install:{A}", "x", ex=60)
     assert await create(limiter, ROW) == [PutStatus.EXISTS]
     assert await redis.get(f"credits:install:{A}") == b"x"

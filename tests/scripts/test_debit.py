@@ -51,7 +51,9 @@ async def test_debit_when_holds_cover_what_is_left_then_it_is_denied_for_now(lim
     assert (await limiter.debit("a", tier="core", has_hardware=False)).allowed
 
 
-async def test_debit_when_the_gemini_cap_is_spent_then_hardware_serves_or_nobody(limiter_with: LimiterWith) -> None:
+async def test_debit_when_the_gemini_cap_is_spent_then_hardware_serves_or_the_request_is_denied(
+    limiter_with: LimiterWith,
+) -> None:
     limiter = limiter_with(pro={"monthly": 5, "gemini_cap": 1})
     assert (await limiter.debit("a", tier="pro", has_hardware=True)).backend == "gemini"
     assert (await limiter.debit("a", tier="pro", has_hardware=False)).reason is Reason.GEMINI_CAP
@@ -76,7 +78,7 @@ async def test_debit_when_the_install_is_unknown_and_may_not_be_created_then_it_
     assert await redis.dbsize() == 0
 
 
-async def test_debit_when_a_core_row_first_pays_then_its_answer_tells_the_new_period(
+async def test_debit_when_a_core_row_first_pays_then_its_answer_has_the_new_period(
     limiter: CreditLimiter, clock: Clock
 ) -> None:
     await limiter.debit("a", tier="core", has_hardware=False)

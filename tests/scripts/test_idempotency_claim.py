@@ -1,4 +1,4 @@
-"""Claim, record, drop: of all attempts one has the key, and only that one says what became of it."""
+"""Claim, record, drop: of all attempts one has the key, and only that one records its outcome."""
 
 import pytest
 from redis.asyncio import Redis
@@ -93,7 +93,7 @@ async def served(claims: Claims, owner: str, attempt: int) -> None:
 
 
 async def test_claim_when_attempts_are_counted_then_each_number_gets_the_answer_once(claims: Claims) -> None:
-    """A0 is served and its answer lost, as is that of A1; then B1 comes, whose first attempt nobody saw."""
+    """A0 is served and its answer lost, as is that of A1; then B1 arrives, whose first attempt was never seen."""
     await served(claims, "A0", 0)
     assert await claim(claims, "A1", attempt=1) == Claimed(ClaimStatus.KEPT, b"A0")
     assert await claim(claims, "A2", attempt=2) == Claimed(ClaimStatus.KEPT, b"A0")
@@ -121,7 +121,7 @@ async def test_claim_when_the_first_attempt_was_missed_then_what_began_before_is
     claims: Claims, clock: Clock
 ) -> None:
     await served(claims, "A0", 0)
-    clock.now_ms += 500  # here B0 is turned away
+    clock.now_ms += 500  # here B0 is refused
     clock.now_ms += 500
     assert (await claim(claims, "B1", attempt=1, missed_ms=500)).status is ClaimStatus.CLAIMED
     await claims.record(KEY, "B1", "f", keep_ms=60_000, answer=b"B1")
@@ -136,7 +136,7 @@ async def test_claim_when_a_key_names_the_request_then_every_repeat_gets_the_ans
         assert await claim(claims, owner) == Claimed(ClaimStatus.KEPT, b"x")
 
 
-async def test_keep_when_the_claim_has_lapsed_then_it_is_kept_all_the_same(claims: Claims, redis: Redis) -> None:
+async def test_record_when_the_claim_has_expired_then_it_is_stored_all_the_same(claims: Claims, redis: Redis) -> None:
     assert await claims.record(KEY, "one", "f", keep_ms=1000, answer=b"x") is ClaimStatus.KEPT
     assert await claim(claims, "two") == Claimed(ClaimStatus.KEPT, b"x")
     assert 0 < await redis.pttl(KEY) <= 1000

@@ -34,7 +34,7 @@ async def test_lease_when_it_is_kept_then_its_epoch_stays_and_others_wait_longer
         assert not (await lease(limiter, "b").take()).is_mine
 
 
-async def test_lease_when_it_lapses_then_another_takes_it_with_a_larger_epoch_and_the_first_learns_of_it(
+async def test_lease_when_it_expires_then_another_takes_it_with_a_larger_epoch_and_the_first_learns_of_it(
     limiter: CreditLimiter, clock: Clock
 ) -> None:
     await lease(limiter, "a").take()
@@ -45,7 +45,7 @@ async def test_lease_when_it_lapses_then_another_takes_it_with_a_larger_epoch_an
     assert (await lease(limiter, "a").take()).epoch == 3
 
 
-async def test_lease_when_it_lapsed_and_nobody_took_it_then_its_owner_goes_on_in_its_epoch(
+async def test_lease_when_it_expired_and_no_other_took_it_then_its_owner_goes_on_in_its_epoch(
     limiter: CreditLimiter, clock: Clock
 ) -> None:
     await lease(limiter, "a").take()
@@ -57,17 +57,17 @@ async def test_lease_when_it_is_given_back_then_the_next_need_not_wait_and_what_
     limiter: CreditLimiter,
 ) -> None:
     await lease(limiter, "a").take(checksum="sha256:1", good_at="2026-05-11T00:00:00.000Z")
-    assert (await lease(limiter, "a").give_back()).status is LeaseStatus.RETURNED
+    assert (await lease(limiter, "a").release()).status is LeaseStatus.RETURNED
     taken = await lease(limiter, "b").take()
     assert (taken.epoch, taken.checksum, taken.good_at) == (2, "sha256:1", "2026-05-11T00:00:00.000Z")
-    assert (await lease(limiter, "a").give_back()).status is LeaseStatus.STANDBY
+    assert (await lease(limiter, "a").release()).status is LeaseStatus.STANDBY
     assert (await lease(limiter, "b").take()).is_mine
 
 
-async def test_lease_when_nobody_ever_had_it_then_giving_it_back_leaves_no_key(
+async def test_lease_when_it_was_never_taken_then_releasing_it_leaves_no_key(
     limiter: CreditLimiter, redis: Redis
 ) -> None:
-    assert (await lease(limiter, "a").give_back()).status is LeaseStatus.RETURNED
+    assert (await lease(limiter, "a").release()).status is LeaseStatus.RETURNED
     assert not await redis.exists(KEY)
 
 

@@ -30,7 +30,7 @@ async def seated(seats: Seats) -> list[str]:
     return sorted(seat.install_id for seat in await seats.list(SUBJECT))
 
 
-async def test_seats_when_all_are_taken_then_full_and_those_who_have_one_go_on(seats: Seats) -> None:
+async def test_seats_when_all_are_taken_then_full_and_installs_with_a_seat_keep_it(seats: Seats) -> None:
     assert [await seat(seats, name) for name in "abcabc"] == [SEATED, SEATED, FULL, SEATED, SEATED, FULL]
     assert await seated(seats) == ["a", "b"]
 
@@ -56,7 +56,7 @@ async def test_seat_when_freed_then_another_takes_it(seats: Seats) -> None:
     assert await seat(seats, "a") is FULL
 
 
-async def test_seats_when_the_next_licence_has_fewer_then_those_who_came_first_keep_theirs(
+async def test_seats_when_the_next_licence_has_fewer_then_the_first_installs_keep_theirs(
     seats: Seats, clock: Clock
 ) -> None:
     for name in "cabd":

@@ -99,7 +99,7 @@ async def test_put_row_when_it_merges_an_earlier_period_then_only_lifetime_count
 async def test_put_row_when_it_merges_an_inferred_anniversary_day_then_the_stored_one_stays(
     limiter: CreditLimiter,
 ) -> None:
-    """A day inferred from a clamped date, the 28th say, must not undo the 31st that the row knows."""
+    """A day inferred from a clamped date, such as the 28th, must not undo the 31st that the row knows."""
     await limiter.put_row(ROW, mode="create")
     await limiter.put_row(replace(ROW, anniversary_day=1, lifetime_consumed=6), mode="merge")
     assert await limiter.row("a") == replace(ROW, lifetime_consumed=6)

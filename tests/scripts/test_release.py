@@ -1,4 +1,4 @@
-"""release: give a hold back."""
+"""release: end a hold without a debit."""
 
 import pytest
 from redis.asyncio import Redis
@@ -42,7 +42,7 @@ async def test_release_when_the_install_is_unknown_then_it_is_gone_and_creates_n
     assert await redis.dbsize() == 0
 
 
-async def test_release_when_the_hold_had_lapsed_then_it_is_released_and_frees_nothing_twice(
+async def test_release_when_the_hold_had_expired_then_it_is_released_and_frees_nothing_twice(
     limiter_with: LimiterWith, clock: Clock
 ) -> None:
     limiter = limiter_with(core={"lifetime": 2})

@@ -1,4 +1,4 @@
-"""reserve: plan a request and hold its credits. Read from top to bottom, it tells what a hold is."""
+"""reserve: plan a request and hold its credits. Read from top to bottom, it explains holds."""
 
 import asyncio
 
@@ -35,7 +35,7 @@ async def test_reserve_when_an_install_is_new_then_its_row_is_a_core_row_of_now_
     }
 
 
-async def test_reserve_when_allowed_then_the_balance_tells_what_is_left_and_what_is_held(
+async def test_reserve_when_allowed_then_the_balance_has_what_remains_and_what_is_held(
     limiter: CreditLimiter,
 ) -> None:
     await limiter.reserve("a", tier="pro", has_hardware=False, cost=2)
@@ -105,7 +105,9 @@ async def test_reserve_when_live_holds_cover_what_is_left_then_it_is_denied_for_
     assert (await limiter.reserve("a", tier="core", has_hardware=True, cost=2)).allowed
 
 
-async def test_reserve_when_the_gemini_cap_is_spent_then_hardware_serves_or_nobody(limiter_with: LimiterWith) -> None:
+async def test_reserve_when_the_gemini_cap_is_spent_then_hardware_serves_or_the_request_is_denied(
+    limiter_with: LimiterWith,
+) -> None:
     limiter = limiter_with(pro={"monthly": 10, "gemini_cap": 2})
     await limiter.debit("a", tier="pro", has_hardware=True, cost=2)
     denied = await limiter.reserve("a", tier="pro", has_hardware=False)
@@ -148,7 +150,7 @@ async def test_reserve_when_as_many_are_in_flight_as_the_tier_allows_then_it_wai
     assert (await limiter.reserve("a", tier="pro", has_hardware=False)).allowed
 
 
-async def test_reserve_when_the_one_in_flight_has_lapsed_then_it_does_not_wait_for_it(
+async def test_reserve_when_the_one_in_flight_has_expired_then_it_does_not_wait_for_it(
     redis: Redis, limiter_with: LimiterWith, clock: Clock
 ) -> None:
     limiter = limiter_with(pro={"monthly": 1000, "max_in_flight": 1})
@@ -204,7 +206,7 @@ async def test_hold_when_its_time_is_over_then_its_credits_are_free_again(
     assert "hold:h1" in await fields_of(redis, "a"), "it stays readable for the grace time"
 
 
-async def test_hold_when_it_lapses_before_the_one_that_lapsed_is_dropped_then_its_credits_are_free_in_time(
+async def test_hold_when_it_expires_before_the_one_that_expired_is_dropped_then_its_credits_are_free_in_time(
     limiter: CreditLimiter, clock: Clock
 ) -> None:
     for hold_id in ("h1", "h2"):
@@ -227,7 +229,7 @@ async def test_hold_when_its_time_and_the_grace_are_over_then_the_next_hold_drop
     assert "hold:h2" in fields
 
 
-async def test_hold_when_lapsed_and_reserved_again_by_its_id_then_it_is_planned_anew_and_lives_on(
+async def test_hold_when_expired_and_reserved_again_by_its_id_then_it_is_planned_again_and_live(
     limiter: CreditLimiter, clock: Clock
 ) -> None:
     await limiter.reserve("a", tier="core", has_hardware=False, cost=2, hold_id="h1")

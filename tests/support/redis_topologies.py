@@ -19,15 +19,15 @@ _FORM_S = 30.0
 
 
 @contextmanager
-def asking(server: Server) -> Iterator["Redis"]:
+def plain_client(server: Server) -> Iterator["Redis"]:
     """A plain client of one server, for the set-up and for a test's own look at it."""
     with Redis(port=server.port, decode_responses=True, socket_timeout=5) as client:
         yield client
 
 
-def told(server: Server, *words: str | int) -> Any:
+def execute(server: Server, *words: str | int) -> Any:
     """Run one command on one server."""
-    with asking(server) as client:
+    with plain_client(server) as client:
         return command(client, *words)
 
 
@@ -81,12 +81,12 @@ class SentinelSetUp:
             server.start()
         wait_until(self._is_whole, within_s=_FORM_S, what="the Sentinels' knowing all of each other")
         for sentinel in self.sentinels:  # only now: on a busy machine they would replace it while they form
-            told(sentinel, "SENTINEL", "SET", self.NAME, "down-after-milliseconds", self._down_after_ms)
+            execute(sentinel, "SENTINEL", "SET", self.NAME, "down-after-milliseconds", self._down_after_ms)
         return self
 
     def primary(self) -> Server:
         """The server that most Sentinels take for the primary."""
-        ports = [self._told_port(sentinel) for sentinel in self.sentinels if sentinel.process]
+        ports = [self._primary_port(sentinel) for sentinel in self.sentinels if sentinel.process]
         port = max(set(ports), key=ports.count)
         return next(server for server in self.servers if server.port == port)
 
@@ -94,16 +94,16 @@ class SentinelSetUp:
         for server in (*self.sentinels, *self.servers):
             server.kill()
 
-    def _told_port(self, sentinel: Server) -> int:
-        return int(told(sentinel, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.NAME)[1])
+    def _primary_port(self, sentinel: Server) -> int:
+        return int(execute(sentinel, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.NAME)[1])
 
     def _is_whole(self) -> bool:
         return all(self._knows_all(sentinel) for sentinel in self.sentinels) and all(
-            told(server, "ROLE")[3] == "connected" for server in self.servers[1:]
+            execute(server, "ROLE")[3] == "connected" for server in self.servers[1:]
         )
 
     def _knows_all(self, sentinel: Server) -> bool:
-        with asking(sentinel) as client:
+        with plain_client(sentinel) as client:
             known: Any = client.sentinel_master(self.NAME)
         return bool(known["num-other-sentinels"] == 2 and known["num-slaves"] == 2)
 
@@ -138,13 +138,13 @@ class ClusterSetUp:
         heads = self.servers[: self._primaries]
         for number, head in enumerate(heads):
             first, last = number * SLOTS // len(heads), (number + 1) * SLOTS // len(heads) - 1
-            told(head, "CLUSTER", "ADDSLOTSRANGE", first, last)
-            told(head, "CLUSTER", "SET-CONFIG-EPOCH", number + 1)
+            execute(head, "CLUSTER", "ADDSLOTSRANGE", first, last)
+            execute(head, "CLUSTER", "SET-CONFIG-EPOCH", number + 1)
         for number, server in enumerate(self.servers):
             self._meet(server, self.servers[:number])
         wait_until(self._all_know_all, within_s=_FORM_S, what="the cluster's nodes knowing each other")
         for number, replica in enumerate(self.servers[self._primaries :]):
-            told(replica, "CLUSTER", "REPLICATE", self.id_of(heads[number % len(heads)]))
+            execute(replica, "CLUSTER", "REPLICATE", self.id_of(heads[number % len(heads)]))
         wait_until(self.is_well, within_s=_FORM_S, what="the cluster's being whole")
         return self
 
@@ -158,7 +158,7 @@ class ClusterSetUp:
         return server
 
     def id_of(self, server: Server) -> str:
-        return str(told(server, "CLUSTER", "MYID"))
+        return str(execute(server, "CLUSTER", "MYID"))
 
     def primaries(self) -> list[Server]:
         """The servers that own slots, as the first one that runs sees it."""
@@ -174,7 +174,7 @@ class ClusterSetUp:
         """Whether every node that runs serves all slots, and every replica has its data."""
         for server in self.servers:
             if server.process:
-                with asking(server) as client:
+                with plain_client(server) as client:
                     info: Any = client.cluster("INFO")
                     role = command(client, "ROLE")
                 if info["cluster_state"] != "ok" or (role[0] == "slave" and role[3] != "connected"):
@@ -194,7 +194,7 @@ class ClusterSetUp:
         for other in others:  # all of them: the news would take seconds to spread
             # With tls-cluster a node is met at its TLS port: it is what the others tell clients who come by TLS.
             port = other.extra[other.extra.index("--tls-port") + 1] if "--tls-port" in other.extra else other.port
-            told(server, "CLUSTER", "MEET", "127.0.0.1", port, other.extra[-1])
+            execute(server, "CLUSTER", "MEET", "127.0.0.1", port, other.extra[-1])
 
     def _by_port(self, port: int) -> Server:
         return next(server for server in self.servers if server.port == port)
@@ -202,9 +202,11 @@ class ClusterSetUp:
     def _slot_table(self) -> list[Any]:
         for server in self.servers:
             if server.process:
-                with contextlib.suppress(OSError), asking(server) as client:
+                with contextlib.suppress(OSError), plain_client(server) as client:
                     return list(command(client, "CLUSTER", "SLOTS"))
         raise AssertionError("no node runs")
 
     def _all_know_all(self) -> bool:
-        return all(told(server, "CLUSTER", "NODES").count(" connected") == len(self.servers) for server in self.servers)
+        return all(
+            execute(server, "CLUSTER", "NODES").count(" connected") == len(self.servers) for server in self.servers
+        )
