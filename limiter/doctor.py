@@ -7,7 +7,7 @@ import asyncio
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ import aiohttp
 from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
+from limiter._util.open_files import clients_within, files_for, open_files
 from limiter.config.settings import BackendSettings, Settings
 from limiter.credits.keys import Keys
+from limiter.credits.models import Backend
 from limiter.errors import LedgerFileError, LimiterError, SettingsError
 from limiter.ledger.file import LedgerFile
 from limiter.licences.tokens import Licences
@@ -25,6 +27,7 @@ from limiter.redis.cluster import primaries_of
 from limiter.redis.connect import CLIENT_ERRORS, open_client
 from limiter.redis.server_checks import Finding, inspect, inspect_health
 from limiter.redis.url import Kind, parse_url, redacted
+from limiter.relay.upstream.client import tls_context
 
 _SLOW_MS = 5.0
 _SKEW_S = 2.0
@@ -44,7 +47,7 @@ def acl_line_for(settings: Settings) -> str | None:
 
 async def examine(settings: Settings) -> list[Finding]:
     """Check everything. Problems are returned, not raised."""
-    findings = [*_licences(settings), *_persister(settings)]
+    findings = [*_licences(settings), *_persister(settings), *_open_files(settings)]
     findings += [finding async for finding in _redis(settings)]
     findings += await asyncio.gather(
         _backend("gemini", settings.backends.gemini, is_on=bool(settings.backends.gemini.api_key.get_secret_value())),
@@ -195,19 +198,49 @@ def _ledger(path: Path) -> list[Finding]:
     return []
 
 
-async def _backend(name: str, backend: BackendSettings, *, is_on: bool) -> Finding:
+def _open_files(settings: Settings) -> Iterator[Finding]:
+    """Compare the bounds of connections with what a process may open: the relay raises its soft limit to the hard."""
+    files, subject = open_files(hard=True), "open files"
+    if not files:
+        yield Finding("ok", subject, "any number")
+        return
+    advice = "raise the limit of open files (LimitNOFILE= in systemd), or lower the setting"
+    gemini, hardware = settings.backends.gemini, settings.backends.hardware
+    used = {"gemini": gemini} if gemini.api_key.get_secret_value() else {}
+    bounds = {name: each.max_connections for name, each in used.items()}
+    if hardware.url:
+        bounds["hardware"] = hardware.max_connections
+    clients = settings.relay.max_connections or clients_within(files)
+    # A request has one connection to a backend: without bounds there are as many as clients.
+    needed = files_for(clients + (min(clients, sum(bounds.values())) if bounds and all(bounds.values()) else clients))
+    if settings.relay.max_connections and needed > files:
+        text = f"relay.max_connections is {clients}, which needs up to {needed} open files, and ulimit -Hn is {files}"
+        yield Finding("warning", subject, text, advice)
+    else:
+        yield Finding("ok", subject, f"each process takes up to {clients} clients at a time (ulimit -Hn is {files})")
+    for name, bound in bounds.items():
+        if files_for(bound) > files:
+            text = f"backends.{name}.max_connections is {bound}, and ulimit -Hn is {files}"
+            yield Finding("warning", subject, text, advice)
+
+
+async def _backend(name: Backend, backend: BackendSettings, *, is_on: bool) -> Finding:
     """Request a backend's models, as the relay does."""
     subject = f"backends.{name}"
     if not is_on:
         return Finding("ok", subject, "off")
     key = backend.api_key.get_secret_value()
+    try:
+        tls: Any = tls_context(name, backend.ca_file)
+    except SettingsError as error:
+        return Finding("problem", subject, str(error), "give the file that holds the authority's certificate")
     timeout = aiohttp.ClientTimeout(total=_BACKEND_S, connect=min(backend.connect_s, _BACKEND_S))
     try:
         async with (
             aiohttp.ClientSession(
                 timeout=timeout, headers={"Authorization": f"Bearer {key}"} if key else {}
             ) as session,
-            session.get(f"{backend.url.rstrip('/')}/models", allow_redirects=False) as answer,
+            session.get(f"{backend.url.rstrip('/')}/models", allow_redirects=False, ssl=tls) as answer,
         ):
             status = answer.status
     except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:

@@ -1,6 +1,7 @@
 """`limiter doctor`, and the Redis user that it prints: with exactly these rights all of limiter runs."""
 
 import json
+import resource
 import shlex
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -21,9 +22,10 @@ from limiter.config.settings import (
     LicenceSettings,
     PersisterSettings,
     RedisSettings,
+    RelaySettings,
     Settings,
 )
-from limiter.doctor import examine
+from limiter.doctor import _open_files, examine
 from limiter.licences.keys import issue
 from limiter.licences.seats import Seats
 from limiter.licences.tokens import public_key_text
@@ -266,6 +268,23 @@ async def test_doctor_when_a_backend_refuses_the_key_or_has_no_models_then_it_sa
             hardware = HardwareSettings(url=backend.url + path, api_key=SecretStr(key))
             findings = await found(url, backends=BackendsSettings(hardware=hardware))
             assert next(each.level for each in findings if each.subject == "backends.hardware") == level
+
+
+def test_open_files_when_the_bounds_of_connections_need_more_then_the_doctor_says_so() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY or hard > 1_000_000:
+        pytest.skip("this machine has no limit of open files")
+
+    def looked_at(clients: int, backend: int) -> dict[str, str]:
+        hardware = HardwareSettings(url="http://host/v1", max_connections=backend)
+        settings = Settings.model_construct(
+            relay=RelaySettings(max_connections=clients), backends=BackendsSettings(hardware=hardware)
+        )
+        return worst([*_open_files(settings)])
+
+    assert looked_at(0, 0) == looked_at(0, 100) == looked_at(hard - 500, 100) == {}
+    assert f"relay.max_connections is {hard - 500}, which needs up to" in looked_at(hard - 500, 0)["open files"]
+    assert f"backends.hardware.max_connections is {hard}" in looked_at(100, hard)["open files"]
 
 
 def test_probes_when_listed_then_there_is_one_for_each_right_but_select() -> None:

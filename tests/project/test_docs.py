@@ -107,6 +107,7 @@ def exposed() -> dict[str, set[str]]:
     metrics.settled("commit", "COMMITTED", backend="gemini", credits_=1)
     metrics.backend_called("gemini", "served")
     metrics.watch_breaker("gemini", lambda: "open")
+    metrics.watch_connections("gemini", lambda: 1)
     labels: dict[str, set[str]] = {}
     for family in text_string_to_metric_families(metrics.render().decode()):
         if not family.name.startswith("limiter_process_"):

@@ -17,9 +17,8 @@ from limiter.relay.metering.settlement import OpenHold
 from limiter.relay.upstream.response import BackendFailed, BackendResponse
 
 CREDITS_EVENT = "X-Credits-Event"
-_WHOLE_BODY = (
-    1 << 20
-)  # an answer up to this size is read completely first, so that a broken one can still become an error
+# An answer up to this size is read completely first, so that a broken one can still become an error.
+_WHOLE_BODY = 1 << 20
 
 
 class Billing(Protocol):

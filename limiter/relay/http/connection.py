@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, cast
 
+import orjson
 from aiohttp import HttpVersion11, hdrs, web
 from aiohttp.http import RawRequestMessage
 from aiohttp.http_exceptions import LineTooLong
@@ -24,13 +25,14 @@ SUPPORTED = "aiohttp>=3.14,<3.15"
 _REQUIRES = {
     "aiohttp.web.BaseRunner": ("_make_server",),
     "aiohttp.web.RequestHandler": ("_current_request", "_loop", "_make_error_handler", "_messages", "_request_handler"),
-    "aiohttp.web.Server": ("_kwargs", "_loop"),
+    "aiohttp.web.Server": ("_connections", "_kwargs", "_loop"),
     "aiohttp.web.StreamResponse": ("_send_headers_immediately",),
 }
 require(SUPPORTED, _REQUIRES)
 
 REFUSED = web.RequestKey("refused", Problem)  # why a request must be refused, whatever it is for
 _CONTINUE = "100-continue"
+_REFUSAL_S = 1.0  # the time for a refused client to read the reason
 _CHECKS = 4  # of the unsent bytes, within the time that a client may take to read any
 _TOO_MANY_HEADERS = "Too many headers received"
 
@@ -44,23 +46,79 @@ class LateHeadResponse(web.StreamResponse):
 class RelayRunner(web.AppRunner):
     """Runs an app on such connections.
 
-    It takes one option more than aiohttp's runner: `write_idle_s`, the seconds after which a client that reads nothing
-    is disconnected. aiohttp's `keepalive_timeout` also limits the time for the head of a request.
+    It takes more options than aiohttp's runner. aiohttp's `keepalive_timeout` also limits the time for the head of a
+    request.
+
+    Args:
+        app: what it serves.
+        max_connections: how many may be open; further ones get a 503 and are closed. 0: any number.
+        watch_connections: is given a function that returns how many are open.
+        options: aiohttp's, and `write_idle_s`, the seconds after which a client that reads nothing is disconnected.
     """
+
+    def __init__(
+        self,
+        app: web.Application,
+        *,
+        max_connections: int = 0,
+        watch_connections: Callable[[Callable[[], int]], None] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(app, **options)
+        self._max_connections, self._watch_connections = max_connections, watch_connections
 
     async def _make_server(self) -> web.Server:
         made = await super()._make_server()
-        return _Server(
+        server = _Server(
             made.request_handler,
+            max_connections=self._max_connections,
             request_factory=_reject_unknown_expect(made.request_factory),
             handler_cancellation=made.handler_cancellation,
             **made._kwargs,  # noqa: SLF001  the app completes the options, and cannot be given another class
         )
+        if self._watch_connections is not None:
+            self._watch_connections(server.count)
+        return server
 
 
 class _Server(web.Server):
-    def __call__(self) -> web.RequestHandler:
+    def __init__(self, handler: Any, *, max_connections: int, **options: Any) -> None:
+        super().__init__(handler, **options)
+        self._max_connections = max_connections
+
+    def count(self) -> int:
+        """Return how many connections are open."""
+        return len(self._connections)
+
+    def __call__(self) -> Any:
+        if self._max_connections and len(self._connections) >= self._max_connections:
+            return _Refusal()
         return _Connection(self, loop=self._loop, **self._kwargs)
+
+
+class _Refusal(asyncio.Protocol):
+    """A connection beyond the limit: it gets a 503, whatever it asks, and is closed."""
+
+    def __init__(self) -> None:
+        self._transport: asyncio.Transport = cast("asyncio.Transport", None)
+        self._end: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        detail = "This relay has reached its limit of connections."
+        problem, request_id = Problem(503, "relay_busy", "Relay busy", detail, retry_after_s=1), random_id()
+        body = orjson.dumps(problem.as_dict(request_id))
+        head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        named = {"X-Request-Id": request_id, **problem.headers()}
+        headers = "".join(f"{name}: {value}\r\n" for name, value in named.items())
+        self._transport.write(f"{head}{headers}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        self._transport.write_eof()
+        # Closing with unread bytes resets the connection, and the client could lose the answer.
+        self._end = asyncio.get_running_loop().call_later(_REFUSAL_S, self._transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  an interface
+        if self._end is not None:
+            self._end.cancel()
 
 
 class _Connection(web.RequestHandler):

@@ -12,6 +12,7 @@ from functools import partial
 
 from aiohttp import web
 
+from limiter._util.open_files import raise_open_files
 from limiter._util.stop_signals import on_stop_signal
 from limiter.backup.persister_process import PersisterProcess
 from limiter.bootstrap import open_limiter
@@ -23,7 +24,7 @@ from limiter.relay.app import create_app, make_runner
 from limiter.relay.process.worker_metrics import WorkerSlot, render_all, worker_metrics_served
 from limiter.relay.telemetry.metrics import METRICS, METRICS_PAGE, Page
 from limiter.relay.upstream.circuit_breaker import CircuitBreaker
-from limiter.relay.upstream.client import BackendClient
+from limiter.relay.upstream.client import BackendClient, check_no_proxy
 from limiter.relay.upstream.echo_server import echo_server
 
 _LOG = logging.getLogger("limiter.relay")
@@ -48,6 +49,7 @@ async def serve(settings: Settings, started: Callable[[Serving], None], slot: Wo
     start.
     """
     gc.set_threshold(*_CYCLES)
+    raise_open_files()
     stop = asyncio.Event()
     on_stop_signal(stop.set)
     async with AsyncExitStack() as stack:
@@ -105,6 +107,7 @@ async def open_backends(settings: Settings) -> AsyncIterator[dict[Backend, Backe
 
 
 def _client(name: Backend, backend: BackendSettings, models: Mapping[str, str]) -> BackendClient:
+    check_no_proxy(name, backend.url)
     return BackendClient(
         name,
         backend.url,
@@ -115,6 +118,9 @@ def _client(name: Backend, backend: BackendSettings, models: Mapping[str, str]) 
         total_s=backend.total_s,
         models=models,
         breaker=CircuitBreaker(failures=backend.breaker_failures, reset_s=backend.breaker_reset_s),
+        keepalive_s=backend.keepalive_s,
+        max_connections=backend.max_connections,
+        ca_file=backend.ca_file,
     )
 
 

@@ -96,6 +96,10 @@ class Metrics:
             ["backend", "state"],
             registry=registry,
         )
+        self._clients = Gauge("limiter_client_connections", "Open connections of clients.", registry=registry)
+        self._to_backends = Gauge(
+            "limiter_backend_connections", "Open connections to a backend.", ["backend"], registry=registry
+        )
         self._redis_up = Gauge(
             "limiter_redis_up", "1 while Redis is available for decisions, else 0.", registry=registry
         )
@@ -178,6 +182,14 @@ class Metrics:
 
         for one in _BREAKER_STATES:
             self._breakers.labels(backend, one).set_function(partial(is_in, one))
+
+    def watch_clients(self, connections: Callable[[], int]) -> None:
+        """Show how many connections clients have open."""
+        self._clients.set_function(connections)
+
+    def watch_connections(self, backend: Backend, connections: Callable[[], int]) -> None:
+        """Show how many connections to a backend are open."""
+        self._to_backends.labels(backend).set_function(connections)
 
     def watch_redis(self, is_up: Callable[[], bool]) -> None:
         """Show whether Redis is available for decisions."""

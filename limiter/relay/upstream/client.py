@@ -5,10 +5,12 @@ Credentials never pass, neither a client's to the backend nor the backend's to a
 
 import asyncio
 import logging
+import ssl
 import zlib
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
+from ipaddress import ip_address
+from urllib.request import getproxies_environment, proxy_bypass_environment  # type: ignore[attr-defined]
 
 import aiohttp
 from aiohttp import hdrs
@@ -20,6 +22,7 @@ from limiter.errors import SettingsError
 from limiter.log_events import event
 from limiter.relay.http.problems import Problem, ProblemRaised, retry_seconds
 from limiter.relay.upstream.circuit_breaker import Attempt, CircuitBreaker, CircuitOpen
+from limiter.relay.upstream.http_protocol import Exchange
 from limiter.relay.upstream.response import (
     FAILURES,
     SUCCESS,
@@ -28,9 +31,8 @@ from limiter.relay.upstream.response import (
     Outcome,
     backend_problem,
     failed,
-    next_piece,
 )
-from limiter.relay.upstream.transport import Answer, HttpTransport
+from limiter.relay.upstream.transport import KEEPALIVE_S, HttpTransport
 
 _LOG = logging.getLogger("limiter.relay")
 _REQUEST_HEADERS = (hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.CONTENT_TYPE, "OpenAI-Beta")
@@ -63,6 +65,39 @@ class Streamed:
     chunks: AsyncIterator[bytes]
     length: int | None
     fault: Callable[[], ProblemRaised | None]
+
+
+def check_no_proxy(name: BackendName, url: str) -> None:
+    """Raise SettingsError where the environment names a proxy for a backend: none is used, so it would be passed by."""
+    base = _base(name, url)
+    host = base.raw_host or ""
+    proxies = getproxies_environment()
+    variable = next((each for each in (base.scheme, "all") if proxies.get(each)), "")
+    if not variable or _is_loopback(host) or proxy_bypass_environment(f"{host}:{base.port}", proxies):
+        return
+    raise SettingsError(
+        f"the environment's {variable.upper()}_PROXY names a proxy for backends.{name}.url, which is not supported: "
+        f"unset it, or add {host} to NO_PROXY so that the backend is called directly"
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def tls_context(name: BackendName, ca_file: str) -> ssl.SSLContext:
+    """Return what a backend's certificate is verified with: the system's authorities, or those of a file.
+
+    Raises SettingsError.
+    """
+    try:
+        return ssl.create_default_context(cafile=ca_file or None)
+    except OSError as error:  # an SSLError is one
+        what = "holds no certificate" if isinstance(error, ssl.SSLError) else f"cannot be read: {error.strerror}"
+        raise SettingsError(f"backends.{name}.ca_file {what}: {ca_file}") from None
 
 
 def _base(name: BackendName, url: str) -> URL:
@@ -118,6 +153,9 @@ class BackendClient:
         api_key: sent as a Bearer token.
         models: the backend's names for models, by the client's names.
         breaker: by default one that never opens.
+        keepalive_s: how long a connection may be idle before it is closed.
+        max_connections: 0 for any number.
+        ca_file: certificates of the authorities to trust, in place of the system's.
     """
 
     def __init__(
@@ -133,6 +171,9 @@ class BackendClient:
         api_key: str = "",
         models: Mapping[str, str] | None = None,
         breaker: CircuitBreaker | None = None,
+        keepalive_s: float = KEEPALIVE_S,
+        max_connections: int = 0,
+        ca_file: str = "",
     ) -> None:
         self.name = name
         base = _base(name, url)
@@ -150,11 +191,23 @@ class BackendClient:
         self._first_s, self._idle_s, self._total_s = timeout_s, idle_s or timeout_s, total_s
         self._passed = _REQUEST_HEADERS + (_TRACE_HEADERS if name == "hardware" else ())
         self._on_call: Callable[[Outcome], None] = _ignore
-        self._origin = HttpTransport(base.with_user(None), connect_s=connect_s)
+        self._transport = HttpTransport(
+            base.with_user(None),
+            connect_s=connect_s,
+            shortest_s=min(self._first_s, self._idle_s, total_s),
+            keepalive_s=keepalive_s,
+            max_connections=max_connections,
+            tls=tls_context(name, ca_file) if base.scheme == "https" else None,
+        )
 
     def watch(self, on_call: Callable[[Outcome], None]) -> None:
         """Call a function with the outcome of each call, including those that the breaker prevented."""
         self._on_call = on_call
+
+    @property
+    def connections(self) -> int:
+        """How many connections to it are open."""
+        return self._transport.connections
 
     def model(self, name: str) -> str:
         """Return this backend's name for a model."""
@@ -182,7 +235,7 @@ class BackendClient:
 
     async def aclose(self) -> None:
         """Close the connections."""
-        await self._origin.aclose()
+        await self._transport.aclose()
 
     async def _attempt(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes | Streamed
@@ -198,7 +251,7 @@ class BackendClient:
         except BackendFailed as failure:
             if failure.alive:
                 self._succeed(attempt)
-            elif attempt.fail():
+            elif failure.outcome != "busy" and attempt.fail():
                 _LOG.error(
                     "Circuit breaker opened: the backend %r keeps failing and is not called for now: %s",
                     self.name,
@@ -225,15 +278,15 @@ class BackendClient:
     ) -> BackendResponse:
         outgoing = self._outgoing(headers, body)
         began_s = asyncio.get_running_loop().time()
-        response: Answer | None = None
+        response: Exchange | None = None
         try:
-            # aiohttp's sock_read timeout (3.14) ends silently at a chunk that its C parser rejects, and would not
-            # limit a head that arrives byte by byte.
-            async with asyncio.timeout_at(began_s + min(self._first_s, self._total_s)) as timeout:
-                sent = body if isinstance(body, bytes) else self._paced(body, timeout)
-                response = await self._origin.ask(method, path, outgoing, sent)
-                self._refuse(response)
-                first = await self._first(response)
+            content = body if isinstance(body, bytes) else body.chunks
+            within_s = min(self._first_s, self._total_s)
+            response = await self._transport.request(method, path, outgoing, content, within_s=within_s)
+            left_s = response.deadline_s - asyncio.get_running_loop().time()
+            response.idle_s = min(self._first_s, max(0.0, left_s))  # to the first byte
+            self._refuse(response)
+            first = await self._first(response)
         except BaseException as error:
             if response is not None:
                 response.close()
@@ -242,19 +295,17 @@ class BackendClient:
             if isinstance(body, Streamed) and (fault := body.fault()) is not None:
                 raise fault from None
             raise failed(self.name, error) from error
+        response.idle_s, response.ends_s = self._idle_s, began_s + self._total_s
         return BackendResponse(
             self.name,
             response,
             first,
             self._incoming(response.headers),
-            idle_s=self._idle_s,
-            ends_s=began_s + self._total_s,
-            may_stay=isinstance(body, bytes),
             on_end=self._on_call,
         )
 
-    async def _first(self, response: Answer) -> bytes:
-        first = await next_piece(response.content)
+    async def _first(self, response: Exchange) -> bytes:
+        first = await response.read()
         if not first and response.status in SUCCESS:
             raise BackendFailed(self._problem("sent an empty answer"))
         return first
@@ -285,25 +336,6 @@ class BackendClient:
                 passed[name] = value
         return passed
 
-    def _paced(self, body: Streamed, timeout: asyncio.Timeout) -> AsyncIterator[bytes]:
-        """Return the body as it arrives; the backend's timeout is suspended while waiting for the client."""
-        loop = asyncio.get_running_loop()
-
-        def grant(more_s: float | None) -> None:
-            with suppress(RuntimeError, AssertionError):  # the backend responded before the end of the body
-                timeout.reschedule(None if more_s is None else loop.time() + more_s)
-
-        async def paced() -> AsyncIterator[bytes]:
-            while True:
-                grant(None)
-                chunk = await anext(body.chunks, b"")
-                grant(self._first_s)
-                if not chunk:
-                    return
-                yield chunk
-
-        return paced()
-
     async def _clean(self, upstream: BackendResponse) -> None:
         """Read and decompress an error answer, and mask the operator's key, which it may quote."""
         packing = upstream.headers.pop(hdrs.CONTENT_ENCODING, "identity").lower()
@@ -319,7 +351,7 @@ class BackendClient:
             raise BackendFailed(problem, alive=True)
         upstream.first = plain.replace(self._api_key.encode(), b"***") if self._api_key else plain
 
-    def _refuse(self, response: Answer) -> None:
+    def _refuse(self, response: Exchange) -> None:
         """Raise BackendFailed for an answer that concerns the operator and not the client."""
         status = response.status
         if status in _OPERATORS_FAULT:

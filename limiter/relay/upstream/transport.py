@@ -1,156 +1,315 @@
-"""Sends requests to one server over HTTP, on connections that aiohttp makes, keeps and reads. It judges no answer.
+"""The way to one backend over HTTP/1.1: connections are made, kept and used again here. It judges no answer.
 
-aiohttp's session is made for any request: it looks for cookies, redirects, proxies and traces, and takes a task to
-write. A request whose body is there whole is written here in one piece, which costs less than half of that.
+A request on a used connection which the backend closes without one byte of an answer is sent again, once, on a new one,
+as browsers do (RFC 9112, 9.3.1): the two ends may let go of an idle connection in the same moment. Only a body that is
+there whole is sent again; one that arrives bit by bit gets a new connection from the start. So a backend may see a call
+twice; credits are never debited for it twice.
 """
 
 import asyncio
-import io
+import ssl
 from collections.abc import AsyncIterator, Mapping
 from functools import lru_cache
-from inspect import signature
-from typing import Protocol
+from math import inf
+from socket import SOCK_STREAM
 
-import aiohttp
-from aiohttp import hdrs
-from aiohttp.connector import Connection
-from aiohttp.http import RawResponseMessage
-from aiohttp.tracing import Trace
-from multidict import CIMultiDictProxy
+import aiohappyeyeballs
 from yarl import URL
 
-from limiter._util.private_names import require, unsupported
-from limiter.relay.http.connection import SUPPORTED
+from limiter.relay.upstream.http_protocol import Exchange, HttpConnection, TransportError
 
-_REQUIRES = {  # what aiohttp documents of them is that they exist
-    "aiohttp.client_proto.ResponseHandler": ("read", "set_response_params", "should_close"),
-    "aiohttp.connector.Connection": ("protocol", "transport"),
-}
-require(SUPPORTED, _REQUIRES)
-try:
-    signature(aiohttp.ClientRequest).bind(hdrs.METH_POST, URL(), loop=None)
-except TypeError as cause:
-    raise unsupported(SUPPORTED, "has another aiohttp.ClientRequest than (method, url, loop=…)") from cause
-
-_CONNECTIONS = 1000
-_AT_ONCE = 1 << 16  # a larger body is sent bit by bit: it would block the loop
-_INTERIM = range(100, 200)
-_SWITCHING_PROTOCOLS = 101  # after which no other answer comes
+_WRITE_AT_ONCE = 1 << 16  # a larger body is written bit by bit, as the backend takes it
+_HAPPY_EYEBALLS_S = 0.25  # RFC 8305
+_MIN_TICK_S, _MAX_TICK_S = 0.01, 0.5
+_TICKS_IN_A_TIMEOUT = 10
+_ROOM_S = 1.0  # how long a request waits for one of the connections that there may be
+KEEPALIVE_S = 4.0  # below uvicorn's, and so vLLM's, 5 s
 
 
-class Answer(Protocol):
-    """An answer whose head has come. End it with `release`, after its last byte, or with `close`."""
-
-    @property
-    def status(self) -> int: ...  # noqa: D102  the class says it
-    @property
-    def headers(self) -> Mapping[str, str]: ...  # noqa: D102
-    @property
-    def content(self) -> aiohttp.StreamReader: ...  # noqa: D102
-    def release(self) -> object: ...  # noqa: D102  its connection can be used again
-    def close(self) -> None: ...  # noqa: D102  its connection closes, which stops the server's work
-
-
-class _Connections(aiohttp.TCPConnector):
-    """Never reuses a connection with unsolicited bytes: aiohttp (3.14) would take them for the next answer."""
-
-    async def connect(
-        self,
-        req: aiohttp.ClientRequest,
-        traces: list[Trace],
-        timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109  aiohttp's
-    ) -> Connection:
-        """Get one from the pool or make one. The caller bounds the time: a server may speak first on each."""
-        while True:
-            connection = await super().connect(req, traces, timeout)
-            if connection.protocol is not None and not connection.protocol.should_close:
-                return connection
-            connection.close()
+class NoConnectionFree(TransportError):  # noqa: N818  names the thing
+    """All connections that there may be are in use. It says nothing about the backend."""
 
 
 class HttpTransport:
-    """A server and the connections to it. Make it inside the running event loop and close it with `aclose`.
+    """A backend and the connections to it. Make it inside the running event loop and close it with `aclose`.
 
-    base: http or https, with a slash at its end. connect_s: until there is a connection.
+    Args:
+        base: http or https, with a slash at the end of its path.
+        connect_s: seconds until there is a connection.
+        shortest_s: the shortest of the timeouts in use: all are looked at ten times within it.
+        keepalive_s: how many seconds a connection may be idle and be used again.
+        max_connections: how many there may be, 0: any number.
+        tls: what verifies the backend; for https.
     """
-
-    def __init__(self, base: URL, *, connect_s: float) -> None:
-        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_s)
-        self._connector = _Connections(limit=_CONNECTIONS)
-        # What `connect` reads of a request is the same for all of them: whereto.
-        self._whereto = aiohttp.ClientRequest(hdrs.METH_POST, base, loop=asyncio.get_running_loop())
-        self._beginning = lru_cache(maxsize=64)(self._beginning_of)
-        self._url = lru_cache(maxsize=64)(base.joinpath)
-        self._session = aiohttp.ClientSession(
-            connector=self._connector,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=False,  # the body passes as it is, with its Content-Encoding
-            skip_auto_headers=(hdrs.USER_AGENT, hdrs.ACCEPT_ENCODING),
-            timeout=self._timeout,
-        )
-
-    async def ask(
-        self, method: str, path: str, headers: Mapping[str, str], body: bytes | AsyncIterator[bytes]
-    ) -> Answer:
-        """Send a request to a path below the base, and wait for the head of its answer. There is no other time limit.
-
-        headers: names and values that can be written as they are; of those of the body only its type, and the length of
-        one that comes bit by bit. Raises aiohttp's errors, HttpProcessingError and OSError.
-        """
-        if isinstance(body, bytes) and 0 < len(body) <= _AT_ONCE:
-            return await self._exchanged(method, path, headers, body)
-        sent = io.BytesIO(body) if isinstance(body, bytes) and body else body or None
-        return await self._session.request(method, self._url(path), data=sent, headers=headers, allow_redirects=False)
-
-    async def aclose(self) -> None:
-        """Close the connections."""
-        await self._session.close()
-
-    async def _exchanged(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> Answer:
-        lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-        rest = f"{lines}Content-Length: {len(body)}\r\n\r\n".encode("ascii")
-        connection = await self._connector.connect(self._whereto, traces=[], timeout=self._timeout)
-        try:
-            head, content = await _answered(connection, self._beginning(method, path) + rest + body)
-        except BaseException:
-            connection.close()
-            raise
-        return _Exchange(connection, head.code, head.headers, content)
-
-    def _beginning_of(self, method: str, path: str) -> bytes:
-        """Return the lines that are the same for each request to a path."""
-        url = self._url(path)
-        return f"{method} {url.raw_path_qs} HTTP/1.1\r\nHost: {url.host_port_subcomponent}\r\n".encode("ascii")
-
-
-class _Exchange:
-    """An `Answer` to what was written in one piece."""
-
-    __slots__ = ("_connection", "content", "headers", "status")
 
     def __init__(
         self,
-        connection: Connection,
-        status: int,
-        headers: CIMultiDictProxy[str],
-        content: aiohttp.StreamReader,
+        base: URL,
+        *,
+        connect_s: float,
+        shortest_s: float = 1.0,
+        keepalive_s: float = KEEPALIVE_S,
+        max_connections: int = 0,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
-        self._connection, self.status, self.headers, self.content = connection, status, headers, content
+        self._base = base
+        self._connect_s, self._keepalive_s = connect_s, keepalive_s
+        self._loop = asyncio.get_running_loop()
+        self._ssl = tls
+        self._max = max_connections
+        self._room = asyncio.Semaphore(max_connections) if max_connections else None  # for an exchange each
+        self._making = 0
+        self._is_closed = False
+        self._idle: dict[HttpConnection, None] = {}  # the one used last is at the end
+        self._open: set[HttpConnection] = set()
+        self._exchanges: set[Exchange] = set()
+        self._tick_s = max(_MIN_TICK_S, min(_MAX_TICK_S, shortest_s / _TICKS_IN_A_TIMEOUT))
+        self._tick: asyncio.TimerHandle | None = None
+        self._beginning = lru_cache(maxsize=64)(self._beginning_of)
 
-    def release(self) -> None:
-        self._connection.release()
+    async def request(
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        body: "bytes | AsyncIterator[bytes]",
+        *,
+        within_s: float = inf,
+    ) -> Exchange:
+        """Send a request to a path below the base, and wait for the head of its answer.
 
-    def close(self) -> None:
-        self._connection.close()
+        Args:
+            method: in capitals.
+            path: without a slash at its beginning.
+            headers: names and values that can be written as they are. Length and coding of the body are added; of an
+                iterator the length is sent if it is among them, else it goes in chunks.
+            body: whole, or as it arrives.
+            within_s: seconds from here, or from the last byte of an iterator, to the head; `deadline_s` of the exchange
+                goes on counting.
+
+        Raises TransportError, of which NoConnectionFree is one, TimeoutError, ssl.SSLError and OSError.
+        """
+        rest = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+        if isinstance(body, bytes):
+            head = self._beginning(method, path) + f"{rest}Content-Length: {len(body)}\r\n\r\n".encode("ascii")
+            return await self._send_whole(head, body, within_s)
+        framing = "\r\n" if "Content-Length" in headers else "Transfer-Encoding: chunked\r\n\r\n"
+        head = self._beginning(method, path) + f"{rest}{framing}".encode("ascii")
+        return await self._send_stream(head, body, within_s, chunked="Content-Length" not in headers)
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        self._is_closed = True
+        if self._tick is not None:
+            self._tick.cancel()
+        for connection in list(self._open):
+            connection.close()
+        await asyncio.sleep(0)  # in which the loop closes the sockets
+
+    @property
+    def connections(self) -> int:
+        """How many connections are open."""
+        return len(self._open)
+
+    async def _send_whole(self, head: bytes, body: bytes, within_s: float) -> Exchange:
+        deadline_s = self._loop.time() + within_s
+        connection = await self._acquire(deadline_s)
+        is_used = connection.used > 0
+        try:
+            return await self._exchange(connection, head, body, deadline_s)
+        except TransportError as error:
+            if not (is_used and error.unused):
+                raise
+        return await self._exchange(await self._acquire(deadline_s, new=True), head, body, deadline_s)
+
+    async def _exchange(self, connection: HttpConnection, head: bytes, body: bytes, deadline_s: float) -> Exchange:
+        exchange = self._begin(connection, deadline_s)
+        try:
+            if len(body) <= _WRITE_AT_ONCE:
+                connection.write(head + body)
+            else:
+                connection.write(head)
+                for at in range(0, len(body), _WRITE_AT_ONCE):
+                    connection.write(body[at : at + _WRITE_AT_ONCE])
+                    if not await exchange.drain() and at + _WRITE_AT_ONCE < len(body):
+                        connection.reusable = False  # it answered before the end of the body
+                        break
+            await exchange.head()
+        except BaseException:
+            exchange.close()
+            raise
+        return exchange
+
+    async def _send_stream(
+        self, head: bytes, body: AsyncIterator[bytes], within_s: float, *, chunked: bool
+    ) -> Exchange:
+        deadline_s = self._loop.time() + within_s
+        connection = await self._acquire(deadline_s, new=True)  # it could not be sent again
+        exchange = self._begin(connection, deadline_s)
+        sending = self._loop.create_task(
+            self._write_stream(connection, exchange, head, body, within_s, chunked=chunked)
+        )
+        try:
+            await exchange.until_sent(sending)
+            if not sending.done() or not sending.result():
+                connection.reusable = False  # it answered before the end of the body
+            await exchange.head()
+        except BaseException:
+            exchange.close()
+            await _cancel(sending)
+            raise
+        if exchange.wants_more:
+            exchange.keep_sending(sending)
+        else:
+            await _cancel(sending)
+        return exchange
+
+    async def _write_stream(
+        self,
+        connection: HttpConnection,
+        exchange: Exchange,
+        head: bytes,
+        body: AsyncIterator[bytes],
+        within_s: float,
+        *,
+        chunked: bool,
+    ) -> bool:
+        """Write a body as it arrives; return whether all of it. While the client's bytes are awaited, no time runs."""
+        connection.write(head)
+        while True:
+            if not exchange.status:  # from its head on, it is the reader who sets the time
+                exchange.deadline_s = inf
+            chunk = await anext(body, b"")
+            if not exchange.status:
+                exchange.deadline_s = self._loop.time() + within_s
+            if not chunk:
+                break
+            connection.write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunked else chunk)
+            if not await exchange.drain():
+                return False
+        if chunked:
+            connection.write(b"0\r\n\r\n")
+        return True
+
+    def _begin(self, connection: HttpConnection, deadline_s: float) -> Exchange:
+        exchange = connection.begin(deadline_s)
+        self._exchanges.add(exchange)
+        self._start_ticking()
+        return exchange
+
+    async def _acquire(self, deadline_s: float, *, new: bool = False) -> HttpConnection:
+        """Return a connection for one exchange, an idle one unless it must be new. Raises as `request`."""
+        if self._room is not None:
+            await self._wait_for_room(self._room, deadline_s)
+        try:
+            return (None if new else self._take_idle()) or await self._connect(deadline_s)
+        except BaseException:
+            if self._room is not None:
+                self._room.release()
+            raise
+
+    async def _wait_for_room(self, room: asyncio.Semaphore, deadline_s: float) -> None:
+        if not room.locked():
+            await room.acquire()  # at once
+            return
+        try:
+            async with asyncio.timeout_at(min(self._loop.time() + _ROOM_S, deadline_s)):
+                await room.acquire()
+        except TimeoutError:
+            raise NoConnectionFree(f"all of its {self._max} connections are in use") from None
+
+    def _take_idle(self) -> HttpConnection | None:
+        now_s = self._loop.time()
+        while self._idle:
+            connection = next(reversed(self._idle))
+            if connection.is_idle(now_s, self._keepalive_s):
+                del self._idle[connection]
+                return connection
+            connection.close()
+        return None
+
+    async def _connect(self, deadline_s: float) -> HttpConnection:
+        if self._max and len(self._open) + self._making >= self._max and self._idle:
+            next(iter(self._idle)).close()  # in its place
+        self._making += 1
+        try:
+            connection = await self._new_connection(min(self._loop.time() + self._connect_s, deadline_s))
+        finally:
+            self._making -= 1
+        if self._is_closed or not connection.is_open:  # as when it spoke, or was closed, before it was asked
+            connection.close()
+            raise TransportError("the connection was lost as soon as it was made")
+        self._open.add(connection)
+        return connection
+
+    async def _new_connection(self, ends_s: float) -> HttpConnection:
+        host, port = self._base.raw_host or "", self._base.port or 0
+        async with asyncio.timeout_at(ends_s):
+            try:
+                infos = await self._loop.getaddrinfo(host, port, type=SOCK_STREAM)
+                sock = await aiohappyeyeballs.start_connection(
+                    infos, happy_eyeballs_delay=_HAPPY_EYEBALLS_S, loop=self._loop
+                )
+            except (RuntimeError, UnicodeError) as error:  # of uvloop; of a name that no resolver takes
+                raise TransportError(f"it cannot be reached: {error}") from error
+            try:
+                _, connection = await self._loop.create_connection(
+                    lambda: HttpConnection(self._loop, self._ended),
+                    sock=sock,
+                    ssl=self._ssl,
+                    server_hostname=host if self._ssl else None,
+                )
+            except BaseException:
+                sock.close()
+                raise
+        return connection
+
+    def _ended(self, connection: HttpConnection) -> None:
+        """Keep a connection whose exchange has ended, or forget one that is closed."""
+        if connection.reusable:
+            self._idle[connection] = None
+            self._start_ticking()
+        elif connection in self._open:
+            self._open.discard(connection)
+            if connection in self._idle:
+                del self._idle[connection]
+                return
+        else:
+            return  # it was lost while it was made
+        if self._room is not None:
+            self._room.release()
+
+    def _start_ticking(self) -> None:
+        if self._tick is None and not self._is_closed:
+            self._tick = self._loop.call_later(self._tick_s, self._check)
+
+    def _check(self) -> None:
+        """Fail the exchanges whose time is over, and close what has been idle for too long.
+
+        One tick for all of them costs less than a timer each.
+        """
+        now_s = self._loop.time()
+        over = [each for each in self._exchanges if each.is_over or now_s >= each.deadline_s]
+        for exchange in over:
+            self._exchanges.discard(exchange)
+            exchange.fail(TimeoutError())
+        for connection in [each for each in self._idle if not each.is_idle(now_s, self._keepalive_s)]:
+            connection.close()
+        self._tick = None
+        if self._exchanges or self._idle:
+            self._start_ticking()
+
+    def _beginning_of(self, method: str, path: str) -> bytes:
+        """Return the lines that are the same for each request to a path."""
+        base = self._base
+        query = f"?{base.raw_query_string}" if base.raw_query_string else ""
+        target = f"{base.joinpath(path).raw_path}{query}"
+        return f"{method} {target} HTTP/1.1\r\nHost: {base.host_port_subcomponent}\r\n".encode("ascii")
 
 
-async def _answered(connection: Connection, request: bytes) -> tuple[RawResponseMessage, aiohttp.StreamReader]:
-    protocol, transport = connection.protocol, connection.transport
-    if protocol is None or transport is None:
-        raise aiohttp.ClientConnectionError("the connection closed")
-    protocol.set_response_params(read_until_eof=True, auto_decompress=False)
-    transport.write(request)
-    while True:
-        head, content = await protocol.read()
-        if head.code not in _INTERIM or head.code == _SWITCHING_PROTOCOLS:
-            return head, content
+async def _cancel(sending: "asyncio.Task[bool]") -> None:
+    """End an upload. An error of it was raised already, or came too late to matter."""
+    sending.cancel()
+    await asyncio.wait({sending})
+    if not sending.cancelled():
+        sending.exception()

@@ -306,3 +306,25 @@ async def test_reader_when_it_reads_on_then_its_stream_goes_on(impatient: Runnin
         while loop.time() < ends_s:
             assert len(await reader.readexactly(20_000)) == 20_000
             await asyncio.sleep(0.01)
+
+
+# Bounds
+
+
+async def test_connections_when_there_are_as_many_as_may_be_then_the_next_is_told_and_closed(
+    start_relay: StartRelay, gemini: Backend
+) -> None:
+    relay = await start_relay(client_of("gemini", gemini.url), max_connections=2)
+    async with relay.connect("wait"), relay.connect("wait"):
+        await eventually(lambda: len(gemini.seen) == 2)
+        assert "limiter_client_connections 2.0" in relay.app[METRICS].render().decode()
+        status, document = problem_in(await relay.raw(b"GET /healthz HTTP/1.1\r\nHost: relay\r\n\r\n"))
+        assert (status, document["error"]["code"]) == (503, "relay_busy")
+        status, _ = problem_in(await relay.raw(b""))  # whatever it would ask
+        assert status == 503
+    gemini.go_on.set()
+
+    async def served() -> bool:
+        return b"HTTP/1.1 200" in await relay.raw(b"GET /healthz HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n\r\n")
+
+    await eventually(served)

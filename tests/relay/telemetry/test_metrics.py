@@ -24,7 +24,7 @@ def counted(relay: RunningRelay, name: str, **labels: str) -> float:
 
 
 def calls(relay: RunningRelay, backend: str) -> dict[str, float]:
-    outcomes = ("served", "refused", "failed", "timeout", "cancelled", "breaker_open")
+    outcomes = ("served", "refused", "failed", "timeout", "cancelled", "breaker_open", "busy")
     counts = {one: counted(relay, "limiter_backend_calls_total", backend=backend, outcome=one) for one in outcomes}
     assert sum(counts.values()) == counted(relay, "limiter_backend_calls_total", backend=backend)
     return {outcome: count for outcome, count in counts.items() if count}

@@ -3,22 +3,26 @@
 import asyncio
 import gc
 import ssl
-from collections.abc import Mapping
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext, suppress
+from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-import aiohttp
 import pytest
-from aiohttp.base_protocol import BaseProtocol
-from multidict import CIMultiDict
 
 from limiter.config.loader import load_settings
 from limiter.errors import SettingsError
 from limiter.relay.process.relay_process import open_backends
+from limiter.relay.telemetry.metrics import METRICS
+from limiter.relay.upstream.circuit_breaker import CircuitBreaker
 from limiter.relay.upstream.client import BackendClient
-from limiter.relay.upstream.response import BackendFailed, BackendResponse
+from limiter.relay.upstream.response import BackendFailed
 from tests.support.certificates import write_certificate
 from tests.support.openai_backend import Backend
+from tests.support.raw_backend import GOOD, Peer, RawBackend, good, raw_backend
+from tests.support.relay import ONE_SERVER, StartRelay, client_of
+from tests.support.wait import eventually
 
 
 @pytest.mark.parametrize(
@@ -45,48 +49,29 @@ async def test_backend_when_its_url_has_a_password_then_it_is_used_and_never_sho
     await client.aclose()
 
 
-class Held(NamedTuple):
-    """An answer whose body is a reader that only the test feeds."""
-
-    content: aiohttp.StreamReader
-    status: int = 200
-    headers: Mapping[str, str] = {}
-
-    def release(self) -> None:
-        raise AssertionError("it has not ended")
-
-    def close(self) -> None:
-        self.content.feed_eof()
-
-
-def upstream_of(content: aiohttp.StreamReader, *, ends_in_s: float) -> BackendResponse:
-    ends_s = asyncio.get_running_loop().time() + ends_in_s
-    return BackendResponse(
-        *("gemini", Held(content), b"", CIMultiDict()),
-        idle_s=10,
-        ends_s=ends_s,
-        may_stay=True,
-        on_end=lambda _outcome: None,
-    )
-
-
 async def test_body_when_it_always_has_more_then_it_still_ends_at_its_total_time() -> None:
-    loop = asyncio.get_running_loop()
-    content = aiohttp.StreamReader(BaseProtocol(loop), 1 << 16, loop=loop)
-    content.feed_data(b"one")
-    with upstream_of(content, ends_in_s=60) as upstream:
-        assert await upstream.read() == b"one"
-    late = aiohttp.StreamReader(BaseProtocol(loop), 1 << 16, loop=loop)
-    late.feed_data(b"more")
-    with pytest.raises(BackendFailed, match="did not answer in time"), upstream_of(late, ends_in_s=-1) as upstream:
-        await upstream.read()
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"{}")
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        with suppress(ConnectionError):
+            while True:
+                writer.write(b"4\r\nmore\r\n")
+                await writer.drain()
+        writer.close()
 
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+    client = BackendClient("gemini", url, timeout_s=5, total_s=0.3)
+    with await client.send("embeddings", {}, b"{}") as upstream:
 
-async def test_body_when_aiohttp_forgot_it_then_the_backend_broke_off() -> None:
-    loop = asyncio.get_running_loop()
-    content = aiohttp.StreamReader(BaseProtocol(loop), 1 << 16, loop=loop)  # as when its connection has closed
-    with pytest.raises(BackendFailed, match="the connection broke"), upstream_of(content, ends_in_s=60) as upstream:
-        await upstream.read()
+        async def read_all() -> None:
+            while await upstream.read():
+                await asyncio.sleep(0)
+
+        with pytest.raises(BackendFailed, match="did not answer in time"):
+            await read_all()
+    await client.aclose()
+    server.close()
 
 
 async def test_backend_when_it_has_a_password_and_a_key_then_settings_error() -> None:
@@ -104,38 +89,212 @@ async def test_backend_when_its_urls_user_cannot_be_a_header_then_settings_error
     assert "cret" not in str(raised.value)
 
 
-async def test_backend_when_its_certificate_is_trusted_then_it_is_called_and_otherwise_it_sees_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    key, certificate = write_certificate(tmp_path)
-    heads: list[bytes] = []
+# TLS
 
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        for _ in range(2):
-            heads.append(await reader.readuntil(b"\r\n\r\n"))
-            await reader.readexactly(2)
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
-        writer.close()
 
+@asynccontextmanager
+async def tls_backend(certificate: tuple[Path, Path]) -> AsyncIterator[RawBackend]:
+    key, chain = certificate
     own = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    own.load_cert_chain(certificate, key)
-    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=own)
-    port = server.sockets[0].getsockname()[1]
-    client = BackendClient("gemini", f"https://127.0.0.1:{port}/v1", timeout_s=5, api_key="key")
-    with pytest.raises(BackendFailed, match="cannot be reached"):
-        await client.send("embeddings", {}, b"{}")
-    assert heads == []
-    trusting = ssl.create_default_context(cafile=certificate)
-    monkeypatch.setattr(
-        "aiohttp.connector._SSL_CONTEXT_VERIFIED", trusting
-    )  # aiohttp makes it as it is imported (3.14)
-    for _ in range(2):
+    own.load_cert_chain(chain, key)
+    async with raw_backend(good, tls=own) as backend:
+        yield backend
+
+
+def tls_client(port: int, ca_file: Path | str = "", **options: Any) -> BackendClient:
+    url = f"https://127.0.0.1:{port}/v1"
+    return BackendClient("gemini", url, timeout_s=5, api_key="key", ca_file=str(ca_file), **options)
+
+
+async def test_tls_when_the_certificate_is_good_then_the_backend_is_asked_on_one_connection(tmp_path: Path) -> None:
+    certificate = write_certificate(tmp_path)
+    async with tls_backend(certificate) as backend:
+        client = tls_client(backend.port, certificate[1])
+        for _ in range(3):
+            with await client.send("embeddings", {}, b"{}") as upstream:
+                assert (upstream.status, upstream.first, await upstream.read()) == (200, b"good", b"")
+        assert [len(peer.requests) for peer in backend.peers] == [3]
+        host = b"POST /v1/embeddings HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n" % backend.port
+        assert backend.peers[0].requests[0][0].startswith(host)
+        assert client.connections == 1
+        await client.aclose()
+
+
+@pytest.mark.parametrize("kind", ["unknown", "expired", "wrong host"])
+async def test_tls_when_the_certificate_is_bad_then_the_backend_sees_nothing(tmp_path: Path, kind: str) -> None:
+    address = "127.0.0.2" if kind == "wrong host" else "127.0.0.1"
+    ends_in = timedelta(days=-1 if kind == "expired" else 1)
+    certificate = write_certificate(tmp_path, address=address, ends_in=ends_in)
+    async with tls_backend(certificate) as backend:
+        client = tls_client(backend.port, "" if kind == "unknown" else certificate[1])
+        with pytest.raises(BackendFailed, match="cannot be reached"):
+            await client.send("embeddings", {}, b"{}")
+        assert not backend.requests
+        assert client.connections == 0
+        await client.aclose()
+
+
+async def test_tls_when_the_backend_closes_an_idle_connection_then_it_is_forgotten_and_the_next_is_new(
+    tmp_path: Path,
+) -> None:
+    certificate = write_certificate(tmp_path)
+    key, chain = certificate
+    own = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    own.load_cert_chain(chain, key)
+
+    async def serve_one(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(GOOD)
+
+    async with raw_backend(serve_one, tls=own) as backend:
+        client = tls_client(backend.port, chain, keepalive_s=60)
+        for number in (1, 2):
+            with await client.send("embeddings", {}, b"{}") as upstream:
+                assert (upstream.first, await upstream.read()) == (b"good", b"")
+            await eventually(lambda: client.connections == 0)
+            assert len(backend.peers) == number
+        await client.aclose()
+
+
+async def test_tls_when_a_body_ends_with_the_connection_then_it_is_read_whole(tmp_path: Path) -> None:
+    certificate = write_certificate(tmp_path)
+    key, chain = certificate
+    own = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    own.load_cert_chain(chain, key)
+
+    async def serve_one(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 500_000)
+
+    async with raw_backend(serve_one, tls=own) as backend:
+        client = tls_client(backend.port, chain)
         with await client.send("embeddings", {}, b"{}") as upstream:
-            assert (upstream.status, upstream.first) == (200, b"{}")
-    assert len(heads) == 2
-    assert heads[0].startswith(b"POST /v1/embeddings HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n" % port)
-    await client.aclose()
-    server.close()
+            read = upstream.first
+            while part := await upstream.read():
+                read += part
+        assert read == b"x" * 500_000
+        await client.aclose()
+
+
+async def test_tls_when_the_backend_speaks_none_then_it_cannot_be_reached() -> None:
+    async def serve(peer: Peer) -> None:
+        await peer.reader.read(1)
+        await peer.send(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    async with raw_backend(serve) as backend:
+        client = tls_client(backend.port)
+        with pytest.raises(BackendFailed, match="cannot be reached"):
+            await client.send("embeddings", {}, b"{}")
+        await client.aclose()
+
+
+@pytest.mark.parametrize("text", [None, "no certificate"])
+async def test_ca_file_when_it_cannot_be_used_then_settings_error(tmp_path: Path, text: str | None) -> None:
+    file = tmp_path / "ca.pem"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(SettingsError, match=r"^backends\.gemini\.ca_file (holds no|cannot be read)"):
+        tls_client(443, file)
+
+
+# Proxies
+
+
+@pytest.mark.parametrize(
+    ("url", "variables", "is_refused"),
+    [
+        ("https://api.example/v1", {"HTTPS_PROXY": "http://proxy:3128"}, True),
+        ("https://api.example/v1", {"https_proxy": "http://proxy:3128"}, True),
+        ("https://api.example/v1", {"ALL_PROXY": "socks5://proxy"}, True),
+        ("http://api.example/v1", {"HTTP_PROXY": "http://proxy:3128"}, True),
+        ("https://api.example/v1", {"HTTP_PROXY": "http://proxy:3128"}, False),
+        ("https://api.example/v1", {"HTTPS_PROXY": ""}, False),
+        ("https://api.example/v1", {"HTTPS_PROXY": "http://proxy:3128", "NO_PROXY": "a.b,.example"}, False),
+        ("https://api.example/v1", {"HTTPS_PROXY": "http://proxy:3128", "NO_PROXY": "other.example"}, True),
+        ("https://api.example/v1", {"HTTPS_PROXY": "http://proxy:3128", "NO_PROXY": "*"}, False),
+        ("http://localhost:8000/v1", {"HTTP_PROXY": "http://proxy:3128"}, False),
+        ("http://[::1]:8000/v1", {"ALL_PROXY": "http://proxy:3128"}, False),
+    ],
+)
+async def test_proxy_when_the_environment_names_one_that_would_apply_then_settings_error(
+    monkeypatch: pytest.MonkeyPatch, url: str, variables: dict[str, str], *, is_refused: bool
+) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    settings, _ = load_settings(None, {"backends": {"hardware": {"url": url}}})
+    with pytest.raises(SettingsError, match="is not supported: unset it") if is_refused else nullcontext():
+        async with open_backends(settings):
+            pass
+
+
+# Bounds
+
+
+@ONE_SERVER
+async def test_connections_when_gemini_has_none_free_then_hardware_serves_and_the_breaker_stays_closed(
+    start_relay: StartRelay, gemini: Backend, hardware: Backend
+) -> None:
+    breaker = CircuitBreaker(failures=1, reset_s=10)
+    relay = await start_relay(
+        client_of("gemini", gemini.url, max_connections=1, breaker=breaker), client_of("hardware", hardware.url)
+    )
+    waiting = asyncio.create_task(relay.ask("wait"))
+    await gemini.arrived.wait()
+    answer = await relay.ask()
+    assert (answer.status, answer.headers["X-Credits-Backend"]) == (200, "hardware")
+    assert breaker.state == "closed"
+    gemini.go_on.set()
+    assert (await waiting).headers["X-Credits-Backend"] == "gemini"
+    assert await relay.spent() == (2, 1)
+
+
+@ONE_SERVER
+async def test_connections_when_the_only_backend_has_none_free_then_503_and_nothing_is_debited(
+    start_relay: StartRelay, hardware: Backend
+) -> None:
+    breaker = CircuitBreaker(failures=1, reset_s=10)
+    relay = await start_relay(client_of("hardware", hardware.url, max_connections=1, breaker=breaker))
+    waiting = asyncio.create_task(relay.ask("wait"))
+    await hardware.arrived.wait()
+    answer = await relay.ask()
+    assert (answer.status, answer.code, answer.headers["Retry-After"]) == (503, "relay_busy", "1")
+    assert breaker.state == "closed"
+    page = relay.app[METRICS].render().decode()
+    assert 'limiter_backend_calls_total{backend="hardware",outcome="busy"} 1.0' in page
+    assert 'limiter_backend_connections{backend="hardware"} 1.0' in page
+    hardware.go_on.set()
+    assert (await waiting).status == 200
+    assert (await relay.ask()).status == 200
+    assert await relay.spent() == (2, 0)
+
+
+@ONE_SERVER
+@pytest.mark.parametrize(
+    "headers", [b"X: " + b"x" * (70 << 10) + b"\r\n", b"X: x\r\n" * 300], ids=["64 KiB", "256 headers"]
+)
+async def test_headers_when_a_backend_sends_too_many_then_the_error_and_the_log_say_so_and_the_breaker_stays_closed(
+    start_relay: StartRelay, headers: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def serve(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(b"HTTP/1.1 200 OK\r\n" + headers + b"Content-Length: 2\r\n\r\n{}")
+
+    breaker = CircuitBreaker(failures=1, reset_s=10)
+    async with raw_backend(serve) as backend:
+        url = f"http://127.0.0.1:{backend.port}/v1"
+        relay = await start_relay(client_of("hardware", url, breaker=breaker))
+        for _ in range(2):
+            answer = await relay.ask()
+            assert (answer.status, answer.code) == (502, "backend_unavailable")
+            assert "sent headers that cannot be read" in answer.document["detail"]
+    assert "sent headers that cannot be read" in caplog.text
+    assert breaker.state == "closed"
+
+
+# Backends
 
 
 async def test_backends_when_one_is_refused_then_the_other_is_closed() -> None:
