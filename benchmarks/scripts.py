@@ -27,7 +27,7 @@ ROUNDS = 5
 HOLD_ID = "0123456789abcdef0123456789abcdef"
 KEY = "credits:install:__rand_int__"  # redis-benchmark puts 12 digits below the number of rows here
 ARGUMENTS = {
-    "reserve": (HOLD_ID[:20] + "__rand_int__", "pro", "monthly", "1000000", "400000", "", "1", "1", "600000", "1"),
+    "reserve": (HOLD_ID[:20] + "__rand_int__", "pro", "monthly", "1000000", "400000", "", "1", "1", "1", "600000", "1"),
     "commit": (HOLD_ID, "", "", "core"),
 }
 FILL = """

@@ -25,9 +25,10 @@ from limiter.licences.tokens import Licences
 from limiter.redis.acl import acl_line, needed_commands, probes
 from limiter.redis.cluster import primaries_of
 from limiter.redis.connect import CLIENT_ERRORS, open_client
-from limiter.redis.server_checks import Finding, inspect, inspect_health
+from limiter.redis.errors import is_unknown_command
+from limiter.redis.server_checks import Finding, inspect, inspect_health, without_command
 from limiter.redis.url import Kind, parse_url, redacted
-from limiter.relay.upstream.client import tls_context
+from limiter.relay.upstream.client import base_url, tls_context
 
 _SLOW_MS = 5.0
 _SKEW_S = 2.0
@@ -78,7 +79,10 @@ async def _redis(settings: Settings) -> AsyncIterator[Finding]:
 
 
 async def _server(node: Any, settings: Settings, where: str) -> AsyncIterator[Finding]:
-    missing = await _missing(node, settings)
+    absent: list[str] = []
+    missing = await _missing(node, settings, absent)
+    for command in absent:
+        yield without_command(where, command)
     if missing:
         yield Finding("problem", where, f"this user may not {missing}", _BY_THE_LINE)
     try:
@@ -90,7 +94,7 @@ async def _server(node: Any, settings: Settings, where: str) -> AsyncIterator[Fi
         yield finding
     for finding in inspect_health(info, subject=where, kind=kind, wait_replicas=settings.redis.wait_replicas):
         yield finding
-    if missing:
+    if missing or absent:
         return
     yield Finding("ok", where, "this user may do all that limiter does")
     yield await _appendfsync(node, info, where)
@@ -98,8 +102,11 @@ async def _server(node: Any, settings: Settings, where: str) -> AsyncIterator[Fi
     yield await _clock(node, where)
 
 
-async def _missing(node: Any, settings: Settings) -> str:
-    """Try each command. Return what the user may not do, "" if it may do everything."""
+async def _missing(node: Any, settings: Settings, absent: list[str]) -> str:
+    """Try each command. Return what the user may not do, "" if it may do everything.
+
+    absent: gets the commands that the server does not know.
+    """
     kind, database = _place(settings.redis.url)
     key = Keys(settings.redis.prefix).probe()
     missing = []
@@ -113,7 +120,9 @@ async def _missing(node: Any, settings: Settings) -> str:
             if f"'{command}'" not in text:  # denied to the connection itself, in its handshake
                 raise
             missing.append(command.replace("|", " ").upper())
-        except ResponseError:
+        except ResponseError as error:
+            if is_unknown_command(error):
+                absent.append(command.replace("|", " ").upper())
             continue  # it is permitted: the server refuses it for another reason
     return f"run {', '.join(missing)}" if missing else ""
 
@@ -229,29 +238,31 @@ async def _backend(name: Backend, backend: BackendSettings, *, is_on: bool) -> F
     subject = f"backends.{name}"
     if not is_on:
         return Finding("ok", subject, "off")
-    key = backend.api_key.get_secret_value()
     try:
+        base = base_url(name, backend.url)
         tls: Any = tls_context(name, backend.ca_file)
     except SettingsError as error:
-        return Finding("problem", subject, str(error), "give the file that holds the authority's certificate")
+        return Finding("problem", subject, str(error), f"change the settings of {subject}")
+    shown = str(base.with_user(None).with_query(None)).rstrip("/")
+    key = backend.api_key.get_secret_value()
     timeout = aiohttp.ClientTimeout(total=_BACKEND_S, connect=min(backend.connect_s, _BACKEND_S))
     try:
         async with (
             aiohttp.ClientSession(
                 timeout=timeout, headers={"Authorization": f"Bearer {key}"} if key else {}
             ) as session,
-            session.get(f"{backend.url.rstrip('/')}/models", allow_redirects=False, ssl=tls) as answer,
+            session.get(base.joinpath("models").with_query(base.query), allow_redirects=False, ssl=tls) as answer,
         ):
             status = answer.status
     except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
-        text = f"{redacted(backend.url)} cannot be reached: {str(error) or type(error).__name__}"
+        text = f"{shown} cannot be reached: {str(error) or type(error).__name__}"
         return Finding("problem", subject, text, f"check that it runs, and that {subject}.url leads there")
     if status in _REFUSED:
         return Finding("problem", subject, f"it refuses the key ({status})", f"set {subject}.api_key")
     if status >= 300:  # noqa: PLR2004  a status
-        text = f"{redacted(backend.url)}/models answers {status}"
+        text = f"{shown}/models answers {status}"
         return Finding("warning", subject, text, f"check that {subject}.url ends as its documentation says, as in …/v1")
-    return Finding("ok", subject, f"{redacted(backend.url)} answers")
+    return Finding("ok", subject, f"{shown} answers")
 
 
 def _place(url: str) -> tuple[Kind, int]:

@@ -13,6 +13,7 @@ LogEvent = Literal[
     "request_failed",
     "unexpected_error",
     "backend_failed",
+    "backend_refuses_operator",
     "circuit_breaker_opened",
     "circuit_breaker_closed",
     "redis_unavailable",

@@ -10,11 +10,12 @@ local tier_name      = ARGV[1]            -- string, 1..20 bytes
 local counter        = ARGV[2]            -- lifetime | monthly: what the tier's quota counts
 local quota          = ARGV[3] ~= "" and ARGV[3] + 0  -- int >= 0, credits; "" for none
 local gemini_cap     = ARGV[4] ~= "" and ARGV[4] + 0  -- int >= 0, credits; "" for none
-local has_hardware   = ARGV[5] == "1"     -- 1 | 0
-local cost           = ARGV[6] + 0        -- int > 0, credits
-local lifetime_tiers = ARGV[7]            -- names joined by ",": the tiers whose quota is a lifetime's
-local may_create     = ARGV[8] == "1"     -- 1 | 0: whether an unknown install gets a row
-local now_arg        = ARGV[9]            -- int, epoch milliseconds; "" or none for the server's time
+local has_hardware   = ARGV[5] == "1"     -- 1 | 0: whether hardware can serve this request
+local has_gemini     = ARGV[6] == "1"     -- 1 | 0: whether Gemini can; one of the two
+local cost           = ARGV[7] + 0        -- int > 0, credits
+local lifetime_tiers = ARGV[8]            -- names joined by ",": the tiers whose quota is a lifetime's
+local may_create     = ARGV[9] == "1"     -- 1 | 0: whether an unknown install gets a row
+local now_arg        = ARGV[10]           -- int, epoch milliseconds; "" or none for the server's time
 if cost <= 0 or cost % 1 ~= 0 then return redis.error_reply("BADARG debit wants a whole cost above 0") end
 local hold_field, max_in_flight = "hold:", nil
 --@include clock -> now_ms

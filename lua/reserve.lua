@@ -12,11 +12,12 @@ local counter       = ARGV[3]            -- lifetime | monthly: what the tier's 
 local quota         = ARGV[4] ~= "" and ARGV[4] + 0  -- int >= 0, credits; "" for none
 local gemini_cap    = ARGV[5] ~= "" and ARGV[5] + 0  -- int >= 0, credits; "" for none
 local max_in_flight = ARGV[6] ~= "" and ARGV[6] + 0  -- int > 0, live holds; "" for no limit
-local has_hardware  = ARGV[7] == "1"     -- 1 | 0
-local cost_arg      = ARGV[8]            -- int > 0, credits
-local hold_ms       = ARGV[9] + 0        -- int > 0, milliseconds until the hold expires
-local may_create    = ARGV[10] == "1"    -- 1 | 0: whether an unknown install gets a row
-local now_arg       = ARGV[11]           -- int, epoch milliseconds; "" or none for the server's time
+local has_hardware  = ARGV[7] == "1"     -- 1 | 0: whether hardware can serve this request
+local has_gemini    = ARGV[8] == "1"     -- 1 | 0: whether Gemini can; one of the two
+local cost_arg      = ARGV[9]            -- int > 0, credits
+local hold_ms       = ARGV[10] + 0       -- int > 0, milliseconds until the hold expires
+local may_create    = ARGV[11] == "1"    -- 1 | 0: whether an unknown install gets a row
+local now_arg       = ARGV[12]           -- int, epoch milliseconds; "" or none for the server's time
 local hold_field, cost = "hold:" .. hold_id, cost_arg + 0
 if hold_id == "" or cost <= 0 or cost % 1 ~= 0 or hold_ms <= 0 then
   return redis.error_reply("BADARG reserve wants a hold id, and a whole cost and a hold time above 0")

@@ -242,6 +242,14 @@ async def test_doctor_when_redis_is_set_up_badly_then_it_says_what_to_do(own_ser
     assert "is not a valid Redis URL" in worst(await found("http://hidden"))["redis"]
 
 
+@pytest.mark.parametrize("command", ["SCRIPT", "EVALSHA", "TIME"])
+async def test_doctor_when_the_server_lacks_a_command_then_it_is_named(own_server: MakeServer, command: str) -> None:
+    server = own_server("valkey", "--rename-command", command, "")
+    told_of = worst(await found(server.url))["redis"]
+    assert f"problem has no {command}" in told_of
+    assert f"take `rename-command {command} " in told_of
+
+
 async def test_doctor_when_settings_lead_nowhere_then_each_is_named(own_server: MakeServer, tmp_path: Path) -> None:
     url = own_server().url
     (tmp_path / "credits.json").write_text("{")

@@ -229,4 +229,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def _shown(name: str, value: object) -> str:
     if isinstance(value, SecretStr):
         return "***" if value.get_secret_value() else ""
+    if isinstance(value, list):
+        return json.dumps(value)  # as a variable or the file would have it
     return redacted(str(value)) if name.endswith(".url") else str(value)

@@ -5,7 +5,7 @@ Secrets are pydantic's SecretStr, and URLs are kept out of each repr: they may h
 
 import os
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 from pydantic_core import PydanticCustomError
@@ -13,13 +13,10 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 
 from limiter.credits.models import Tiers
 
-METERED_PATHS = (  # the relay's paths on which a request costs credits
-    "/v1/chat/completions",
-    "/v1/completions",
-    "/v1/embeddings",
-    "/v1/responses",
-    "/v1/audio/transcriptions",
-)
+MeteredPath = Literal[
+    "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/audio/transcriptions"
+]
+METERED_PATHS: tuple[MeteredPath, ...] = get_args(MeteredPath)  # the relay's paths on which a request costs credits
 VARIABLE_PREFIX = "LIMITER_"
 Values = dict[str, Any]  # a TOML document
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9.-]+(:[0-9]{1,5})?|[a-z]+://\[[0-9a-f:]+\](:[0-9]{1,5})?")
@@ -88,14 +85,16 @@ class RelaySettings(_Section):
     mint_per_ip: Whole = Field(default=20, ge=0, le=50_000)
     mint_overall: Whole = Field(default=10_000, ge=0, le=50_000)
     hold_s: Whole = Field(default=900, ge=1, le=86_400)
+    first_event_s: Seconds = Field(default=15, gt=0, le=3600)
     drain_s: Whole = Field(default=30, ge=0, le=3600)
 
 
 class BackendSettings(_Section):
-    """The settings that both tables of [backends] have."""
+    """The settings that both tables of [backends] have. routes: the metered paths that the backend has."""
 
     url: str = Field(default="", repr=False)
     api_key: SecretStr = SecretStr("")
+    routes: list[MeteredPath] = Field(default=list(METERED_PATHS), min_length=1)
     connect_s: Seconds = Field(default=10, gt=0, le=600)
     timeout_s: Seconds = Field(default=300, gt=0, le=3600)
     idle_s: Seconds = Field(default=120, gt=0, le=3600)
@@ -111,6 +110,8 @@ class GeminiSettings(BackendSettings):
     """[backends.gemini]. Enabled when `api_key` is set."""
 
     url: str = Field(default="https://generativelanguage.googleapis.com/v1beta/openai", repr=False)
+    # What Gemini has of OpenAI's API: https://ai.google.dev/gemini-api/docs/openai
+    routes: list[MeteredPath] = Field(default=["/v1/chat/completions", "/v1/embeddings"], min_length=1)
     timeout_s: Seconds = Field(default=120, gt=0, le=3600)
 
 

@@ -73,11 +73,14 @@ class CreditLimiter:
         *,
         tier: str,
         has_hardware: bool,
+        has_gemini: bool = True,
         cost: int = 1,
         hold_id: str | None = None,
         may_create: bool = True,
     ) -> Decision:
         """Plan a request and hold its credits, until commit, release or `hold_ms`.
+
+        has_hardware, has_gemini: which backends can serve this request; one of them must.
 
         A repeat with the same hold_id returns the same answer (REPLAY) and holds nothing more. A refusal stores only
         the roll-over and a new row. Raises UnknownTier, InvalidInstallId, BrokenRow, LimiterUnavailable.
@@ -86,6 +89,7 @@ class CreditLimiter:
         key = self.session.keys.install(install_id)
         hold = _checked_hold_id(hold_id) if hold_id else random_id()
         _check_cost(cost)
+        _check_backends(has_hardware, has_gemini)
         return await self._decided(
             key,
             tier,
@@ -95,6 +99,7 @@ class CreditLimiter:
                 hold_id=hold,
                 tier=limits,
                 has_hardware=has_hardware,
+                has_gemini=has_gemini,
                 cost=cost,
                 hold_ms=self.hold_ms,
                 may_create=may_create,
@@ -144,7 +149,14 @@ class CreditLimiter:
             self._denial_cache.invalidate(key)
 
     async def debit(
-        self, install_id: str, *, tier: str, has_hardware: bool, cost: int = 1, may_create: bool = True
+        self,
+        install_id: str,
+        *,
+        tier: str,
+        has_hardware: bool,
+        has_gemini: bool = True,
+        cost: int = 1,
+        may_create: bool = True,
     ) -> Decision:
         """Plan and debit in one step, for callers that need no hold.
 
@@ -153,6 +165,7 @@ class CreditLimiter:
         limits = self.tiers[tier]
         key = self.session.keys.install(install_id)
         _check_cost(cost)
+        _check_backends(has_hardware, has_gemini)
         return await self._decided(
             key,
             tier,
@@ -161,6 +174,7 @@ class CreditLimiter:
                 key,
                 tier=limits,
                 has_hardware=has_hardware,
+                has_gemini=has_gemini,
                 cost=cost,
                 lifetime_tiers=self.tiers.lifetime_names,
                 may_create=may_create,
@@ -192,7 +206,14 @@ class CreditLimiter:
             self._denial_cache.invalidate(key)
 
     def hold(
-        self, install_id: str, *, tier: str, has_hardware: bool, cost: int = 1, hold_id: str | None = None
+        self,
+        install_id: str,
+        *,
+        tier: str,
+        has_hardware: bool,
+        has_gemini: bool = True,
+        cost: int = 1,
+        hold_id: str | None = None,
     ) -> AbstractAsyncContextManager[Hold]:
         """Reserve, then commit at the end of the block, or release if it raises (cancellation included).
 
@@ -200,7 +221,14 @@ class CreditLimiter:
         """
         own_id = hold_id or random_id()
         return hold_context(
-            lambda: self.reserve(install_id, tier=tier, has_hardware=has_hardware, cost=cost, hold_id=own_id),
+            lambda: self.reserve(
+                install_id,
+                tier=tier,
+                has_hardware=has_hardware,
+                has_gemini=has_gemini,
+                cost=cost,
+                hold_id=own_id,
+            ),
             lambda hold: self.commit(install_id, own_id, backend=hold.used_backend, cost=hold.used_cost),
             lambda: self.release(install_id, own_id),
         )
@@ -234,6 +262,11 @@ def _checked_hold_id(hold_id: str) -> str:
     if not _HOLD_ID.fullmatch(hold_id):
         raise ValueError(f"hold id {hold_id[:80]!r} is not usable: give 1 to 48 characters of A-Z a-z 0-9 . _ -")
     return hold_id
+
+
+def _check_backends(has_hardware: bool, has_gemini: bool) -> None:
+    if not (has_hardware or has_gemini):
+        raise ValueError("neither has_hardware nor has_gemini is true: no backend could serve the request")
 
 
 def _check_cost(cost: int) -> None:

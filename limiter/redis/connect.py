@@ -3,10 +3,10 @@
 import asyncio
 import logging
 
-from redis.asyncio import BlockingConnectionPool, SSLConnection
+from redis.asyncio import BlockingConnectionPool, Redis, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
+from redis.exceptions import AuthenticationError, NoPermissionError, RedisError, ResponseError
 
 from limiter.errors import ACL_HINT, Execution, LimiterUnavailable, SettingsError
 from limiter.log_events import event
@@ -14,8 +14,9 @@ from limiter.redis import embedded
 from limiter.redis.client import Client
 from limiter.redis.cluster import ClusterClient, primaries_of
 from limiter.redis.embedded_client import EmbeddedClient
+from limiter.redis.errors import is_unknown_command
 from limiter.redis.sentinel import PrimaryConnection, SentinelClient, Sentinels, TlsPrimaryConnection
-from limiter.redis.server_checks import inspect
+from limiter.redis.server_checks import inspect, without_command
 from limiter.redis.slot_map import SlotMap
 from limiter.redis.url import Kind, invalid_url, parse_url, redacted
 
@@ -95,12 +96,25 @@ def _pool(
     return pool
 
 
+async def _check_commands(node: Redis, subject: str) -> None:
+    """Refuse a server whose configuration took away what decisions are made with; what it denies a user comes later."""
+    for command in (("SCRIPT", "LOAD", "return 1"), ("EVALSHA", "0" * 40, 0)):
+        try:
+            await node.execute_command(*command)  # type: ignore[no-untyped-call]  # redis-py 8.1
+        except ResponseError as error:
+            if is_unknown_command(error):
+                finding = without_command(subject, command[0])
+                raise SettingsError(str(finding)) from error
+
+
 async def _check(redis: Client, url: str, *, allow_eviction: bool) -> None:
     """Refuse servers on which rows are not safe; warn where they could be safer."""
     subject = f"Redis at {redacted(url)}"
     try:
         nodes = await primaries_of(redis)
         infos = [await node.info() for node in nodes]
+        for node in nodes:
+            await _check_commands(node, subject)
         await redis.open()
     except AuthenticationError as error:
         raise SettingsError(f"{subject} refuses this user or password: {error}") from error

@@ -41,6 +41,11 @@ _REFUSALS = ("NOREPLICAS ", "MISCONF ")
 _DENIED_IN_SCRIPT = ("ACL failure in script", "The user executing the script can't")
 
 
+def is_unknown_command(error: Exception) -> bool:
+    """Return whether a server does not know a command, as its configuration may rename or disable one."""
+    return str(error).lower().startswith("unknown command")
+
+
 def translate_error(error: Exception, row_key: str) -> Exception:  # noqa: PLR0911  a table of cases
     """Translate an error of redis-py into one of this package, which names the key where that helps."""
     text = str(error)

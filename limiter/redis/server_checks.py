@@ -69,6 +69,12 @@ def inspect_health(info: Info, *, subject: str, kind: Kind, wait_replicas: int) 
     ]
 
 
+def without_command(subject: str, command: str) -> Finding:
+    """Return the problem of a server that does not know a command."""
+    advice = f"take `rename-command {command.partition(' ')[0]} …` out of its configuration, or use another server"
+    return Finding("problem", subject, f"has no {command} command, which limiter cannot do without", advice)
+
+
 def _mode(info: Info, subject: str, kind: Kind) -> Iterator[Finding]:
     """Find a server of another kind than that of the URL, which would fail later and less clearly."""
     mode = info.get("redis_mode") or info.get("server_mode")  # Redis, Valkey

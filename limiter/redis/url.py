@@ -27,6 +27,9 @@ _SCHEMES: dict[str, tuple[Kind, str]] = {
 }
 _DEFAULT_PORT: dict[Kind, int] = {"single": 6379, "sentinel": 26379, "cluster": 6379}
 _PLACE = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[^:\[\]]+)(:(?P<port>\d{1,5}))?", re.ASCII)
+# A secret in a query, up to the next option: what is not percent-encoded in it belongs to it, too.
+_PASSWORD = re.compile(r"(?:(?<=password=)|(?<=[?&]key=)|(?<=[?&]sig=)).*?(?=&[a-z_]+=|$)", re.DOTALL)
+_NAME_OPTIONS = ("username=", "client_name=", "sentinel_username=")
 _SENTINEL_LOGIN = ("sentinel_username", "sentinel_password")
 _MAX_PORT = 65_535
 
@@ -89,6 +92,8 @@ def parse_url(url: str) -> Topology | None:
     if scheme not in _SCHEMES or not separator:
         raise invalid_url(url)
     kind, plain = _SCHEMES[scheme]
+    if plain != "unix" and _has_split_password(rest):
+        raise invalid_url(url)
     if kind == "single":
         return None
     rest, _, query = rest.partition("?")
@@ -104,6 +109,19 @@ def parse_url(url: str) -> Topology | None:
     return Topology(kind, plain, login + at, seeds, name, database, tuple(parse_qsl(query)))
 
 
+def _has_split_password(rest: str) -> bool:
+    """Return whether a `/`, `?` or `#` of a password ended it: its start is taken for a host then, its rest for a path.
+
+    Errors about that host would show a part of it. An @ behind the address can otherwise only be an option's.
+    """
+    parts = re.split(r"[/?#]", rest, maxsplit=1)
+    behind = _PASSWORD.sub("", parts[1]) if len(parts) > 1 else ""
+    path, *options = re.split(r"[?&]", behind)
+    if "/" not in rest.partition("?")[0].partition("#")[0] and "?" in rest:
+        path, options = "", [path, *options]  # there is no path: the first part is an option already
+    return "@" in path or any("@" in option and not option.startswith(_NAME_OPTIONS) for option in options)
+
+
 def invalid_url(url: str) -> SettingsError:
     """Return the error for a text that is not a valid Redis URL."""
     return SettingsError(f"{redacted(url)!r} is not a valid Redis URL: give {_FORMS}")
@@ -112,16 +130,16 @@ def invalid_url(url: str) -> SettingsError:
 def redacted(url: str) -> str:
     """Return the URL without its passwords, for logs and errors; it need not be valid."""
     scheme, separator, rest = url.partition("://")
-    login, at, place = rest.rpartition("@")
+    login, at, place = _PASSWORD.sub("***", rest).rpartition("@")
     user = login.partition(":")[0] + ":***" if ":" in login else login
-    return scheme + separator + user + at + re.sub(r"(password=)[^&]*", r"\1***", place)
+    return scheme + separator + user + at + place
 
 
 def passwords_of(url: str) -> list[str]:
     """Return the passwords in a URL, to be masked in logs: each as it is written there, and decoded."""
     rest = url.partition("://")[2]
-    login = rest.rpartition("@")[0]
-    written = [login.partition(":")[2], *re.findall(r"password=([^&]*)", rest)]
+    login = _PASSWORD.sub("", rest).rpartition("@")[0]
+    written = [login.partition(":")[2], *_PASSWORD.findall(rest)]
     return [text for each in written if each for text in (each, unquote(each))]
 
 

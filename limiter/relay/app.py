@@ -20,7 +20,7 @@ from limiter.relay.handlers.metered import serve_json, serve_upload
 from limiter.relay.handlers.models import MODELS, Models, show_model, show_models
 from limiter.relay.handlers.openapi import show_openapi
 from limiter.relay.http.client_address import trusted_networks
-from limiter.relay.http.connection import RelayRunner
+from limiter.relay.http.connection import RelayRunner, close_after_unframed
 from limiter.relay.http.handler import Handler
 from limiter.relay.metering.admission import Admission
 from limiter.relay.metering.availability import RedisAvailability, WatchedLimiter
@@ -67,7 +67,7 @@ def create_app(
         for served in (method, "HEAD") if method == "GET" else (method,):
             # The id of a model may contain slashes.
             app.router.add_route(served, path.replace("}", ":.+}"), handler, expect_handler=expect)
-    app.on_response_prepare.append(add_request_id)
+    app.on_response_prepare.extend([add_request_id, close_after_unframed])
     add_cors(app, settings.relay.cors_origins)
     add_access_log(app, metrics, short_names(settings.logs.key.get_secret_value()))
     metrics.watch_redis(lambda: availability.state == "ok")

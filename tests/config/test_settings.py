@@ -206,6 +206,8 @@ def test_variable_when_it_belongs_to_the_tests_then_it_is_ignored(monkeypatch: p
         ("[backends.hardware]\nca_file = 5", "backends.hardware.ca_file"),
         ("[relay]\nmax_connections = -1", "relay.max_connections"),
         ("[backends.gemini]\napi_key = 5", "backends.gemini.api_key"),
+        ("[backends.gemini]\nroutes = []", "backends.gemini.routes"),
+        ('[backends.hardware]\nroutes = ["/v1/models"]', "backends.hardware.routes.0"),
         ('[licence]\npublic_keys = "one"', "licence.public_keys"),
         ("[persister]\ninterval_s = 0", "persister.interval_s"),
         ('[models]\nrecap = "gemini-2.5-flash"', "models.recap"),

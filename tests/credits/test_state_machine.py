@@ -7,7 +7,7 @@ are conserved, an allowed request never promises more than the quota, and no cou
 import asyncio
 import os
 from collections import defaultdict
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from typing import TypeVar
 
 from hypothesis import HealthCheck, settings
@@ -33,6 +33,13 @@ installs = st.sampled_from(INSTALLS)
 hold_ids = st.sampled_from(HOLD_IDS)
 tier_names = st.sampled_from(["core", "trial", "pro", "max"])
 backends: "st.SearchStrategy[Backend]" = st.sampled_from(["gemini", "hardware"])
+served_by = st.sampled_from(
+    [
+        {"has_hardware": True, "has_gemini": True},
+        {"has_hardware": False, "has_gemini": True},
+        {"has_hardware": True, "has_gemini": False},
+    ]
+)
 costs = st.sampled_from([1, 1, 1, 1, 2, 3])
 small = st.integers(0, 12)
 quotas = st.sampled_from([0, 1, 3, 6, 9, 12, 20])
@@ -103,34 +110,30 @@ class Credits(RuleBasedStateMachine):
             self.limiter = self.limiter_of(tiers)
             self.reference.tiers = tiers
 
-    @rule(install=installs, tier=tier_names, has_hardware=st.booleans(), cost=costs)
-    def reserve_once_more(self, install: str, tier: str, *, has_hardware: bool, cost: int) -> None:
+    @rule(install=installs, tier=tier_names, can=served_by, cost=costs)
+    def reserve_once_more(self, install: str, tier: str, *, can: Mapping[str, bool], cost: int) -> None:
         """As `reserve`, with a hold id that the row does not have."""
         account = self.reference.rows.get(install)
         free = [hold_id for hold_id in HOLD_IDS if not account or hold_id not in account.holds]
         hold_id = free[0] if free else HOLD_IDS[0]
-        self.reserve(install, tier, has_hardware=has_hardware, cost=cost, hold_id=hold_id, may_create=True)
+        self.reserve(install, tier, can=can, cost=cost, hold_id=hold_id, may_create=True)
 
     @rule(
         install=installs,
         tier=tier_names,
-        has_hardware=st.booleans(),
+        can=served_by,
         cost=costs,
         hold_id=hold_ids,
         may_create=st.sampled_from([True, True, True, False]),
     )
     def reserve(
-        self, install: str, tier: str, *, has_hardware: bool, cost: int, hold_id: str, may_create: bool
+        self, install: str, tier: str, *, can: Mapping[str, bool], cost: int, hold_id: str, may_create: bool
     ) -> None:
         before = self.stored(install)
         answer = self.run(
-            self.limiter.reserve(
-                install, tier=tier, has_hardware=has_hardware, cost=cost, hold_id=hold_id, may_create=may_create
-            )
+            self.limiter.reserve(install, tier=tier, **can, cost=cost, hold_id=hold_id, may_create=may_create)
         )
-        expected = self.reference.reserve(
-            install, tier=tier, has_hardware=has_hardware, cost=cost, hold_id=hold_id, may_create=may_create
-        )
+        expected = self.reference.reserve(install, tier=tier, **can, cost=cost, hold_id=hold_id, may_create=may_create)
         assert answer == expected
         after = self.stored(install)
         if answer.status is DecisionStatus.ALLOWED:
@@ -176,18 +179,14 @@ class Credits(RuleBasedStateMachine):
     @rule(
         install=installs,
         tier=tier_names,
-        has_hardware=st.booleans(),
+        can=served_by,
         cost=costs,
         may_create=st.sampled_from([True, True, False]),
     )
-    def debit(self, install: str, tier: str, *, has_hardware: bool, cost: int, may_create: bool) -> None:
+    def debit(self, install: str, tier: str, *, can: Mapping[str, bool], cost: int, may_create: bool) -> None:
         before = self.stored(install)
-        answer = self.run(
-            self.limiter.debit(install, tier=tier, has_hardware=has_hardware, cost=cost, may_create=may_create)
-        )
-        assert answer == self.reference.debit(
-            install, tier=tier, has_hardware=has_hardware, cost=cost, may_create=may_create
-        )
+        answer = self.run(self.limiter.debit(install, tier=tier, **can, cost=cost, may_create=may_create))
+        assert answer == self.reference.debit(install, tier=tier, **can, cost=cost, may_create=may_create)
         if answer.allowed:
             self.debited[install, self.limiter.tiers[tier].counter] = cost
             self.assert_within_quota(install, tier)

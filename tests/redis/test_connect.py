@@ -81,11 +81,38 @@ def test_url_of_a_cluster_when_read_then_without_ports_it_means_the_usual_one() 
         ("redis://:sec@ret@h:1/0", "redis://:***@h:1/0"),
         ("unix:///run/redis.sock?password=secret&db=1", "unix:///run/redis.sock?password=***&db=1"),
         ("embedded:./data", "embedded:./data"),
+        ("redis://:sec#ret?x@h:1/0", "redis://:***@h:1/0"),
+        ("redis://h:1/0?password=se@cret", "redis://h:1/0?password=***"),
+        ("redis://me:a@h:1/0?password=se@cr&et&db=1", "redis://me:***@h:1/0?password=***&db=1"),
+        ("redis://h:1/0?password=se#cret", "redis://h:1/0?password=***"),
+        ("http://h/v1?key=secret&x=1", "http://h/v1?key=***&x=1"),
         ("redis+sentinel://:a@h1,h2/n?sentinel_password=b", "redis+sentinel://:***@h1,h2/n?sentinel_password=***"),
     ],
 )
 def test_url_when_shown_then_without_its_password(url: str, shown: str) -> None:
     assert redacted(url) == shown
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"{scheme}://{login}@127.0.0.1:1{end}"
+        for scheme in ("redis", "rediss", "redis+cluster", "redis+sentinel")
+        for login in (":7{}secret", "me:7{}secret", "me:sec@7{}secret", ":secret{}7@se/cret")
+        for end in ("", "/0", "/mymaster/0?db=1")
+    ],
+)
+@pytest.mark.parametrize("split", ["/", "?", "#", "/?", "?x=1&y#"])
+async def test_connect_when_a_password_is_not_percent_encoded_then_the_error_says_so_and_shows_no_part_of_it(
+    url: str, split: str
+) -> None:
+    with pytest.raises(SettingsError, match="percent-encoded") as raised:
+        await connect(url.format(split))
+    shown = str(raised.value).partition(" is not a valid")[0]
+    assert "sec" not in shown
+    assert "cret" not in shown
+    assert ":7" not in shown
+    assert raised.value.__cause__ is None
 
 
 @pytest.mark.parametrize("url", ["redis://:sec/ret@127.0.0.1:1", "redis://:secret@127.0.0.1:1", "http://:secret@h"])
@@ -255,3 +282,12 @@ async def test_tls_when_there_are_sentinels_then_they_and_the_primary_are_connec
     assert execute(primary, "DBSIZE") == 1
     with pytest.raises(LimiterUnavailable, match="certificate verify failed"):
         await connect(f"rediss+sentinel://127.0.0.1:{sentinel_port}/mymaster")
+
+
+@pytest.mark.parametrize("command", ["SCRIPT", "EVALSHA"])
+async def test_connect_when_a_server_lacks_a_command_that_decisions_need_then_the_error_names_it(
+    own_server: Callable[..., Server], command: str
+) -> None:
+    server = own_server("valkey", "--rename-command", command, "")
+    with pytest.raises(SettingsError, match=rf"has no {command} command, .*: take `rename-command {command} "):
+        await connect(server.url)

@@ -84,13 +84,16 @@ PRO = {"tier_name": "pro", "counter": "monthly", "quota": "701", "gemini_cap": "
 NOW = {"now_arg": "1778540577123"}
 CALLS: dict[str, tuple[Callable[[CreditLimiter], Awaitable[object]], dict[str, str]]] = {
     "reserve": (
-        lambda limiter: limiter.reserve("a", tier="pro", has_hardware=True, cost=704, hold_id="h-1", may_create=False),
+        lambda limiter: limiter.reserve(
+            "a", tier="pro", has_hardware=True, has_gemini=False, cost=704, hold_id="h-1", may_create=False
+        ),
         PRO
         | NOW
         | {
             "hold_id": "h-1",
             "max_in_flight": "703",
             "has_hardware": "1",
+            "has_gemini": "0",
             "cost_arg": "704",
             "hold_ms": "705000",
             "may_create": "0",
@@ -98,7 +101,9 @@ CALLS: dict[str, tuple[Callable[[CreditLimiter], Awaitable[object]], dict[str, s
     ),
     "debit": (
         lambda limiter: limiter.debit("a", tier="pro", has_hardware=False, cost=704, may_create=True),
-        PRO | NOW | {"has_hardware": "0", "cost": "704", "lifetime_tiers": "core", "may_create": "1"},
+        PRO
+        | NOW
+        | {"has_hardware": "0", "has_gemini": "1", "cost": "704", "lifetime_tiers": "core", "may_create": "1"},
     ),
     "commit": (
         lambda limiter: limiter.commit("a", "h-1", backend="hardware", cost=704),

@@ -136,3 +136,14 @@ async def test_debit_when_the_install_id_is_a_uuid_then_its_case_does_not_make_a
     for install_id in ("6F9619FF-8B86-D011-B42D-00C04FC964FF", "6f9619ff-8b86-d011-b42d-00c04fc964ff"):
         await limiter.debit(install_id, tier="core", has_hardware=False)
     assert await redis.keys() == [b"credits:install:6f9619ff-8b86-d011-b42d-00c04fc964ff"]
+
+
+async def test_debit_when_gemini_cannot_serve_then_hardware_is_debited_and_the_cap_is_not_touched(
+    limiter_with: LimiterWith,
+) -> None:
+    limiter = limiter_with(pro={"monthly": 3, "gemini_cap": 1})
+    decision = await limiter.debit("a", tier="pro", has_hardware=True, has_gemini=False, cost=2)
+    assert (decision.backend, decision.balance.remaining, decision.balance.gemini_remaining) == ("hardware", 1, 1)
+    refused = await limiter.debit("a", tier="pro", has_hardware=True, has_gemini=False, cost=2)
+    assert refused.reason is Reason.OUT_OF_CREDITS
+    assert (await limiter.debit("a", tier="pro", has_hardware=True)).backend == "gemini"

@@ -316,3 +316,56 @@ async def test_row_when_worked_hard_with_the_longest_names_then_it_is_still_a_li
         if i % 2:
             await limiter.commit("a", hold_id)
     assert await redis.object("encoding", "credits:install:a") == b"listpack"
+
+
+# Backends that cannot serve the request
+
+
+async def test_reserve_when_gemini_cannot_serve_then_hardware_is_planned_and_the_cap_holds_nothing(
+    redis: Redis, limiter: CreditLimiter
+) -> None:
+    decision = await limiter.reserve("a", tier="pro", has_hardware=True, has_gemini=False, cost=2, hold_id="h1")
+    assert (decision.allowed, decision.backend) == (True, "hardware")
+    assert (await fields_of(redis, "a"))["held"] == "1 0 0 0 2 0 1778541177123"
+    await limiter.commit("a", "h1")
+    balance = await limiter.balance("a", tier="pro")
+    assert (balance.remaining, balance.gemini_remaining) == (998, 400)
+
+
+async def test_reserve_when_gemini_cannot_serve_then_a_used_up_cap_is_no_reason_and_a_used_up_quota_is(
+    limiter_with: LimiterWith,
+) -> None:
+    limiter = limiter_with(core={"lifetime": 2, "gemini_cap": 0, "max_in_flight": 1})
+    assert (await limiter.reserve("a", tier="core", has_hardware=False)).reason is Reason.GEMINI_CAP
+    held = await limiter.reserve("a", tier="core", has_hardware=True, has_gemini=False)
+    assert held.backend == "hardware"
+    refused = await limiter.reserve("a", tier="core", has_hardware=True, has_gemini=False)
+    assert refused.reason is Reason.TOO_MANY_IN_FLIGHT
+    await limiter.commit("a", held.hold_id)
+    refused = await limiter.reserve("a", tier="core", has_hardware=True, has_gemini=False, cost=2)
+    assert refused.reason is Reason.OUT_OF_CREDITS
+
+
+async def test_reserve_when_repeated_by_a_caller_without_gemini_then_the_replay_says_what_is_held(
+    limiter: CreditLimiter,
+) -> None:
+    await limiter.reserve("a", tier="pro", has_hardware=True, hold_id="h1")
+    again = await limiter.reserve("a", tier="pro", has_hardware=True, has_gemini=False, hold_id="h1")
+    assert (again.status, again.backend) == (DecisionStatus.REPLAY, "gemini")
+
+
+async def test_hold_when_gemini_cannot_serve_then_it_is_debited_as_hardware(limiter: CreditLimiter) -> None:
+    async with limiter.hold("a", tier="pro", has_hardware=True, has_gemini=False) as hold:
+        assert hold.backend == "hardware"
+    balance = await limiter.balance("a", tier="pro")
+    assert (balance.remaining, balance.gemini_remaining) == (999, 400)
+
+
+async def test_reserve_when_no_backend_could_serve_then_it_is_a_value_error_and_no_row_is_made(
+    redis: Redis, limiter: CreditLimiter
+) -> None:
+    with pytest.raises(ValueError, match="no backend could serve"):
+        await limiter.reserve("a", tier="pro", has_hardware=False, has_gemini=False)
+    with pytest.raises(ValueError, match="no backend could serve"):
+        await limiter.debit("a", tier="pro", has_hardware=False, has_gemini=False)
+    assert not await fields_of(redis, "a")

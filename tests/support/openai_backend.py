@@ -80,6 +80,7 @@ class Backend:
         self.arrived = asyncio.Event()  # set at each request; the test clears it
         self.go_on = asyncio.Event()  # what `wait` waits for
         self.always = ""  # how to behave whatever the request says, before its body is read
+        self.refusal: tuple[int, object] = (400, "")  # what `refuse` answers
         self.reads = asyncio.Event()  # without it no upload is read
         self.reads.set()
 
@@ -216,6 +217,21 @@ async def _status(call: Call) -> web.StreamResponse:
     return web.json_response({"error": error}, status=status, headers=headers)
 
 
+async def _refuse(call: Call) -> web.StreamResponse:
+    """`refuse`: what the test put into `refusal`: a status and a document, a text, or None for one without an end."""
+    status, document = call.backend.refusal
+    if document is None:
+        response = web.StreamResponse(status=status)
+        await response.prepare(call.request)
+        await response.write(b"[")
+        return await _hang(call)
+    return (
+        web.Response(status=status, text=document)
+        if isinstance(document, str)
+        else web.json_response(document, status=status)
+    )
+
+
 async def _packed_status(call: Call) -> web.StreamResponse:
     """`packed-status:PACKING`: the same as a 400, packed, and called so."""
     packing = call.arguments[0]
@@ -282,6 +298,28 @@ async def _break_stream(call: Call) -> web.StreamResponse:
     return call.hang_up()
 
 
+async def _error_behind_200(call: Call) -> web.StreamResponse:
+    """`error-200`: an error with status 200, as a stream if that was asked for."""
+    error = {"error": {"message": "overloaded", "type": "server_error", "code": 503}}
+    if call.seen.document.get("stream") is not True:
+        return web.json_response(error)
+    response = await call.begin("text/event-stream")
+    await call.write(response, b": ping\n\ndata: " + json.dumps(error).encode() + b"\n\ndata: [DONE]\n\n")
+    await response.write_eof()
+    return response
+
+
+async def _pings(call: Call) -> web.StreamResponse:
+    """`pings:N:GAP_S`: comments, and then what a stream has."""
+    response = await call.begin("text/event-stream")
+    for _ in range(int(call.number(0, 3))):
+        await call.write(response, b": ping\n\n")
+        await asyncio.sleep(call.number(1, 0))
+    await call.write(response, CHUNK % 0 + b"data: [DONE]\n\n")
+    await response.write_eof()
+    return response
+
+
 async def _bad_chunk(call: Call) -> web.StreamResponse:
     """`bad-chunk`: a stream that turns into what is no chunked encoding."""
     response = await call.begin("text/event-stream")
@@ -326,7 +364,7 @@ async def _pour(call: Call) -> web.StreamResponse:
     """`pour:TYPE`: a body without an end, as fast as it is taken."""
     response = await call.begin("text/event-stream" if call.arguments == ["stream"] else "application/json")
     while True:
-        await call.write(response, b": " + b"z" * 65_536 + b"\n\n")
+        await call.write(response, b"data: " + b"z" * 65_536 + b"\n\n")
 
 
 async def _dribble(call: Call) -> web.StreamResponse:
@@ -363,6 +401,7 @@ _BEHAVIOURS: dict[str, Callable[[Call], Awaitable[web.StreamResponse]]] = {
     "break-stream": _break_stream,
     "dribble": _dribble,
     "empty": _empty,
+    "error-200": _error_behind_200,
     "gzip": _gzip,
     "gzip-broken": _gzip_broken,
     "gzip-stream": _gzip_stream,
@@ -371,8 +410,10 @@ _BEHAVIOURS: dict[str, Callable[[Call], Awaitable[web.StreamResponse]]] = {
     "huge": _huge,
     "odd-headers": _odd_headers,
     "packed-status": _packed_status,
+    "pings": _pings,
     "pour": _pour,
     "redirect": _redirect,
+    "refuse": _refuse,
     "slow": _slow,
     "status": _status,
     "stepwise": _stepwise,

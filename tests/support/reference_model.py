@@ -137,7 +137,15 @@ class ReferenceLimiter:
         return moment(self.now_ms)
 
     def reserve(
-        self, install_id: str, *, tier: str, has_hardware: bool, cost: int = 1, hold_id: str, may_create: bool = True
+        self,
+        install_id: str,
+        *,
+        tier: str,
+        has_hardware: bool,
+        has_gemini: bool = True,
+        cost: int = 1,
+        hold_id: str,
+        may_create: bool = True,
     ) -> Decision:
         limits, account = self.tiers[tier], self._account(install_id)
         if install_id not in self.rows and not may_create:
@@ -145,7 +153,8 @@ class ReferenceLimiter:
         held = account.holds.get(hold_id)
         if held and held.is_live(self.now_ms):
             return self._decision(DecisionStatus.REPLAY, account, limits, hold_id, backend=held.backend)
-        backend, reason = self._plan(account, limits, cost, has_hardware=has_hardware, in_flight=limits.max_in_flight)
+        can = [name for name, there in (("gemini", has_gemini), ("hardware", has_hardware)) if there]
+        backend, reason = self._plan(account, limits, cost, can=can, in_flight=limits.max_in_flight)
         if backend:
             account.drop_dead(self.now_ms)
             account.holds[hold_id] = Held(backend, tier, limits.counter, cost, self.now_ms + self.hold_ms)
@@ -175,12 +184,20 @@ class ReferenceLimiter:
         return SettlementStatus.RELEASED
 
     def debit(
-        self, install_id: str, *, tier: str, has_hardware: bool, cost: int = 1, may_create: bool = True
+        self,
+        install_id: str,
+        *,
+        tier: str,
+        has_hardware: bool,
+        has_gemini: bool = True,
+        cost: int = 1,
+        may_create: bool = True,
     ) -> Decision:
         limits, account = self.tiers[tier], self._account(install_id)
         if install_id not in self.rows and not may_create:
             return self._decision(DecisionStatus.UNKNOWN_INSTALL, account, limits)
-        backend, reason = self._plan(account, limits, cost, has_hardware=has_hardware, in_flight=None)
+        can = [name for name, there in (("gemini", has_gemini), ("hardware", has_hardware)) if there]
+        backend, reason = self._plan(account, limits, cost, can=can, in_flight=None)
         if backend:
             wanted = Held(backend, tier, limits.counter, cost, self.now_ms)
             account.debit(wanted, backend=backend, cost=cost, now=self.now, tiers=self.tiers)
@@ -230,7 +247,7 @@ class ReferenceLimiter:
         return account.rolled_over(self.now)
 
     def _plan(
-        self, account: Account, tier: Tier, cost: int, *, has_hardware: bool, in_flight: int | None
+        self, account: Account, tier: Tier, cost: int, *, can: list[str], in_flight: int | None
     ) -> tuple[Backend | None, Reason | None]:
         def left(limit: int | None, used: int) -> float:
             return math.inf if limit is None else limit - used
@@ -241,15 +258,15 @@ class ReferenceLimiter:
         on_gemini = left(tier.gemini_cap, account.on_gemini[tier.counter])
         if in_total < cost:
             return None, Reason.OUT_OF_CREDITS
-        if on_gemini < cost and not has_hardware:
+        if on_gemini < cost and can == ["gemini"]:
             return None, Reason.GEMINI_CAP
         if in_flight is not None and len(live) >= in_flight:
             return None, Reason.TOO_MANY_IN_FLIGHT
         if in_total - sum(held.cost for held in mine) < cost:
             return None, Reason.CREDITS_IN_FLIGHT
-        if on_gemini - sum(held.cost for held in mine if held.backend == "gemini") >= cost:
+        if "gemini" in can and on_gemini - sum(held.cost for held in mine if held.backend == "gemini") >= cost:
             return "gemini", None
-        return ("hardware", None) if has_hardware else (None, Reason.CREDITS_IN_FLIGHT)
+        return ("hardware", None) if "hardware" in can else (None, Reason.CREDITS_IN_FLIGHT)
 
     def _decision(
         self,

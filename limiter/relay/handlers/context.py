@@ -7,6 +7,7 @@ from aiohttp import web
 
 from limiter.credits.models import Backend, Tiers
 from limiter.licences.tokens import Licences
+from limiter.relay.http.problems import fail
 from limiter.relay.http.request_record import request_record
 from limiter.relay.metering.admission import Admission
 from limiter.relay.metering.availability import RedisAvailability, WatchedLimiter
@@ -36,10 +37,21 @@ class Relay:
     retries: BackgroundRetries
     settlements: Settlements
 
-    @property
-    def has_hardware(self) -> bool:
-        """Whether requests can be served without Gemini."""
-        return "hardware" in self.backends
+    def served_by(self, request: web.Request, model: str | None) -> Mapping[Backend, BackendClient]:
+        """Return the backends that can serve a request: those with its route, and its model unless it is None.
+
+        Raises ProblemRaised (404) if there is none.
+        """
+        able = {name: client for name, client in self.backends.items() if client.has_route(request.path)}
+        if not able:
+            fail(404, "unknown_path", "Not found", "No backend of this relay serves this path.")
+        if model is None:
+            return able
+        able = {name: client for name, client in able.items() if client.has_model(model)}
+        if not able:
+            detail = "The backend that has this model is not available here, or does not serve this path."
+            fail(404, "model_not_found", "Model not found", detail, param="model")
+        return able
 
     def identify(self, request: web.Request) -> Identity:
         """Return the identity of a request's client, and record it. Raises ProblemRaised."""

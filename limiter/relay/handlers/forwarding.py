@@ -6,10 +6,11 @@ from contextlib import suppress
 from typing import NamedTuple, Protocol
 
 import orjson
-from aiohttp import hdrs, web
+from aiohttp import web
 from multidict import CIMultiDict
 
 from limiter.credits.models import Balance
+from limiter.relay.handlers.held_line import HeldLine
 from limiter.relay.http.problems import REQUEST_ID
 from limiter.relay.http.ratelimit_headers import spendable
 from limiter.relay.metering.answer_recorder import AnswerRecorder
@@ -17,8 +18,6 @@ from limiter.relay.metering.settlement import OpenHold
 from limiter.relay.upstream.response import BackendFailed, BackendResponse
 
 CREDITS_EVENT = "X-Credits-Event"
-# An answer up to this size is read completely first, so that a broken one can still become an error.
-_WHOLE_BODY = 1 << 20
 
 
 class Billing(Protocol):
@@ -44,13 +43,17 @@ class Metered(NamedTuple):
         self.recorder.debited()
 
     def summary(self, upstream: BackendResponse) -> Mapping[str, object]:
-        """Return the cost, and the credits that no live hold covers; None where there is no limit."""
+        """Return the cost, and the credits that no live hold covers; None where there is no limit.
+
+        A stream that delivered nothing costs nothing.
+        """
         left, gemini_left = spendable(self.balance)
+        released = 0 if upstream.delivered else self.cost
         return {
-            "charged": self.cost,
+            "charged": self.cost - released,
             "backend": upstream.backend,
-            "remaining": left,
-            "gemini_remaining": gemini_left,
+            "remaining": None if left is None else left + released,
+            "gemini_remaining": None if gemini_left is None else gemini_left + released,
         }
 
 
@@ -70,16 +73,8 @@ class Unmetered(NamedTuple):
 async def pass_answer(
     request: web.Request, upstream: BackendResponse, headers: CIMultiDict[str], billing: Billing
 ) -> web.StreamResponse:
-    """Pass an answer to the client. Raises BackendFailed as long as the client has seen none of it.
-
-    Args:
-        request: the client's.
-        upstream: the backend's answer.
-        headers: those of the response.
-        billing: pays for the request, and records the answer.
-    """
-    if upstream.succeeded and upstream.streams:
-        billing.commit(upstream)
+    """Pass an answer on, and debit it once something is delivered. It has begun well, or it is a refusal."""
+    if upstream.streams:
         return await _pass_stream(request, upstream, headers, billing)
     return await _pass_body(request, upstream, headers, billing)
 
@@ -87,56 +82,68 @@ async def pass_answer(
 async def _pass_stream(
     request: web.Request, upstream: BackendResponse, headers: CIMultiDict[str], billing: Billing
 ) -> web.StreamResponse:
+    """Pass a stream on as it arrives. It is debited when it carries something, which may be after it has begun."""
+    headers["X-Accel-Buffering"] = "no"  # a proxy in front would keep events back
     response = billing.recorder.stream(status=upstream.status, headers=headers)
-    packed = headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity"
-    last = upstream.first
-    with suppress(ConnectionError):  # the client left: the caller's `with` block stops the backend
+    lines = HeldLine() if upstream.is_sse else None
+    debited = upstream.delivered
+    if debited:
+        billing.commit(upstream)
+    with suppress(ConnectionError):  # the client left: leaving the caller's block stops the backend
         await response.prepare(request)
-        await response.write(upstream.first)
+        chunk = upstream.begun
         try:
-            while chunk := await upstream.read():
-                await response.write(chunk)
-                last = chunk
+            while chunk:
+                if out := lines.feed(chunk) if lines else chunk:
+                    await response.write(out)
+                chunk = await upstream.read()
+                if upstream.delivered and not debited:
+                    debited = True
+                    billing.commit(upstream)
         except BackendFailed as failure:
-            if packed:
-                return abort(request, response)  # plain text within compressed bytes would be taken for damage
+            if lines is None:
+                billing.recorder.discard()
+                return broken_off(request, response)  # whatever is said among such bytes would be taken for damage
             error = orjson.dumps(failure.problem.as_dict(request[REQUEST_ID]))
-            last = b"\n\ndata: " + error + b"\n\n"
-            await response.write(last)
-        if request.headers.get(CREDITS_EVENT) == "1" and not packed:
-            await response.write((b"" if last.endswith((b"\n", b"\r")) else b"\n\n") + _comment(upstream, billing))
+            await response.write(lines.break_off() + b"data: " + error + b"\n\n")
+        if upstream.has_failed:
+            billing.recorder.discard()  # half an answer is not the answer to a repeat
+        if lines is not None and (end := _end(request, upstream, lines, billing)):
+            await response.write(end)
         await response.write_eof()
     return response
 
 
-def _comment(upstream: BackendResponse, billing: Billing) -> bytes:
-    """Return the comment line with the charge; by the specification of SSE, clients ignore comments."""
-    return b": credits " + orjson.dumps(billing.summary(upstream)) + b"\n\n"
+def _end(request: web.Request, upstream: BackendResponse, lines: HeldLine, billing: Billing) -> bytes:
+    """Return the last bytes of a stream: what is held back of it, and what it cost, if the client asked for that."""
+    rest = lines.rest()
+    if request.headers.get(CREDITS_EVENT) != "1":
+        return rest
+    return rest + lines.comment(b"credits " + orjson.dumps(billing.summary(upstream)))
 
 
 async def _pass_body(
     request: web.Request, upstream: BackendResponse, headers: CIMultiDict[str], billing: Billing
 ) -> web.StreamResponse:
-    """Pass an answer that is not a stream: at once if it is small, else piece by piece.
+    """Pass an answer that is no stream: whole if it is small, else as it comes.
 
-    Either way it is debited when it is complete. A client that leaves before the end of a large one pays for it, too:
-    otherwise all but its last byte would be free.
+    Either way it counts when it is complete. A client that leaves a big one before its end pays for it all the same,
+    or all but its last byte would be free.
     """
-    read, complete = await _read_up_to(upstream, _WHOLE_BODY)
-    if complete:
+    if upstream.complete:
         if upstream.succeeded:
             billing.commit(upstream)
-        return billing.recorder.whole(status=upstream.status, headers=headers, body=read)
+        return billing.recorder.whole(status=upstream.status, headers=headers, body=upstream.begun)
     response = billing.recorder.stream(status=upstream.status, headers=headers)
     try:
         with suppress(ConnectionError):
             await response.prepare(request)
-            await response.write(read)
+            await response.write(upstream.begun)
             while chunk := await upstream.read():
                 await response.write(chunk)
             await response.write_eof()
     except BackendFailed:
-        return abort(request, response)
+        return broken_off(request, response)
     except asyncio.CancelledError:
         billing.commit(upstream)
         raise
@@ -144,19 +151,8 @@ async def _pass_body(
     return response
 
 
-def abort(request: web.Request, response: web.StreamResponse) -> web.StreamResponse:
-    """Abort the connection: nothing else shows the client that its answer is incomplete."""
+def broken_off(request: web.Request, response: web.StreamResponse) -> web.StreamResponse:
+    """Break the connection off: the one way to say that half an answer is not the answer."""
     if request.transport is not None:
         request.transport.abort()
     return response
-
-
-async def _read_up_to(upstream: BackendResponse, limit: int) -> tuple[bytes, bool]:
-    parts, size = [upstream.first], len(upstream.first)
-    while size <= limit:
-        chunk = await upstream.read()
-        if not chunk:
-            return b"".join(parts), True
-        parts.append(chunk)
-        size += len(chunk)
-    return b"".join(parts), False

@@ -1,8 +1,8 @@
 """The life of a metered request: identify, admit, idempotency, reserve, forward, settle, record.
 
-A hold is committed at a complete 2xx body, or at the first body byte of a 2xx stream. It is released if, before that,
-the backend refuses, fails or times out, or the client leaves. After the first byte of a stream the debit stands. While
-Redis is unavailable, a request is refused, or served from hardware without any of these steps.
+A hold is committed at a complete 2xx body that is no error, or at the first event of a 2xx stream that carries
+something. It is released if, before that, the backend refuses, fails or times out, or the client leaves. After it the
+debit stands. While Redis is unavailable, a request is refused, or served from hardware without any of these steps.
 """
 
 import asyncio
@@ -33,16 +33,27 @@ from limiter.relay.upstream.client import BackendClient
 from limiter.relay.upstream.response import BackendFailed, BackendResponse
 
 _LOG = logging.getLogger("limiter.relay")
+_NOT_FOUND = 404
 
 
 class _Call(NamedTuple):
-    """One metered request: its identity, the request to forward, and its body if that is in memory."""
+    """One metered request.
+
+    Attributes:
+        relay: that serves it.
+        request: as it came.
+        identity: its client's.
+        forwardable: the request to forward.
+        body: if that is in memory.
+        backends: those that can serve it.
+    """
 
     relay: Relay
     request: web.Request
     identity: Identity
     forwardable: ForwardableRequest
     body: bytes | None
+    backends: Mapping[Backend, BackendClient]
 
 
 async def serve_json(request: web.Request) -> web.StreamResponse:
@@ -52,13 +63,15 @@ async def serve_json(request: web.Request) -> web.StreamResponse:
     with relay.memory.reservation() as reservation:
         json = await read_json(request, reservation, within_s=relay.uploads.total_s)
         request_record(request).model = json.model
-        return await _serve(_Call(relay, request, identity, json, json.body))
+        backends = relay.served_by(request, json.model)
+        return await _serve(_Call(relay, request, identity, json, json.body, backends))
 
 
 async def serve_upload(request: web.Request) -> web.StreamResponse:
     """Serve one metered request with a multipart body; credits are reserved before the body is read."""
     relay = request.app[RELAY]
     identity = relay.identify(request)
+    backends = relay.served_by(request, None)  # which model it names is not read yet
     record = request_record(request)
 
     def record_model(model: str) -> None:
@@ -68,7 +81,7 @@ async def serve_upload(request: web.Request) -> web.StreamResponse:
         relay.memory.reservation() as reservation,
         closing(Upload(request, relay.uploads, reservation, record_model)) as upload,
     ):
-        return await _serve(_Call(relay, request, identity, upload, None))
+        return await _serve(_Call(relay, request, identity, upload, None, backends))
 
 
 async def _serve(call: _Call) -> web.StreamResponse:
@@ -76,10 +89,10 @@ async def _serve(call: _Call) -> web.StreamResponse:
     availability = call.relay.availability
     with _failures_as_problems(call):
         try:
-            if not availability.serves_unmetered:
+            if not availability.serves_unmetered or "hardware" not in call.backends:
                 return await _serve_metered(call)
         except LimiterUnavailable:  # nothing was forwarded, and what may be held is being released
-            if not await availability.serves_this_unmetered():
+            if "hardware" not in call.backends or not await availability.serves_this_unmetered():
                 request_record(call.request).status = UNAVAILABLE
                 await _note_missed(call)
                 raise
@@ -108,10 +121,10 @@ async def _serve_metered(call: _Call) -> web.StreamResponse:
 
 async def _serve_unmetered(call: _Call) -> web.StreamResponse:
     """Serve a request from hardware only, without the steps that need Redis: credits, seat, idempotency."""
-    relay, request, identity = call.relay, call.request, call.identity
+    request, identity = call.request, call.identity
     record = request_record(request)
     record.status, record.cost, record.backend = UNMETERED, None, "hardware"
-    with await _send(relay.backends["hardware"], call.forwardable) as answer:
+    with await _send(call.backends["hardware"], call.forwardable) as answer:
         headers = _answer_headers(answer, identity, {"X-Credits-Unmetered": "true"})
         return await pass_answer(request, answer, headers, Unmetered(AnswerRecorder(request[REQUEST_ID])))
 
@@ -121,7 +134,14 @@ async def _reserve(call: _Call, hold_id: str) -> Decision:
     relay, identity = call.relay, call.identity
     record = request_record(call.request)
     record.cost = relay.cost(call.request)
-    credit = CreditRequest(identity.install_id, identity.tier, relay.has_hardware, record.cost, hold_id)
+    credit = CreditRequest(
+        identity.install_id,
+        identity.tier,
+        has_hardware="hardware" in call.backends,
+        has_gemini="gemini" in call.backends,
+        cost=record.cost,
+        hold_id=hold_id,
+    )
     try:
         decision = await relay.admission.reserve(call.request, identity.licence, credit)
     except (asyncio.CancelledError, LimiterUnavailable) as error:
@@ -136,23 +156,31 @@ async def _reserve(call: _Call, hold_id: str) -> Decision:
 
 
 async def _forward(call: _Call, decision: Decision) -> BackendResponse:
-    """Send a request to the planned backend; if Gemini fails before its first byte, fall back to hardware."""
-    relay, record = call.relay, request_record(call.request)
-    # If Gemini is not configured, hardware serves the requests planned for it, and is debited for them.
-    planned: Backend = "gemini" if decision.backend == "gemini" and "gemini" in relay.backends else "hardware"
+    """Send a request to the planned backend; if Gemini fails before it delivers, fall back to hardware.
+
+    So it does if Gemini has not got what is asked for, as its list of models is known to nobody here.
+    """
+    record = request_record(call.request)
+    # A hold that is there already may have been planned by a relay with other backends.
+    planned = next((name for name in call.backends if name == decision.backend), next(iter(call.backends)))
     record.backend = planned
+    falls_back = planned == "gemini" and "hardware" in call.backends
     try:
-        return await _send(relay.backends[planned], call.forwardable)
+        answer = await _send(call.backends[planned], call.forwardable)
     except BackendFailed as failure:
-        if planned == "hardware" or not relay.has_hardware or not call.forwardable.replayable:
+        if not falls_back or not call.forwardable.replayable:
             raise
         _warn(decision.hold_id, failure, " Falling back to hardware.")
+    else:
+        if answer.status != _NOT_FOUND or not falls_back or not call.forwardable.replayable:
+            return answer
+        answer.end(None)
     record.backend, record.fell_back = "hardware", True
-    return await _send(relay.backends["hardware"], call.forwardable)
+    return await _send(call.backends["hardware"], call.forwardable)
 
 
 async def _send(client: BackendClient, request: ForwardableRequest) -> BackendResponse:
-    return await client.send(request.path, request.headers, request.body_for(client))
+    return await client.send(request.path, request.headers, request.body_for(client), stream=request.stream)
 
 
 async def _note_missed(call: _Call) -> None:
@@ -170,7 +198,7 @@ def _failures_as_problems(call: _Call) -> Iterator[None]:
 
 
 def _warn(request_id: str, failure: BackendFailed, then: str = "") -> None:
-    if failure.outcome != "breaker_open":  # the opening of the breaker is logged once
+    if not failure.is_logged:
         _LOG.warning("%s%s", failure, then, extra=event("backend_failed", request_id=request_id))
 
 

@@ -93,7 +93,7 @@ async def _query_models(client: BackendClient) -> Sequence[Model] | None:
     try:
         async with asyncio.timeout(_TIMEOUT_S):
             with await client.send("models", {}, b"", method=hdrs.METH_GET) as answer:
-                body = bytearray(answer.first)
+                body = bytearray(answer.begun)
                 while chunk := await answer.read():
                     body += chunk
                     if len(body) > _MAX_LIST_BYTES:

@@ -43,6 +43,15 @@ class LateHeadResponse(web.StreamResponse):
     _send_headers_immediately = False
 
 
+async def close_after_unframed(request: web.Request, response: web.StreamResponse) -> None:
+    """Close the connection after a response whose end nothing else shows: in HTTP/1.0, one without a length.
+
+    aiohttp leaves it open if the client asked for keep-alive, as nginx may, and then the client waits for ever.
+    """
+    if request.version < HttpVersion11 and response.content_length is None:
+        response.force_close()
+
+
 class RelayRunner(web.AppRunner):
     """Runs an app on such connections.
 

@@ -3,7 +3,6 @@
 It follows two conventions at once: the members of RFC 9457 and the `error` object of OpenAI's API.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -134,11 +133,3 @@ def problem_from(error: Exception) -> Problem:  # noqa: PLR0911  a table of case
             return Problem(error.status, "http_error", error.reason, error.text or error.reason)
         case _:
             return Problem(500, "internal_error", "Internal error", "The relay failed; its log says why.")
-
-
-def retry_seconds(text: str | None) -> int:
-    """Return a backend's Retry-After in seconds, from 1 to 3600; 1 if it is missing or not a number."""
-    try:
-        return min(3600, max(1, math.ceil(float(text or ""))))
-    except (ValueError, OverflowError):
-        return 1

@@ -24,11 +24,15 @@ _MAX_SEATS = 10_000  # remembered by this node
 
 
 class CreditRequest(NamedTuple):
-    """The arguments of a request's reserve. hold_id: unique to this attempt."""
+    """The arguments of a request's reserve.
+
+    has_hardware, has_gemini: which backends can serve it. hold_id: unique to this attempt.
+    """
 
     install_id: str
     tier: str
     has_hardware: bool
+    has_gemini: bool
     cost: int
     hold_id: str
 
@@ -37,7 +41,15 @@ class Reserver(Protocol):
     """A `CreditLimiter`, or a `WatchedLimiter`."""
 
     async def reserve(
-        self, install_id: str, *, tier: str, has_hardware: bool, cost: int, hold_id: str, may_create: bool
+        self,
+        install_id: str,
+        *,
+        tier: str,
+        has_hardware: bool,
+        has_gemini: bool,
+        cost: int,
+        hold_id: str,
+        may_create: bool,
     ) -> Decision:
         """Reserve, as `CreditLimiter.reserve`."""
         ...
@@ -125,6 +137,7 @@ class Admission:
             credit.install_id,
             tier=credit.tier,
             has_hardware=credit.has_hardware,
+            has_gemini=credit.has_gemini,
             cost=credit.cost,
             hold_id=credit.hold_id,
             may_create=may_create,

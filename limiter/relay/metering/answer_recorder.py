@@ -52,7 +52,7 @@ class AnswerRecorder:
     Args:
         hold_id: the attempt's.
         limit: the largest body that is recorded, in bytes.
-        on_begin: called at the first byte of an answer that was debited.
+        on_begin: called when something of an answer that was debited is sent.
     """
 
     __slots__ = ("_has_begun", "_limit", "_on_begin", "_tee", "_whole", "debit_stands", "hold_id")
@@ -81,10 +81,15 @@ class AnswerRecorder:
         self.debit_stands = True
 
     def begun(self) -> None:
-        """Call `on_begin`, at the first byte of a debited answer."""
+        """Call `on_begin`, when the first of a debited answer is sent."""
         if self.debit_stands and not self._has_begun and self._on_begin is not None:
             self._has_begun = True
             self._on_begin()
+
+    def discard(self) -> None:
+        """Keep nothing of the answer: it broke off."""
+        if self._tee is not None:
+            self._tee.parts = None
 
     def answer(self) -> Answer | None:
         """Return the answer, if it is complete and small enough to be stored."""

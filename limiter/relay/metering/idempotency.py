@@ -290,7 +290,8 @@ def _replayed(request: web.Request, claimed: Claimed) -> web.Response:
             409,
             "idempotency_answer_not_kept",
             "Served already",
-            "This request was served and paid for, but its answer was not kept: it was too large, or its client left. "
+            "This request was served and paid for, but its answer was not kept: it was too large, it broke off, or "
+            "its client left. "
             "To be served again, send it as a new request.",
             may_retry=False,
         )

@@ -33,7 +33,7 @@ def _gemini_cap(balance: Balance) -> Problem:
         402,
         Reason.GEMINI_CAP,
         "Gemini credits used up",
-        f"This install has used the Gemini credits of its tier {balance.tier!r}, and there is no other backend here.",
+        f"This install has used the Gemini credits of its tier {balance.tier!r}, and nothing else here serves this.",
         may_retry=False,
         renews_at=balance.renews_at,
         violated_policies=("gemini",),

@@ -16,7 +16,7 @@ from limiter._util.open_files import raise_open_files
 from limiter._util.stop_signals import on_stop_signal
 from limiter.backup.persister_process import PersisterProcess
 from limiter.bootstrap import open_limiter
-from limiter.config.settings import BackendSettings, Settings
+from limiter.config.settings import BackendSettings, ModelNames, Settings
 from limiter.credits.models import Backend
 from limiter.errors import SettingsError
 from limiter.log_events import event
@@ -87,6 +87,7 @@ def is_echo(settings: Settings) -> bool:
 async def open_backends(settings: Settings) -> AsyncIterator[dict[Backend, BackendClient]]:
     """Open the backends that are set; if none is, the echo server as both."""
     gemini, hardware = settings.backends.gemini, settings.backends.hardware
+    first_event_s = settings.relay.first_event_s
     async with AsyncExitStack() as stack:
         clients: dict[Backend, BackendClient] = {}
 
@@ -99,15 +100,17 @@ async def open_backends(settings: Settings) -> AsyncIterator[dict[Backend, Backe
             keep(BackendClient("gemini", url, label="echo", timeout_s=gemini.timeout_s))
             keep(BackendClient("hardware", url, label="echo", timeout_s=hardware.timeout_s))
         if gemini.api_key.get_secret_value():
-            keep(_client("gemini", gemini, {name: to.gemini for name, to in settings.models.items() if to.gemini}))
+            keep(_client("gemini", gemini, settings.models, first_event_s))
         if hardware.url:
-            names = {name: to.hardware for name, to in settings.models.items() if to.hardware}
-            keep(_client("hardware", hardware, names))
+            keep(_client("hardware", hardware, settings.models, first_event_s))
         yield clients
 
 
-def _client(name: Backend, backend: BackendSettings, models: Mapping[str, str]) -> BackendClient:
+def _client(
+    name: Backend, backend: BackendSettings, names: Mapping[str, ModelNames], first_event_s: float
+) -> BackendClient:
     check_no_proxy(name, backend.url)
+    maps = {model: {each: to for each, to in its.model_dump().items() if to} for model, its in names.items()}
     return BackendClient(
         name,
         backend.url,
@@ -116,7 +119,10 @@ def _client(name: Backend, backend: BackendSettings, models: Mapping[str, str]) 
         timeout_s=backend.timeout_s,
         idle_s=backend.idle_s,
         total_s=backend.total_s,
-        models=models,
+        first_event_s=first_event_s,
+        routes=backend.routes,
+        models={model: its[name] for model, its in maps.items() if name in its},
+        lacks={model for model, its in maps.items() if its and name not in its},
         breaker=CircuitBreaker(failures=backend.breaker_failures, reset_s=backend.breaker_reset_s),
         keepalive_s=backend.keepalive_s,
         max_connections=backend.max_connections,

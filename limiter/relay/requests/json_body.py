@@ -10,13 +10,14 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from limiter.relay.http.problems import fail
 from limiter.relay.requests.memory_budget import Reservation
+from limiter.relay.requests.model_member import with_model
 from limiter.relay.upstream.client import BackendClient, Streamed
 
 
 class ForwardableRequest(Protocol):
     """A request to forward: the path below /v1/, the client's headers, and a body for each backend.
 
-    replayable: whether the complete body can be sent a second time.
+    replayable: whether the complete body can be sent a second time. stream: whether it asks for a stream.
     """
 
     @property
@@ -25,6 +26,8 @@ class ForwardableRequest(Protocol):
     def headers(self) -> Mapping[str, str]: ...  # noqa: D102
     @property
     def replayable(self) -> bool: ...  # noqa: D102
+    @property
+    def stream(self) -> bool: ...  # noqa: D102
     def body_for(self, client: BackendClient) -> bytes | Streamed: ...  # noqa: D102
 
 
@@ -38,16 +41,17 @@ class ForwardableJson(NamedTuple):
     headers: Mapping[str, str]
     body: bytes
     model: str
+    stream: bool
     replayable: bool = True  # it is in memory anyway
 
     def body_for(self, client: BackendClient) -> bytes:
-        """Return the body with the backend's name for the model; the original bytes if the name is the same."""
+        """Return the body with the backend's name for the model, and all else as the client sent it."""
         model = client.model(self.model)
         if model == self.model:
             return self.body
         try:
-            return orjson.dumps({**orjson.loads(self.body), "model": model})
-        except orjson.JSONEncodeError:  # orjson parses 1024 levels but writes only 254
+            return with_model(self.body, model)
+        except RecursionError:
             fail(400, "invalid_json", "Invalid JSON", "The body is nested too deeply.")
 
 
@@ -74,7 +78,9 @@ async def read_json(request: web.Request, reservation: Reservation, *, within_s:
     model = document.get("model")
     if not isinstance(model, str):
         fail(400, "missing_model", "Missing model", "The body must name a model.", param="model")
-    return ForwardableJson(request.path.removeprefix("/v1/"), request.headers, body, model)
+    return ForwardableJson(
+        request.path.removeprefix("/v1/"), request.headers, body, model, document.get("stream") is True
+    )
 
 
 async def _whole(request: web.Request, reservation: Reservation) -> bytes:

@@ -52,6 +52,7 @@ class Upload:
         self, request: web.Request, limits: UploadLimits, reservation: Reservation, on_model: Callable[[str], None]
     ) -> None:
         self.path = request.path.removeprefix("/v1/")
+        self.stream = False  # what the form asks for is not read: its answer's Content-Type says it
         self.headers: Mapping[str, str] = request.headers
         self._boundary = _boundary(request)
         self._length = request.content_length

@@ -64,6 +64,10 @@ class CircuitBreaker:
         self._probe = Attempt(self, self._period)
         return self._probe
 
+    def count_failure(self) -> bool:
+        """Count the failure of a call that had succeeded before, and return whether that opened the breaker."""
+        return self.state == "closed" and self._record(Attempt(self, self._period), good=False)
+
     def _record(self, attempt: "Attempt", *, good: bool) -> bool:
         """Count a call and return whether that opened or closed the breaker; staying open does not count."""
         if attempt.period != self._period:
@@ -109,7 +113,7 @@ class Attempt:
         return self._record(good=True)
 
     def fail(self) -> bool:
-        """Record that the call failed, and return whether that opened the breaker."""
+        """Record that the call failed, be it after it had succeeded, and return whether that opened the breaker."""
         return self._record(good=False)
 
     def end(self) -> None:
@@ -117,7 +121,7 @@ class Attempt:
         self._breaker._leave(self)  # noqa: SLF001  one class in two parts
 
     def _record(self, *, good: bool) -> bool:
-        if self._is_recorded:
-            return False
+        if self._is_recorded:  # it broke off after it had succeeded, maybe long ago
+            return not good and self._breaker.count_failure()
         self._is_recorded = True
         return self._breaker._record(self, good=good)  # noqa: SLF001  one class in two parts

@@ -6,10 +6,13 @@ Credentials never pass, neither a client's to the backend nor the backend's to a
 import asyncio
 import logging
 import ssl
-import zlib
-from collections.abc import AsyncIterator, Callable, Mapping
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from ipaddress import ip_address
+from math import inf
 from urllib.request import getproxies_environment, proxy_bypass_environment  # type: ignore[attr-defined]
 
 import aiohttp
@@ -20,22 +23,27 @@ from yarl import URL
 from limiter.credits.models import Backend as BackendName
 from limiter.errors import SettingsError
 from limiter.log_events import event
-from limiter.relay.http.problems import Problem, ProblemRaised, retry_seconds
+from limiter.relay.http.problems import Problem, ProblemRaised
 from limiter.relay.upstream.circuit_breaker import Attempt, CircuitBreaker, CircuitOpen
 from limiter.relay.upstream.http_protocol import Exchange
+from limiter.relay.upstream.refusal import Cause, Refusal, about_operator, wait_s
 from limiter.relay.upstream.response import (
     FAILURES,
+    MAX_WHOLE_BYTES,
     SUCCESS,
     BackendFailed,
     BackendResponse,
     Outcome,
     backend_problem,
     failed,
+    is_event_stream,
+    packing_of,
+    unpacked,
 )
 from limiter.relay.upstream.transport import KEEPALIVE_S, HttpTransport
 
 _LOG = logging.getLogger("limiter.relay")
-_REQUEST_HEADERS = (hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.CONTENT_TYPE, "OpenAI-Beta")
+_REQUEST_HEADERS = (hdrs.ACCEPT, hdrs.CONTENT_TYPE, "OpenAI-Beta")
 _TRACE_HEADERS = ("traceparent", "tracestate")  # only for the operator's own server
 _RESPONSE_HEADERS = (
     hdrs.CACHE_CONTROL,
@@ -45,11 +53,27 @@ _RESPONSE_HEADERS = (
     "OpenAI-Processing-Ms",
     "OpenAI-Version",
 )
-_OPERATORS_FAULT = frozenset({401, 402, 403, 407})
 _PASSING = frozenset({408, 429})
 _REDIRECT = range(300, 400)
 _SERVER_ERROR = 500
-_MAX_REFUSAL_BYTES = 1 << 20
+_NOT_FOUND = 404
+_REFUSAL_S = 2.0  # how long the text of a refusal is waited for, which the client does not get
+_LOG_AGAIN_S = 600.0
+_CAUSES: Mapping[Cause, str] = {
+    "key": "its API key is missing, wrong, expired or blocked",
+    "place": "it does not serve the place of this relay",
+    "billing": "billing, or the account's balance",
+    "account": "its account, project or permissions",
+    "model": "the account may not use this model",
+}
+_NO_MODEL = (
+    b'{"error": {"message": "The backend does not have this model.", "type": "invalid_request_error", '
+    b'"code": "model_not_found", "param": "model"}}'
+)
+_UNREADABLE = (
+    b'{"error": {"message": "The backend refused this request (%d), in a packing that was not asked for.", '
+    b'"type": "invalid_request_error", "code": null, "param": null}}'
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +93,7 @@ class Streamed:
 
 def check_no_proxy(name: BackendName, url: str) -> None:
     """Raise SettingsError where the environment names a proxy for a backend: none is used, so it would be passed by."""
-    base = _base(name, url)
+    base = base_url(name, url)
     host = base.raw_host or ""
     proxies = getproxies_environment()
     variable = next((each for each in (base.scheme, "all") if proxies.get(each)), "")
@@ -100,14 +124,19 @@ def tls_context(name: BackendName, ca_file: str) -> ssl.SSLContext:
         raise SettingsError(f"backends.{name}.ca_file {what}: {ca_file}") from None
 
 
-def _base(name: BackendName, url: str) -> URL:
+def base_url(name: str, url: str) -> URL:
+    """Return the URL that a backend's paths are below, with a slash at the end of its path. Raises SettingsError."""
     try:
-        base = URL(url.rstrip("/") + "/")
+        base = URL(url)
     except ValueError:
         base = URL()
     if base.scheme not in ("http", "https") or not base.host:
         raise SettingsError(f"backends.{name}.url is not an http:// or https:// URL")
-    return base
+    if "#" in url:
+        raise SettingsError(f"backends.{name}.url has a fragment (#…), which is never sent: leave it out, or write %23")
+    if any(character.isspace() or not character.isprintable() for character in url):
+        raise SettingsError(f"backends.{name}.url has a blank, or a character that cannot be seen: take it out")
+    return base.with_path(base.raw_path.rstrip("/") + "/", encoded=True, keep_query=True)
 
 
 def _basic(name: BackendName, base: URL) -> str:
@@ -125,34 +154,24 @@ def _may_pass(value: str) -> bool:
     return value.isascii() and value.isprintable()
 
 
-def _unpacked(text: bytes, packing: str) -> bytes | None:
-    """Decompress a short text; return None if it is damaged, too long, or in an encoding that is not supported."""
-    if packing == "identity":
-        return text
-    if packing not in ("gzip", "deflate"):
-        return None
-    unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # detects which of the two it is
-    try:
-        plain = unpacker.decompress(text, _MAX_REFUSAL_BYTES)
-    except zlib.error:
-        return None
-    return plain if unpacker.eof else None
-
-
 class BackendClient:
     """One backend. Create it inside the running event loop and close it with `aclose`.
 
     Args:
         name: gemini or hardware.
         url: the base URL of its API. Raises SettingsError if it is not valid.
-        timeout_s: until the first byte of the answer, from the last byte of the request, in seconds.
+        timeout_s: from the last byte of the request until the first event of a stream that carries something, or the
+            first byte of another answer, in seconds.
         connect_s: until there is a connection.
         idle_s: between two pieces of the answer; timeout_s by default.
         total_s: for the complete call.
         label: its name in logs and in /readyz; by default the URL.
         api_key: sent as a Bearer token.
         models: the backend's names for models, by the client's names.
+        routes: the paths that it has; by default every one.
+        lacks: the client's names of models that another backend has alone.
         breaker: by default one that never opens.
+        first_event_s: until the pings with which a stream begins pass on, though it has carried nothing yet.
         keepalive_s: how long a connection may be idle before it is closed.
         max_connections: 0 for any number.
         ca_file: certificates of the authorities to trust, in place of the system's.
@@ -170,27 +189,32 @@ class BackendClient:
         label: str = "",
         api_key: str = "",
         models: Mapping[str, str] | None = None,
+        routes: Collection[str] | None = None,
+        lacks: Collection[str] = (),
         breaker: CircuitBreaker | None = None,
+        first_event_s: float = 15,
         keepalive_s: float = KEEPALIVE_S,
         max_connections: int = 0,
         ca_file: str = "",
     ) -> None:
         self.name = name
-        base = _base(name, url)
+        base = base_url(name, url)
         if api_key and base.user is not None:
             raise SettingsError(f"backends.{name} has an api_key and a user in its url: set one of them only")
         if not _may_pass(api_key):
-            raise SettingsError(
-                f"backends.{name}.api_key has a character that a header cannot contain, such as a newline"
-            )
+            raise SettingsError(f"backends.{name}.api_key has a character that no header can carry, as a line's end")
         self.label = label or str(base.with_user(None).with_query(None)).rstrip("/")
         self.models: Mapping[str, str] = models or {}
+        self._routes = None if routes is None else frozenset(routes)
+        self._lacks = frozenset(lacks)
         self.breaker = breaker or CircuitBreaker(failures=0, reset_s=0)
         self._api_key = api_key
         self._authorization = f"Bearer {api_key}" if api_key else _basic(name, base)
+        self._pass_on_s = first_event_s
         self._first_s, self._idle_s, self._total_s = timeout_s, idle_s or timeout_s, total_s
         self._passed = _REQUEST_HEADERS + (_TRACE_HEADERS if name == "hardware" else ())
-        self._on_call: Callable[[Outcome], None] = _ignore
+        self._logged_s: dict[Cause, float] = {}  # until when a cause is not logged again
+        self._called: Callable[[Outcome], None] = _ignore
         self._transport = HttpTransport(
             base.with_user(None),
             connect_s=connect_s,
@@ -200,9 +224,17 @@ class BackendClient:
             tls=tls_context(name, ca_file) if base.scheme == "https" else None,
         )
 
-    def watch(self, on_call: Callable[[Outcome], None]) -> None:
+    def watch(self, called: Callable[[Outcome], None]) -> None:
         """Call a function with the outcome of each call, including those that the breaker prevented."""
-        self._on_call = on_call
+        self._called = called
+
+    def has_route(self, path: str) -> bool:
+        """Return whether this backend has a path, which is the relay's."""
+        return self._routes is None or path in self._routes
+
+    def has_model(self, name: str) -> bool:
+        """Return whether this backend may have a model: that another one has it alone is not said of it."""
+        return name not in self._lacks
 
     @property
     def connections(self) -> int:
@@ -214,111 +246,134 @@ class BackendClient:
         return self.models.get(name, name)
 
     async def send(
-        self, path: str, headers: Mapping[str, str], body: bytes | Streamed, *, method: str = hdrs.METH_POST
+        self,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes | Streamed,
+        *,
+        method: str = hdrs.METH_POST,
+        stream: bool = False,
     ) -> BackendResponse:
-        """Send a request to a path below /v1/, and wait for the first bytes of the answer. Use it as `with …:`.
+        """Send a request to a path below /v1/, and wait for the beginning of the answer. Use it as `with …:`.
 
-        Raises BackendFailed, at once if the breaker is open; ProblemRaised if the client broke a streamed body off.
+        The beginning is a whole answer, if it is small, or a stream up to its first event that carries something.
+
+        Args:
+            path: below /v1/, without a slash at its beginning.
+            headers: the client's; those that may pass do.
+            body: whole, or as it arrives.
+            method: in capitals.
+            stream: whether the client asked for a stream, which then is one whatever its Content-Type.
+
+        Raises BackendFailed, at once when the breaker is open; ProblemRaised when a streamed body broke off.
         """
         try:
-            upstream = await self._attempt(method, path, headers, body)
-        except BaseException as error:
-            self._on_call(error.outcome if isinstance(error, BackendFailed) else "cancelled")
-            raise
-        if not upstream.succeeded:
             try:
-                await self._clean(upstream)
+                attempt = self.breaker.enter()
+            except CircuitOpen as circuit:
+                problem = self._problem("has failed repeatedly and is not called for now", circuit.retry_after_s)
+                raise BackendFailed(problem, outcome="breaker_open") from None
+            try:
+                return await self._begun(method, path, headers, body, attempt, stream=stream)
             except BaseException as error:
-                upstream.end(error)
+                if isinstance(error, BackendFailed):
+                    self._judged(attempt, error)
+                attempt.end()
                 raise
-        return upstream
+        except BaseException as error:
+            self._called(error.outcome if isinstance(error, BackendFailed) else "cancelled")
+            raise
 
     async def aclose(self) -> None:
         """Close the connections."""
         await self._transport.aclose()
 
-    async def _attempt(
-        self, method: str, path: str, headers: Mapping[str, str], body: bytes | Streamed
-    ) -> BackendResponse:
-        """Send a request if the breaker allows it, and record the result with the breaker."""
-        try:
-            attempt = self.breaker.enter()
-        except CircuitOpen as circuit:
-            problem = self._problem("has failed repeatedly and is not called for now", circuit.retry_after_s)
-            raise BackendFailed(problem, outcome="breaker_open") from None
-        try:
-            upstream = await self._request(method, path, headers, body)
-        except BackendFailed as failure:
-            if failure.alive:
-                self._succeed(attempt)
-            elif failure.outcome != "busy" and attempt.fail():
-                _LOG.error(
-                    "Circuit breaker opened: the backend %r keeps failing and is not called for now: %s",
+    def _judged(self, attempt: Attempt, failure: BackendFailed | None) -> None:
+        """Count a call for the breaker; an answer that breaks off after it had served counts as a failure, too."""
+        if failure is None or failure.alive:
+            if attempt.succeed():
+                _LOG.warning(
+                    "Circuit breaker closed: the backend %r works again",
                     self.name,
-                    failure,
-                    extra=event("circuit_breaker_opened", backend=self.name),
+                    extra=event("circuit_breaker_closed", backend=self.name),
                 )
-            raise
-        else:
-            self._succeed(attempt)
-            return upstream
-        finally:
-            attempt.end()
-
-    def _succeed(self, attempt: Attempt) -> None:
-        if attempt.succeed():
-            _LOG.warning(
-                "Circuit breaker closed: the backend %r works again",
+        elif failure.outcome != "busy" and attempt.fail():
+            _LOG.error(
+                "Circuit breaker opened: the backend %r keeps failing and is not called for now: %s",
                 self.name,
-                extra=event("circuit_breaker_closed", backend=self.name),
+                failure,
+                extra=event("circuit_breaker_opened", backend=self.name),
             )
 
-    async def _request(
-        self, method: str, path: str, headers: Mapping[str, str], body: bytes | Streamed
+    def _over(self, attempt: Attempt, outcome: Outcome) -> None:
+        """End a call. A stream that its client left before it carried anything is no result for the breaker."""
+        attempt.end()
+        self._called(outcome)
+
+    async def _begun(
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes | Streamed,
+        attempt: Attempt,
+        *,
+        stream: bool,
     ) -> BackendResponse:
-        outgoing = self._outgoing(headers, body)
-        began_s = asyncio.get_running_loop().time()
-        response: Exchange | None = None
+        """Send a request and read the beginning of its answer."""
+        now_s = asyncio.get_running_loop().time
+        began_s = now_s()
+        exchange: Exchange | None = None
         try:
-            content = body if isinstance(body, bytes) else body.chunks
-            within_s = min(self._first_s, self._total_s)
-            response = await self._transport.request(method, path, outgoing, content, within_s=within_s)
-            left_s = response.deadline_s - asyncio.get_running_loop().time()
-            response.idle_s = min(self._first_s, max(0.0, left_s))  # to the first byte
-            self._refuse(response)
-            first = await self._first(response)
+            exchange = await self._transport.request(
+                method,
+                path,
+                self._outgoing(headers, body, stream=stream),
+                body if isinstance(body, bytes) else body.chunks,
+                within_s=min(self._first_s, self._total_s),
+            )
+            self._refuse_redirect(exchange.status)
+            exchange.ends_s = min(exchange.deadline_s, now_s() + self._first_s)
+            exchange.idle_s = inf
+            incoming = self._incoming(exchange.headers)
+            streams = exchange.status in SUCCESS and (stream or is_event_stream(incoming))
+            answer = BackendResponse(
+                self.name,
+                exchange,
+                incoming,
+                streams=streams,
+                judged=partial(self._judged, attempt),
+                over=partial(self._over, attempt),
+            )
+            then = {"idle_s": self._idle_s, "ends_s": began_s + self._total_s}
+            if streams:
+                await answer.begin_stream(pass_on_s=began_s + self._pass_on_s, **then)
+            elif answer.succeeded:
+                await answer.begin_whole(**then)
+            else:
+                await self._refused(answer, exchange, **then)
         except BaseException as error:
-            if response is not None:
-                response.close()
+            if exchange is not None:
+                exchange.close()
             if not isinstance(error, FAILURES):
                 raise
             if isinstance(body, Streamed) and (fault := body.fault()) is not None:
                 raise fault from None
             raise failed(self.name, error) from error
-        response.idle_s, response.ends_s = self._idle_s, began_s + self._total_s
-        return BackendResponse(
-            self.name,
-            response,
-            first,
-            self._incoming(response.headers),
-            on_end=self._on_call,
-        )
+        if not streams or answer.delivered:
+            self._judged(attempt, None)
+        return answer
 
-    async def _first(self, response: Exchange) -> bytes:
-        first = await response.read()
-        if not first and response.status in SUCCESS:
-            raise BackendFailed(self._problem("sent an empty answer"))
-        return first
-
-    def _outgoing(self, headers: Mapping[str, str], body: bytes | Streamed) -> dict[str, str]:
-        """Return the headers for the backend: those of the client that pass, and the relay's own."""
+    def _outgoing(self, headers: Mapping[str, str], body: bytes | Streamed, *, stream: bool) -> dict[str, str]:
+        """Return the headers for the backend: the client's that may pass, and the relay's own."""
         outgoing = {}
         for name in self._passed:
             value = headers.get(name)
             if value is not None and _may_pass(value):
                 outgoing[name] = value
         outgoing.setdefault(hdrs.ACCEPT, "*/*")
-        outgoing.setdefault(hdrs.ACCEPT_ENCODING, "identity")
+        packs = not stream and "gzip" in headers.get(hdrs.ACCEPT_ENCODING, "").lower()
+        outgoing[hdrs.ACCEPT_ENCODING] = "gzip" if packs else "identity"  # of packings, what can be read here
         if body:
             outgoing.setdefault(hdrs.CONTENT_TYPE, "application/octet-stream")
         if self._authorization:
@@ -328,7 +383,7 @@ class BackendClient:
         return outgoing
 
     def _incoming(self, headers: Mapping[str, str]) -> CIMultiDict[str]:
-        """Return the headers that pass to the client."""
+        """Return the headers for the client."""
         passed = CIMultiDict[str]()
         for name in _RESPONSE_HEADERS:
             value = headers.get(name)
@@ -336,38 +391,68 @@ class BackendClient:
                 passed[name] = value
         return passed
 
-    async def _clean(self, upstream: BackendResponse) -> None:
-        """Read and decompress an error answer, and mask the operator's key, which it may quote."""
-        packing = upstream.headers.pop(hdrs.CONTENT_ENCODING, "identity").lower()
-        text = bytearray(upstream.first)
-        while chunk := await upstream.read():
-            text += chunk
-            if len(text) > _MAX_REFUSAL_BYTES:
-                problem = self._problem(f"answered {upstream.status} with a body that is too long")
-                raise BackendFailed(problem, alive=True)
-        plain = _unpacked(bytes(text), packing)
-        if plain is None:
-            problem = self._problem(f"answered {upstream.status} with a body that cannot be decompressed")
-            raise BackendFailed(problem, alive=True)
-        upstream.first = plain.replace(self._api_key.encode(), b"***") if self._api_key else plain
+    async def _refused(self, answer: BackendResponse, exchange: Exchange, *, idle_s: float, ends_s: float) -> None:
+        """Read what a backend says instead of serving, as far as the client may see it.
 
-    def _refuse(self, response: Exchange) -> None:
-        """Raise BackendFailed for an answer that concerns the operator and not the client."""
-        status = response.status
-        if status in _OPERATORS_FAULT:
-            # Its text is about the operator's key, account or region. The next call would fail, too.
-            raise BackendFailed(self._problem(f"refuses this relay ({status})"))
+        Raises BackendFailed for what concerns the operator and not the client: of a key, an account or a place the
+        client knows nothing.
+        """
+        status = answer.status
+        passes = status not in _PASSING and status < _SERVER_ERROR
+        if passes:
+            await answer.begin_whole(idle_s=idle_s, ends_s=ends_s)
+        else:  # it is a failure, whatever its text says
+            with suppress(*FAILURES):
+                async with asyncio.timeout(_REFUSAL_S):
+                    await answer.begin_whole(idle_s=idle_s, ends_s=ends_s)
+        plain = unpacked(answer.begun, packing_of(answer.headers), MAX_WHOLE_BYTES) if answer.complete else b""
+        refusal = about_operator(status, plain or b"")
+        if refusal is not None:
+            self._log_refusal(status, refusal)
+        after_s = wait_s(exchange.headers, plain or b"")
+        if not passes:
+            raise BackendFailed(self._problem(f"answered {status}", after_s), alive=status in _PASSING)
+        if refusal is not None and (status, refusal.cause) != (_NOT_FOUND, "model"):
+            # The next try ends the same way; but by words alone, which a client may have had quoted, no breaker opens.
+            problem = self._problem(f"refuses this relay ({status})", after_s)
+            raise BackendFailed(problem, alive=not refusal.is_certain, is_logged=True)
+        if not answer.complete:
+            problem = self._problem(f"answered {status} with a body that is too long")
+            raise BackendFailed(problem, alive=True)
+        answer.headers.pop(hdrs.CONTENT_ENCODING, None)
+        if plain is None or refusal is not None:  # it stays a refusal: served by another backend it would be debited
+            plain = _UNREADABLE % status if refusal is None else _NO_MODEL
+            answer.headers[hdrs.CONTENT_TYPE] = "application/json"
+        answer.begun = self._without_key(plain)
+
+    def _without_key(self, text: bytes) -> bytes:
+        """Mask the operator's key, which a backend may quote."""
+        return text.replace(self._api_key.encode(), b"***") if self._api_key else text
+
+    def _log_refusal(self, status: int, refusal: Refusal) -> None:
+        """Log a refusal that is about the operator, unless one with its cause was logged a short time ago."""
+        now_s = time.monotonic()
+        if now_s < self._logged_s.get(refusal.cause, 0.0):
+            return
+        self._logged_s[refusal.cause] = now_s + _LOG_AGAIN_S
+        _LOG.error(
+            "The backend %r refuses this relay, not its clients: %s (%d: %s)",
+            self.name,
+            _CAUSES[refusal.cause],
+            status,
+            self._without_key(refusal.text.encode()).decode()[:500] or "no text",
+            extra=event("backend_refuses_operator", backend=self.name, cause=refusal.cause, status=status),
+        )
+
+    def _refuse_redirect(self, status: int) -> None:
+        """Raise BackendFailed for an answer that a relay does not follow."""
         if status in _REDIRECT or status < SUCCESS.start:
             problem = self._problem(f"answered {status}, a redirect")
             raise BackendFailed(problem, alive=True)
-        if status in _PASSING or status >= _SERVER_ERROR:
-            retry_after_s = retry_seconds(response.headers.get(hdrs.RETRY_AFTER))
-            problem = self._problem(f"answered {status}", retry_after_s)
-            raise BackendFailed(problem, alive=status in _PASSING)
 
     def _problem(self, what: str, retry_after_s: int = 1) -> Problem:
         return backend_problem(self.name, 502, "backend_unavailable", what, retry_after_s)
 
 
 def _ignore(outcome: Outcome) -> None:
-    """Do nothing, until `watch` is called."""
+    """Do nothing: the default for a client without an observer."""

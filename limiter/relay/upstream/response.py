@@ -1,6 +1,8 @@
 """The response of a backend, read piece by piece, or the reason why there is none. Requests are not known here."""
 
-from collections.abc import Callable
+import asyncio
+import zlib
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Literal, Self
 
@@ -9,12 +11,23 @@ from multidict import CIMultiDict
 
 from limiter.credits.models import Backend
 from limiter.relay.http.problems import Problem
+from limiter.relay.upstream.first_event import (
+    FirstEvent,
+    Verdict,
+    error_at_end,
+    is_error_document,
+    status_of_error,
+)
 from limiter.relay.upstream.http_protocol import AnswerTooLarge, Exchange, TransportError
+from limiter.relay.upstream.refusal import about_operator, wait_s
 from limiter.relay.upstream.transport import NoConnectionFree
 
 Outcome = Literal["served", "refused", "failed", "timeout", "cancelled", "breaker_open", "busy"]
 FAILURES = (TimeoutError, TransportError, OSError)
+_SERVER_ERROR = 500
 SUCCESS = range(200, 300)
+MAX_WHOLE_BYTES = 1 << 20  # of an answer that is read whole before any of it passes
+MAX_HELD_BYTES = 64 << 10  # of a stream before its first event that carries something
 
 
 class BackendFailed(Exception):  # noqa: N818  reads as what happened
@@ -22,44 +35,70 @@ class BackendFailed(Exception):  # noqa: N818  reads as what happened
 
     alive: it did respond, so that the call does not count against its circuit breaker. outcome: for the metrics;
     `breaker_open` and `busy` are calls that were not made, and say nothing about the backend.
+    is_logged: the log has a line of its own on it.
     """
 
-    def __init__(self, problem: Problem, *, alive: bool = False, outcome: Outcome = "failed") -> None:
+    def __init__(
+        self, problem: Problem, *, alive: bool = False, outcome: Outcome = "failed", is_logged: bool = False
+    ) -> None:
         super().__init__(problem.detail)
         self.problem = problem
         self.alive = alive
         self.outcome = outcome
+        self.is_logged = is_logged or outcome == "breaker_open"  # the opening of the breaker is logged once
 
 
 class BackendResponse:
-    """A backend's response whose first bytes have arrived. `first` and `read` return the bytes that the backend sent.
+    """A backend's answer, as far as it has been read. `begun` and what `read` returns are as the backend sent them.
 
-    Use it as `with upstream:`. Leaving the block before the end of the response closes the connection, which stops the
+    Use it as `with answer:`. Leaving the block before the end of the answer closes the connection, which stops the
     backend's work.
 
+    begun: what was read of the body before the client is to see any of it. complete: whether that is all of it.
+    delivered: whether something has arrived that a credit is for. has_failed: whether it ended as an error, or within
+    itself, so that what has passed is no answer for a repeat of the request.
+
     Args:
-        backend: its name.
-        response: the response as the transport returned it.
-        first: the first bytes of the body.
+        backend: whose it is.
+        exchange: the answer on its connection.
         headers: those that pass to the client.
-        on_end: called with the outcome of the call.
+        streams: whether it passes on as it arrives.
+        judged: called with None once the backend has served, or with how it failed.
+        over: called with how the call ended.
     """
 
-    __slots__ = ("_on_end", "_outcome", "_response", "backend", "first", "headers")
+    __slots__ = (
+        "_exchange",
+        "_first_event",
+        "_judged",
+        "_outcome",
+        "_over",
+        "_tail",
+        "_then",
+        "backend",
+        "begun",
+        "complete",
+        "headers",
+        "streams",
+    )
 
     def __init__(
         self,
         backend: Backend,
-        response: Exchange,
-        first: bytes,
+        exchange: Exchange,
         headers: CIMultiDict[str],
         *,
-        on_end: Callable[[Outcome], None],
+        streams: bool,
+        judged: Callable[[BackendFailed | None], None],
+        over: Callable[[Outcome], None],
     ) -> None:
-        self.backend, self.first, self.headers = backend, first, headers
-        self._response = response
-        self._on_end = on_end
-        self._outcome: Outcome = "cancelled"  # as when the client disconnects, unless another outcome follows
+        self.backend, self.headers, self.streams = backend, headers, streams
+        self.begun, self.complete = b"", False
+        self._exchange, self._judged, self._over = exchange, judged, over
+        self._first_event = FirstEvent(is_sse=is_event_stream(headers), is_packed=bool(packing_of(headers)))
+        self._tail = (b"", b"")  # the last two chunks of a stream
+        self._then = (0.0, 0.0)
+        self._outcome: Outcome = "cancelled"  # as by a client that leaves, until it comes to another end
 
     def __enter__(self) -> Self:
         return self
@@ -71,35 +110,179 @@ class BackendResponse:
 
     @property
     def status(self) -> int:
-        """The status of the response."""
-        return self._response.status
+        """The status of the answer."""
+        return self._exchange.status
 
     @property
     def succeeded(self) -> bool:
         """Whether the backend served the request."""
-        return self._response.status in SUCCESS
+        return self._exchange.status in SUCCESS
 
     @property
-    def streams(self) -> bool:
-        """Whether the response is a stream of server-sent events."""
-        return self.headers.get(hdrs.CONTENT_TYPE, "").lower().startswith("text/event-stream")
+    def delivered(self) -> bool:
+        """Whether a stream has carried something, or a whole answer is complete."""
+        return self._first_event.verdict is Verdict.CARRIES if self.streams else self.complete
+
+    @property
+    def is_sse(self) -> bool:
+        """Whether it is a stream of server-sent events that can be read, and so can be written into."""
+        return self.streams and self._first_event.is_sse
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it ended as an error, or within itself."""
+        return self._outcome in ("failed", "timeout")
+
+    async def begin_whole(self, *, idle_s: float, ends_s: float) -> None:
+        """Read an answer that is no stream, up to a limit, so that a broken one can still become another answer.
+
+        idle_s, ends_s: of the answer after its first bytes. Raises BackendFailed for one that is empty, or an error.
+        """
+        parts: list[bytes] = []
+        size = 0
+        while size <= MAX_WHOLE_BYTES:
+            part = await self._exchange.read()
+            if not part:
+                self.complete = True
+                break
+            if not parts:
+                self._exchange.idle_s, self._exchange.ends_s = idle_s, ends_s
+            parts.append(part)
+            size += len(part)
+        self.begun = b"".join(parts)
+        if self.complete and self.succeeded:
+            plain = unpacked(self.begun, packing_of(self.headers), MAX_WHOLE_BYTES)
+            if not self.begun or (_is_json(self.headers) and plain is not None and not plain.strip()):
+                raise self._failure("sent an empty answer")
+            if plain is not None and is_error_document(plain):
+                raise self._failure("answered with an error", plain)
+        if self.complete:
+            self._outcome = "served" if self.succeeded else "refused"
+
+    async def begin_stream(self, *, pass_on_s: float, idle_s: float, ends_s: float) -> None:
+        """Read a stream until it carries something, or has been silent but for pings until `pass_on_s` (loop time).
+
+        idle_s, ends_s: from its first event that carries something. Raises BackendFailed for one that is an error, or
+        ends, before that.
+        """
+        self._then = (idle_s, ends_s)
+        held: list[bytes] = []
+        size = 0
+        while True:
+            limit_s = pass_on_s if held else None
+            try:
+                async with asyncio.timeout_at(limit_s):
+                    part = await self._exchange.read()
+            except TimeoutError:
+                if limit_s is None or asyncio.get_running_loop().time() < limit_s:
+                    raise
+                break
+            verdict = self._first_event.feed(part) if part else self._first_event.end()
+            held.append(part)
+            size += len(part)
+            if verdict is Verdict.ERROR:
+                raise self._failure("answered with an error", self._first_event.error)
+            if verdict is Verdict.CARRIES:
+                self._delivered()
+                break
+            if not part:
+                raise self._failure("sent an empty answer")
+            if size > MAX_HELD_BYTES:
+                break
+        self.begun = b"".join(held)
+        self._tail = (b"", self.begun)
 
     async def read(self) -> bytes:
-        """Return the next bytes after `first`; b"" at the end. Raises BackendFailed."""
+        """Return the next bytes after `begun`; b"" at the end. Raises BackendFailed."""
+        if self.complete:
+            return b""
         try:
-            chunk = await self._response.read()
+            chunk = await self._exchange.read()
         except FAILURES as error:
             failure = failed(self.backend, error)
-            self._outcome = failure.outcome  # for a stream, the `with` block ends without an error
+            self._outcome = failure.outcome  # a stream's client is told of it, and the block ends as if it were well
+            self._judged(failure)
             raise failure from error
-        if not chunk:
+        if self.streams:
+            self._follow(chunk)
+        elif not chunk:
             self._outcome = "served" if self.succeeded else "refused"
         return chunk
 
+    def _follow(self, chunk: bytes) -> None:
+        """Note what a stream says as it goes on, and how it ends. Raises BackendFailed if it ends without anything."""
+        if self.delivered:
+            if chunk:
+                self._tail = (self._tail[1], chunk)
+            elif self.is_sse and (error := error_at_end(b"".join(self._tail))) is not None:
+                self._fail("ended with an error", error)
+            else:
+                self._outcome = "served"
+            return
+        before = self._first_event.verdict
+        verdict = self._first_event.feed(chunk) if chunk else self._first_event.end()
+        if verdict is Verdict.CARRIES:
+            self._delivered()
+            self._judged(None)
+            self._tail = (b"", chunk)
+            if not chunk:
+                self._outcome = "served"
+        elif verdict is Verdict.ERROR and before is not verdict:
+            self._fail("answered with an error", self._first_event.error)
+        elif not chunk and verdict is Verdict.NOTHING:
+            raise self._fail("sent an empty answer")
+
+    def _fail(self, what: str, error: bytes = b"") -> BackendFailed:
+        """Count a failure of a stream that has begun for the client."""
+        failure = self._failure(what, error)
+        self._outcome = failure.outcome
+        self._judged(failure)
+        return failure
+
+    def _failure(self, what: str, error: bytes = b"") -> BackendFailed:
+        """Return a failure. error: its own object; one about the request, or its rate, says that the backend works."""
+        status = status_of_error(error)
+        refusal = about_operator(status or self.status, error) if error else None
+        alive = status is not None and status < _SERVER_ERROR and not (refusal is not None and refusal.is_certain)
+        problem = backend_problem(self.backend, 502, "backend_unavailable", what, wait_s({}, error))
+        return BackendFailed(problem, alive=alive)
+
+    def _delivered(self) -> None:
+        self._exchange.idle_s, self._exchange.ends_s = self._then
+
     def end(self, error: BaseException | None) -> None:
-        """End the call. error: the exception that interrupted it."""
-        self._response.release()
-        self._on_end(error.outcome if isinstance(error, BackendFailed) else self._outcome)
+        """End the call, with what broke it off."""
+        self._exchange.release()
+        self._over(error.outcome if isinstance(error, BackendFailed) else self._outcome)
+
+
+def is_event_stream(headers: Mapping[str, str]) -> bool:
+    """Return whether an answer is a stream of server-sent events by its Content-Type."""
+    return headers.get(hdrs.CONTENT_TYPE, "").lower().startswith("text/event-stream")
+
+
+def _is_json(headers: Mapping[str, str]) -> bool:
+    return headers.get(hdrs.CONTENT_TYPE, "").lower().startswith("application/json")
+
+
+def packing_of(headers: Mapping[str, str]) -> str:
+    """Return the content coding of a body, in lower case; "" for none."""
+    coding = headers.get(hdrs.CONTENT_ENCODING, "").strip().lower()
+    return "" if coding == "identity" else coding.removeprefix("x-")
+
+
+def unpacked(text: bytes, packing: str, limit: int) -> bytes | None:
+    """Unpack a text; None when it is damaged, longer than the limit, or packed as the standard library cannot read."""
+    if not packing:
+        return text
+    if packing not in ("gzip", "deflate"):
+        return None
+    unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # either of the two, by its head
+    try:
+        plain = unpacker.decompress(text, limit)
+    except zlib.error:
+        return None
+    return plain if unpacker.eof else None
 
 
 def backend_problem(name: Backend, status: int, code: str, what: str, retry_after_s: int = 1) -> Problem:

@@ -321,7 +321,10 @@ async def test_fallback_when_gemini_refuses_the_operator_then_hardware_serves_an
     answer = await relay.ask("m")
     assert (answer.status, answer.headers["X-Credits-Backend"]) == (200, "hardware")
     assert (len(gemini.seen), len(hardware.seen)) == (1, 1)
-    assert f"The backend 'gemini' refuses this relay ({status}). Falling back to hardware." in caplog.messages
+    (record,) = caplog.records
+    assert record.__dict__["event"] == "backend_refuses_operator"
+    assert record.getMessage().startswith("The backend 'gemini' refuses this relay, not its clients: ")
+    assert record.getMessage().endswith(f" ({status}: no: you sent Bearer ***)")
     assert await relay.spent() == (1, 0)
 
 
@@ -330,13 +333,17 @@ async def test_backend_when_it_refuses_the_operator_and_is_the_only_one_then_the
 ) -> None:
     relay = await start_relay(client_of("gemini", gemini.url))
     answer = await relay.ask("status:401")
+    assert answer.document["detail"] == "The backend 'gemini' refuses this relay (401)."
     (record,) = caplog.records
-    assert record.__dict__["event"] == "backend_failed"
-    assert record.getMessage() == "The backend 'gemini' refuses this relay (401)."
-    assert record.__dict__["request_id"] == answer.headers["X-Request-Id"]
+    assert (record.__dict__["event"], record.__dict__["backend"]) == ("backend_refuses_operator", "gemini")
+    assert (record.__dict__["cause"], record.__dict__["status"]) == ("key", 401)
+    assert record.getMessage() == (
+        "The backend 'gemini' refuses this relay, not its clients: its API key is missing, wrong, expired or blocked "
+        "(401: no: you sent Bearer ***)"
+    )
 
 
-@pytest.mark.parametrize("model", ["status:400", "status:404"])
+@pytest.mark.parametrize("model", ["status:400", "status:422"])
 async def test_fallback_when_gemini_refuses_the_request_then_there_is_none(
     relay: RunningRelay, gemini: Backend, hardware: Backend, model: str
 ) -> None:

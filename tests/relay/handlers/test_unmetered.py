@@ -12,12 +12,13 @@ import pytest
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Decision, connect
+from limiter.config.settings import METERED_PATHS
 from limiter.relay.telemetry.metrics import METRICS
 from limiter.relay.upstream.circuit_breaker import CircuitBreaker
 from tests.support.licences import PUBLIC_KEY, claims, signed
 from tests.support.openai_backend import Backend
 from tests.support.redis_servers import Server, free_port
-from tests.support.relay import ONE_SERVER, Answer, RunningRelay, client_of, new_install, relays_on, tiers
+from tests.support.relay import CHAT, ONE_SERVER, Answer, RunningRelay, client_of, new_install, relays_on, tiers
 from tests.support.wait import eventually
 
 UPLOAD = "/v1/audio/transcriptions"
@@ -72,7 +73,13 @@ async def node(own_server: Callable[..., Server], gemini: Backend, hardware: Bac
         limiter = CreditLimiter(redis, tiers(lifetime=5), timeout_ms=400, deadline_ms=800)
         relay = await start(
             client_of("gemini", gemini.url),
-            client_of("hardware", hardware.url, breaker=CircuitBreaker(failures=2, reset_s=60)),
+            client_of(
+                "hardware",
+                hardware.url,
+                breaker=CircuitBreaker(failures=2, reset_s=60),
+                routes=[path for path in METERED_PATHS if path != "/v1/completions"],
+                lacks={"cloud"},
+            ),
             on=limiter,
             public_keys=[PUBLIC_KEY],
             on_redis_down="hardware",
@@ -114,6 +121,23 @@ async def test_requests_when_they_find_redis_unavailable_then_they_are_served_an
     assert len(gemini.seen) == 1
     await node.bring_back(how)
     assert await relay.spent() == (1, 1)
+
+
+@pytest.mark.parametrize(("model", "path"), [("plain", "/v1/completions"), ("cloud", CHAT)])
+@pytest.mark.parametrize("is_noticed", [True, False])
+async def test_request_when_redis_is_unavailable_and_hardware_cannot_serve_it_then_it_is_refused(
+    node: Node, gemini: Backend, hardware: Backend, model: str, path: str, is_noticed: bool
+) -> None:
+    assert (await node.relay.ask(model, path)).headers["X-Credits-Backend"] == "gemini"
+    if is_noticed:
+        await node.lose_redis()
+    else:
+        node.server.kill()
+    asked_of_hardware = len(hardware.seen)
+    answer = await node.relay.ask(model, path)
+    assert (answer.status, answer.code) == (503, "limiter_unavailable")
+    assert (len(gemini.seen), len(hardware.seen)) == (1, asked_of_hardware)
+    await node.bring_back()
 
 
 async def test_stream_when_redis_is_unavailable_then_it_passes_unchanged_and_its_event_has_a_charge_of_0(
@@ -282,3 +306,25 @@ async def test_relay_when_hardware_cannot_be_reached_then_502_and_gemini_is_not_
         assert gemini.seen == []
         server.start()
     await redis.aclose()
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/responses"])
+async def test_answer_when_hardware_delivers_nothing_then_it_is_a_failure_here_as_well(node: Node, path: str) -> None:
+    await node.lose_redis()
+    for stream in (True, False):
+        answer = await node.relay.ask("error-200", path, stream=stream)
+        assert (answer.status, answer.code) == (502, "backend_unavailable")
+    await node.bring_back()
+
+
+async def test_stream_when_it_breaks_then_its_error_event_stands_alone_and_the_comment_says_that_nothing_was_charged(
+    node: Node,
+) -> None:
+    await node.lose_redis()
+    answer = await node.relay.ask("break-stream", headers={"X-Credits-Event": "1"}, stream=True)
+    content, error, comment, end = answer.body.split(b"\n\n")
+    assert json.loads(content.removeprefix(b"data: "))["choices"]
+    assert json.loads(error.removeprefix(b"data: "))["error"]["code"] == "backend_unavailable"
+    assert comment == b': credits {"charged":0,"backend":"hardware","unmetered":true}'
+    assert end == b""
+    await node.bring_back()

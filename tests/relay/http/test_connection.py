@@ -328,3 +328,50 @@ async def test_connections_when_there_are_as_many_as_may_be_then_the_next_is_tol
         return b"HTTP/1.1 200" in await relay.raw(b"GET /healthz HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n\r\n")
 
     await eventually(served)
+
+
+# HTTP/1.0
+
+
+def old_request(relay: RunningRelay, model: str, *headers: str, path: str = CHAT, **members: object) -> bytes:
+    body = json.dumps({"model": model, **members})
+    lines = [
+        f"POST {path} HTTP/1.0",
+        "Host: relay",
+        "Content-Type: application/json",
+        f"X-Install-Id: {relay.install_id}",
+        f"Content-Length: {len(body)}",
+        *headers,
+    ]
+    return "\r\n".join([*lines, "", body]).encode()
+
+
+@pytest.mark.parametrize("headers", [(), ("Connection: keep-alive",), ("Connection: Keep-Alive", "Keep-Alive: 300")])
+@pytest.mark.parametrize("backend", ["gemini", "hardware"])
+@pytest.mark.parametrize(
+    ("model", "ending"),
+    [
+        ("stream:3", b"data: [DONE]\n\n"),
+        ("plain", b"data: [DONE]\n\n"),
+        ("huge:3000000", b"}"),
+        ("break-stream", b"}\n\n"),
+    ],
+)
+async def test_old_client_when_an_answer_has_no_length_then_its_end_is_that_of_the_connection(
+    start_relay: StartRelay, gemini: Backend, backend: str, model: str, ending: bytes, headers: tuple[str, ...]
+) -> None:
+    relay = await start_relay(client_of("gemini" if backend == "gemini" else "hardware", gemini.url))
+    received = await relay.raw(old_request(relay, model, *headers, stream=model == "plain"))
+    head, _, body = received.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.0 200 ")
+    assert b"transfer-encoding" not in head.lower()
+    assert b"keep-alive" not in head.lower()
+    assert b"content-length" not in head.lower()
+    assert body.endswith(ending)
+
+
+async def test_old_client_when_an_answer_has_a_length_then_the_connection_can_be_kept(relay: RunningRelay) -> None:
+    kept = old_request(relay, "plain", "Connection: keep-alive")
+    received = await relay.raw(kept + kept + old_request(relay, "plain"))
+    assert received.count(b"HTTP/1.0 200 OK") == 3
+    assert received.count(b"Connection: keep-alive") == 2

@@ -189,7 +189,7 @@ async def test_body_when_it_is_nested_deeply_then_it_passes_or_400(
     body = b'{"model": "m", "x": ' + b"[" * depth + b"]" * depth + b"}"
     answer = await relay.send("POST", CHAT, body, Content_Type="application/json", X_Install_Id=relay.install_id)
     if answer.status == 200:
-        assert gemini.last.body == body
+        assert gemini.last.body == (body.replace(b'"m"', b'"plain"') if mapped else body)
         assert await relay.spent() == (1, 1)
     else:
         assert (answer.status, answer.code) == (400, "invalid_json")

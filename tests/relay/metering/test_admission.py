@@ -52,7 +52,9 @@ class Node:
             seats = int(request.headers["X-Seats"]) or None
             licence = Licence("core", SUBJECT, expires_s, seats, "", expired="X-Expired" in request.headers)
         await self.admission.seat(install_id, licence)
-        credit = CreditRequest(install_id, tier="core", has_hardware=False, cost=1, hold_id=uuid.uuid4().hex)
+        credit = CreditRequest(
+            install_id, tier="core", has_hardware=False, has_gemini=True, cost=1, hold_id=uuid.uuid4().hex
+        )
         decision = await self.admission.reserve(request, licence, credit)
         await self.limiter.commit(install_id, decision.hold_id)
         return web.json_response({"status": decision.status})

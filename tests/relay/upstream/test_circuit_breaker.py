@@ -187,8 +187,8 @@ async def test_breaker_when_it_opens_and_closes_then_each_change_is_logged_once_
             assert (await relay.ask()).status == 200
         return [(record.__dict__["event"], record.getMessage()) for record in caplog.records]
 
-    gemini.always = "status:403"
-    failed = "The backend 'gemini' refuses this relay (403)."
+    gemini.always = "status:500"
+    failed = "The backend 'gemini' answered 500."
     fell_back = ("backend_failed", f"{failed} Falling back to hardware.")
     opened = (
         "circuit_breaker_opened",

@@ -33,6 +33,60 @@ async def test_backend_when_its_url_is_not_valid_then_settings_error(url: str) -
         BackendClient("hardware", url, timeout_s=1)
 
 
+@pytest.mark.parametrize(
+    ("url", "word"),
+    [
+        ("http://host/v1#x", "fragment"),
+        ("http://host/v1#", "fragment"),
+        ("http://host/v1?a=b#x", "fragment"),
+        ("http://host/v1 ", "blank"),
+        ("http://host/v1?a=b c", "blank"),
+        ("http://host/v1\u00a0", "blank"),
+        ("http://host/v1\u200b", "blank"),
+        ("http://host/v1?key=secret ", "blank"),
+    ],
+)
+async def test_backend_when_its_url_has_what_is_never_sent_then_settings_error_without_it(url: str, word: str) -> None:
+    with pytest.raises(SettingsError, match=rf"^backends\.hardware\.url has a {word}") as raised:
+        BackendClient("hardware", url, timeout_s=1)
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("end", "sent"),
+    [
+        ("", ""),
+        ("/", ""),
+        ("//", ""),
+        ("?", ""),
+        ("?api-version=2025-04-01-preview", "?api-version=2025-04-01-preview"),
+        ("/?key=a&x=1", "?key=a&x=1"),
+        ("?sig=a%2Bb%26c+d%20e&x", "?sig=a%2Bb%26c+d%20e&x"),
+        ("?to=/v2/", "?to=/v2/"),
+    ],
+)
+@pytest.mark.parametrize("path", ["chat/completions", "embeddings", "audio/transcriptions", "models"])
+async def test_backend_when_its_url_has_a_query_then_it_is_sent_with_each_path_and_not_shown(
+    end: str, sent: str, path: str
+) -> None:
+    heads: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}")
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/openai/v1"
+    client = BackendClient("hardware", url + end, timeout_s=5)
+    with await client.send(path, {}, b"{}") as upstream:
+        assert upstream.status == 200
+    assert heads[0].split()[1].decode() == f"/openai/v1/{path}{sent}"
+    assert client.label == url
+    await client.aclose()
+    server.close()
+
+
 @pytest.mark.parametrize("key", ["a\nb", "key\n", "schlüssel", "a\0"])
 async def test_backend_when_its_key_cannot_be_a_header_then_settings_error_without_the_key(key: str) -> None:
     with pytest.raises(SettingsError, match=r"^backends\.gemini\.api_key has a character") as raised:
@@ -62,14 +116,14 @@ async def test_body_when_it_always_has_more_then_it_still_ends_at_its_total_time
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
     client = BackendClient("gemini", url, timeout_s=5, total_s=0.3)
-    with await client.send("embeddings", {}, b"{}") as upstream:
 
-        async def read_all() -> None:
+    async def read_all() -> None:
+        with await client.send("embeddings", {}, b"{}") as upstream:
             while await upstream.read():
                 await asyncio.sleep(0)
 
-        with pytest.raises(BackendFailed, match="did not answer in time"):
-            await read_all()
+    with pytest.raises(BackendFailed, match="did not answer in time"):
+        await read_all()
     await client.aclose()
     server.close()
 
@@ -112,7 +166,7 @@ async def test_tls_when_the_certificate_is_good_then_the_backend_is_asked_on_one
         client = tls_client(backend.port, certificate[1])
         for _ in range(3):
             with await client.send("embeddings", {}, b"{}") as upstream:
-                assert (upstream.status, upstream.first, await upstream.read()) == (200, b"good", b"")
+                assert (upstream.status, upstream.begun, await upstream.read()) == (200, b"good", b"")
         assert [len(peer.requests) for peer in backend.peers] == [3]
         host = b"POST /v1/embeddings HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n" % backend.port
         assert backend.peers[0].requests[0][0].startswith(host)
@@ -150,7 +204,7 @@ async def test_tls_when_the_backend_closes_an_idle_connection_then_it_is_forgott
         client = tls_client(backend.port, chain, keepalive_s=60)
         for number in (1, 2):
             with await client.send("embeddings", {}, b"{}") as upstream:
-                assert (upstream.first, await upstream.read()) == (b"good", b"")
+                assert (upstream.begun, await upstream.read()) == (b"good", b"")
             await eventually(lambda: client.connections == 0)
             assert len(backend.peers) == number
         await client.aclose()
@@ -169,7 +223,7 @@ async def test_tls_when_a_body_ends_with_the_connection_then_it_is_read_whole(tm
     async with raw_backend(serve_one, tls=own) as backend:
         client = tls_client(backend.port, chain)
         with await client.send("embeddings", {}, b"{}") as upstream:
-            read = upstream.first
+            read = upstream.begun
             while part := await upstream.read():
                 read += part
         assert read == b"x" * 500_000
