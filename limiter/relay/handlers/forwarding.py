@@ -11,6 +11,7 @@ from multidict import CIMultiDict
 
 from limiter.credits.models import Balance
 from limiter.relay.handlers.held_line import HeldLine
+from limiter.relay.http.connection import RelayConnection
 from limiter.relay.http.problems import REQUEST_ID
 from limiter.relay.http.ratelimit_headers import spendable
 from limiter.relay.metering.answer_recorder import AnswerRecorder
@@ -86,20 +87,13 @@ async def _pass_stream(
     headers["X-Accel-Buffering"] = "no"  # a proxy in front would keep events back
     response = billing.recorder.stream(status=upstream.status, headers=headers)
     lines = HeldLine() if upstream.is_sse else None
-    debited = upstream.delivered
-    if debited:
+    if upstream.delivered:
         billing.commit(upstream)
     with suppress(ConnectionError):  # the client left: leaving the caller's block stops the backend
         await response.prepare(request)
-        chunk = upstream.begun
         try:
-            while chunk:
-                if out := lines.feed(chunk) if lines else chunk:
-                    await response.write(out)
-                chunk = await upstream.read()
-                if upstream.delivered and not debited:
-                    debited = True
-                    billing.commit(upstream)
+            await response.write(lines.feed(upstream.begun) if lines else upstream.begun)
+            await _splice(request, upstream, lines, billing)
         except BackendFailed as failure:
             if lines is None:
                 billing.recorder.discard()
@@ -112,6 +106,32 @@ async def _pass_stream(
             await response.write(end)
         await response.write_eof()
     return response
+
+
+async def _splice(request: web.Request, upstream: BackendResponse, lines: HeldLine | None, billing: Billing) -> None:
+    """Pass the rest of a stream from the backend's callback to the client's transport, past aiohttp's writer.
+
+    The head has left by now, and what was written with it; the framing of chunks and the count of bytes are kept here.
+    """
+    connection, transport, writer, recorder = request.protocol, request.transport, request.writer, billing.recorder
+    if transport is None or not isinstance(connection, RelayConnection):
+        raise ConnectionResetError("the client has left")
+    is_chunked = getattr(writer, "chunked", False)  # as aiohttp decided: not for HTTP/1.0
+    is_debited = upstream.delivered
+
+    def sink(data: bytes) -> None:
+        nonlocal is_debited
+        if not is_debited and upstream.delivered:
+            is_debited = True
+            billing.commit(upstream)
+        out = lines.feed(data) if lines is not None else data
+        if out and not transport.is_closing():
+            recorder.passed(out)
+            writer.output_size += len(out)
+            transport.write(b"%x\r\n%b\r\n" % (len(out), out) if is_chunked else out)
+
+    with connection.fed_by(upstream):
+        await upstream.pipe(sink)
 
 
 def _end(request: web.Request, upstream: BackendResponse, lines: HeldLine, billing: Billing) -> bytes:

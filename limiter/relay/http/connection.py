@@ -7,8 +7,9 @@ dispatched like any other request, with the problem stored beforehand. Nothing h
 """
 
 import asyncio
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, cast
 
 import orjson
 from aiohttp import HttpVersion11, hdrs, web
@@ -102,7 +103,7 @@ class _Server(web.Server):
     def __call__(self) -> Any:
         if self._max_connections and len(self._connections) >= self._max_connections:
             return _Refusal()
-        return _Connection(self, loop=self._loop, **self._kwargs)
+        return RelayConnection(self, loop=self._loop, **self._kwargs)
 
 
 class _Refusal(asyncio.Protocol):
@@ -130,29 +131,65 @@ class _Refusal(asyncio.Protocol):
             self._end.cancel()
 
 
-class _Connection(web.RequestHandler):
-    __slots__ = ("_idle_checks", "_next_check", "_unsent", "_write_idle_s")
+class StreamSource(Protocol):
+    """What a stream is read from."""
+
+    def pause(self) -> None: ...  # noqa: D102  documented by the class
+    def resume(self) -> None: ...  # noqa: D102
+
+
+class RelayConnection(web.RequestHandler):
+    """A client's connection."""
+
+    __slots__ = ("_idle_checks", "_is_full", "_next_check", "_source", "_unsent", "_write_idle_s")
 
     def __init__(self, manager: web.Server, *, write_idle_s: float, **options: Any) -> None:
         super().__init__(manager, **options)
         self._write_idle_s = write_idle_s
         self._next_check: asyncio.TimerHandle | None = None
         self._idle_checks = self._unsent = 0
+        self._source: StreamSource | None = None
+        self._is_full = False
+
+    @contextmanager
+    def fed_by(self, source: StreamSource) -> Iterator[None]:
+        """Pause a source within the block whenever the client does not take what is written to the transport."""
+        self._source = source
+        if self._is_full:
+            source.pause()
+        try:
+            yield
+        finally:
+            self._source = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Start to watch whether the client reads."""
         super().connection_made(transport)
         self._check_progress(cast("asyncio.Transport", transport))
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        """Stop that."""
         if self._next_check is not None:
             self._next_check.cancel()
         super().connection_lost(exc)
 
+    def pause_writing(self) -> None:
+        """Pause the source of a stream: the client does not take what is written."""
+        self._is_full = True
+        super().pause_writing()
+        if self._source is not None:
+            self._source.pause()
+
     def resume_writing(self) -> None:
+        """Resume the source of a stream."""
         self._idle_checks = 0
+        self._is_full = False
         super().resume_writing()
+        if self._source is not None:
+            self._source.resume()
 
     def data_received(self, data: bytes) -> None:
+        """Parse requests, and end one whose body is damaged."""
         super().data_received(data)
         request = self._current_request
         if request is None or len(self._messages) != 1 or isinstance(self._messages[0][0], RawRequestMessage):

@@ -86,6 +86,11 @@ class AnswerRecorder:
             self._has_begun = True
             self._on_begin()
 
+    def passed(self, data: bytes) -> None:
+        """Record a part of a stream that was sent past its response."""
+        if self._tee is not None:
+            self._tee.record(data)
+
     def discard(self) -> None:
         """Keep nothing of the answer: it broke off."""
         if self._tee is not None:
@@ -116,15 +121,16 @@ class _Tee(LateHeadResponse):
         self._recorder, self._left = recorder, limit
 
     async def write(self, data: bytes | bytearray | memoryview) -> None:
-        self._record(bytes(data))
+        self.record(bytes(data))
         await super().write(data)
 
     async def write_eof(self, data: bytes = b"") -> None:
-        self._record(data)
+        self.record(data)
         self.complete = True
         await super().write_eof(data)
 
-    def _record(self, data: bytes) -> None:
+    def record(self, data: bytes) -> None:
+        """Record a part of the body."""
         self._recorder.begun()
         self._left -= len(data)
         if self._left < 0:

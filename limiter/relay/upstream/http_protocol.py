@@ -42,16 +42,17 @@ class AnswerTooLarge(TransportError):  # noqa: N818  names the thing
 
 
 class Exchange:
-    """One request and its answer, as far as it has arrived. `read` and `pipe` take the body; one of them, not both.
+    """One request and its answer, as far as it has arrived. `read` returns the body piece by piece, `pipe` its rest.
 
-    deadline_s: when the head, or else what `read` waits for, must have arrived, in loop time. idle_s: how long `read`
-    waits. ends_s: when all of the body must have been read.
+    deadline_s: when the head, or else what is waited for of the body, must have arrived, in loop time. idle_s: how long
+    that may take. ends_s: when all of the body must have been read.
     """
 
     __slots__ = (
         "_connection",
         "_drainer",
         "_error",
+        "_is_paused",
         "_pieces",
         "_sending",
         "_sink",
@@ -74,6 +75,7 @@ class Exchange:
         self._drainer: asyncio.Future[None] | None = None
         self._sending: asyncio.Task[bool] | None = None
         self._sink: Callable[[bytes], None] | None = None
+        self._is_paused = False
         self.status = 0
         self.headers: CIMultiDict[str] = CIMultiDict()
         self.complete = False
@@ -99,13 +101,50 @@ class Exchange:
             self.deadline_s = min(self._connection.loop.time() + self.idle_s, self.ends_s)
             await self._more()
             self.deadline_s = inf  # a client that reads slowly is no fault of the backend's
-        pieces = self._pieces
-        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        pieces.clear()
-        if self._size > _BUFFERED:
-            self._connection.resume_reading()
-        self._size = 0
-        return data
+        return self._take()
+
+    async def pipe(self, sink: Callable[[bytes], None]) -> None:
+        """Pass the rest of the body to a function, in the callback that receives it. Raises as `read`.
+
+        No task, future or queue is in between, so `pause` and `resume` are how the receiver slows the backend down.
+        """
+        self._sink = sink
+        try:
+            if self._pieces:
+                sink(self._take())
+            while not self.is_over:
+                self._restart_idle()
+                await self._more()
+            if self._pieces:  # of a read that ended in an error
+                sink(self._take())
+        finally:
+            self._sink = None
+            self.deadline_s = inf
+        if self._error is not None:
+            raise self._error
+
+    def pause(self) -> None:
+        """Read no more of the body for now. Meanwhile only its total time runs: the delay is not the backend's."""
+        self._is_paused = True
+        self.deadline_s = self.ends_s
+        self._connection.pause_reading()
+
+    def resume(self) -> None:
+        """Read on."""
+        self._is_paused = False
+        self._restart_idle()
+        self._connection.resume_reading()
+
+    def received(self) -> None:
+        """Pass on what one read of the connection has brought, in one piece."""
+        if self._sink is None:
+            self.wake()
+            return
+        if self._pieces:
+            self._sink(self._take())  # which may change the times that are allowed, or pause
+            self._restart_idle()
+        if self.complete:
+            self.wake()
 
     async def drain(self) -> bool:
         """Wait until the backend takes more of the request. Return whether it wants more: see `wants_more`."""
@@ -158,8 +197,23 @@ class Exchange:
         """Take a part of the body."""
         self._pieces.append(data)
         self._size += len(data)
-        if self._size > _BUFFERED:
+        if self._size > _BUFFERED and self._sink is None:
             self._connection.pause_reading()
+
+    def _take(self) -> bytes:
+        """Return what has arrived of the body, which is something."""
+        pieces = self._pieces
+        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        pieces.clear()
+        if self._size > _BUFFERED and not self._is_paused:
+            self._connection.resume_reading()
+        self._size = 0
+        return data
+
+    def _restart_idle(self) -> None:
+        self.deadline_s = self.ends_s
+        if not self._is_paused:
+            self.deadline_s = min(self._connection.loop.time() + self.idle_s, self.ends_s)
 
     def _stop_sending(self) -> None:
         if self._sending is not None:
@@ -301,7 +355,7 @@ class HttpConnection(asyncio.Protocol):
             if self._bytes_beside_body > 2 * MAX_READ_BYTES:  # of which one read may have ended the head
                 self.close(AnswerTooLarge("between the parts of its answer is more than belongs there"))
                 return
-        exchange.wake()
+        exchange.received()
 
     def eof_received(self) -> bool:
         """End with the backend's side of the connection: a backend that has closed it has no more to say."""

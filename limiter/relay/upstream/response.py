@@ -199,15 +199,42 @@ class BackendResponse:
         try:
             chunk = await self._exchange.read()
         except FAILURES as error:
-            failure = failed(self.backend, error)
-            self._outcome = failure.outcome  # a stream's client is told of it, and the block ends as if it were well
-            self._judged(failure)
-            raise failure from error
+            raise self._broken(error) from error
         if self.streams:
             self._follow(chunk)
         elif not chunk:
             self._outcome = "served" if self.succeeded else "refused"
         return chunk
+
+    async def pipe(self, sink: Callable[[bytes], None]) -> None:
+        """Pass the rest of a stream to a function, in the callback that receives it. Raises BackendFailed.
+
+        While the function is called, `delivered` and `has_failed` include what it is given.
+        """
+
+        def received(data: bytes) -> None:
+            self._follow(data)
+            sink(data)
+
+        try:
+            await self._exchange.pipe(received)
+        except FAILURES as error:
+            raise self._broken(error) from error
+        self._follow(b"")
+
+    def pause(self) -> None:
+        """Slow the backend down: the client reads more slowly than it sends."""
+        self._exchange.pause()
+
+    def resume(self) -> None:
+        """Let the backend go on."""
+        self._exchange.resume()
+
+    def _broken(self, error: BaseException) -> BackendFailed:
+        failure = failed(self.backend, error)
+        self._outcome = failure.outcome  # the client is told of it in the stream, and the block ends without an error
+        self._judged(failure)
+        return failure
 
     def _follow(self, chunk: bytes) -> None:
         """Note what a stream says as it goes on, and how it ends. Raises BackendFailed if it ends without anything."""

@@ -3,7 +3,7 @@
 import asyncio
 import gzip
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import pytest
 from aiohttp.http import StreamWriter
@@ -80,10 +80,10 @@ async def test_stream_when_a_chunk_arrives_then_it_passes_at_once(relay: Running
 async def test_stream_when_the_relay_itself_fails_within_it_then_it_is_broken_off_and_no_second_answer_follows(
     relay: RunningRelay, gemini: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def fault(_upstream: BackendResponse) -> bytes:
+    async def fault(_upstream: BackendResponse, _sink: Callable[[bytes], None]) -> None:
         raise RuntimeError("fault")
 
-    monkeypatch.setattr(BackendResponse, "read", fault)
+    monkeypatch.setattr(BackendResponse, "pipe", fault)
     reader, writer = await asyncio.open_connection("127.0.0.1", relay.port)
     body = b'{"model": "stepwise", "stream": true}'
     head = f"POST {CHAT} HTTP/1.0\r\nContent-Type: application/json\r\nX-Install-Id: {relay.install_id}\r\n"
