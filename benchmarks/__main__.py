@@ -14,7 +14,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks import decisions, ledger, races, relay, scripts
+from benchmarks import decisions, ledger, races, relay, scripts, streams
 from benchmarks.findings import PLOTS, Finding, Measured, as_markdown, read_store, write_store
 from tests.support.redis_servers import binaries
 
@@ -26,7 +26,8 @@ _TITLES = {
     "scripts-redis": "The scripts in Redis",
     "decisions": "Decisions of one Python process",
     "races": "Races for one install's credits",
-    "relay": "The relay",
+    "relay": "The relay: requests",
+    "streams": "The relay: open streams",
     "ledger": "credits.json",
 }
 
@@ -39,6 +40,7 @@ def _sections(rows: int) -> dict[str, Callable[[], list[Finding] | str]]:
         "decisions": lambda: list(decisions.findings(decisions.ROUNDS)),
         "races": lambda: races.table(races.ROUNDS),
         "relay": lambda: relay.measure(relay.ROUNDS, peers=True),
+        "streams": lambda: list(streams.findings(streams.ROUNDS, peers=True)),
         "ledger": lambda: ledger.findings(rows),
     }
 

@@ -1,10 +1,16 @@
 """A backend that costs next to nothing, as a process: one fixed answer, or a stream if the body asks for one.
 
+    python -m benchmarks.constant_backend [CHUNKS GAP_S]
+
+A stream has so many chunks, 0: it ends when its client leaves.
+
 It prints its port. It reads no more of HTTP than where a request ends, and does no pipelining.
 """
 
 import asyncio
 import re
+import sys
+from itertools import count
 from typing import cast
 
 import uvloop
@@ -24,7 +30,8 @@ _LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 class ConstantBackend(asyncio.Protocol):
     """One connection."""
 
-    def __init__(self) -> None:
+    def __init__(self, chunks: int, gap_s: float) -> None:
+        self._chunks, self._gap_s = chunks, gap_s
         self._buffer = b""
         self._streaming: asyncio.Task[None] | None = None
 
@@ -40,26 +47,29 @@ class ConstantBackend(asyncio.Protocol):
         if length and len(body) < int(length[1]):
             return
         self._buffer = b""
-        if b'"stream": true' in body:
+        if b'"stream": true' in body or b'"stream":true' in body:
             self._streaming = asyncio.get_running_loop().create_task(self._stream())
         else:
             self._transport.write(_ANSWER)
 
     async def _stream(self) -> None:
         self._transport.write(_HEAD)
-        for part in [_CHUNK] * CHUNKS + [b"0\r\n\r\n"]:
+        for _ in range(self._chunks) if self._chunks else count():
             if self._transport.is_closing():
                 return
-            self._transport.write(part)
-            await asyncio.sleep(GAP_S)
+            self._transport.write(_CHUNK)
+            await asyncio.sleep(self._gap_s)
+        self._transport.write(b"0\r\n\r\n")
 
 
-async def main() -> None:
+async def main(chunks: int = CHUNKS, gap_s: float = GAP_S) -> None:
     """Serve until the process is ended."""
-    server = await asyncio.get_running_loop().create_server(ConstantBackend, "127.0.0.1", 0)
+    server = await asyncio.get_running_loop().create_server(
+        lambda: ConstantBackend(chunks, gap_s), "127.0.0.1", 0, backlog=4096
+    )
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
 
 
 if __name__ == "__main__":
-    uvloop.run(main())
+    uvloop.run(main(int(sys.argv[1]), float(sys.argv[2])) if len(sys.argv) > 1 else main())

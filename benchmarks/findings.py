@@ -140,4 +140,5 @@ def _finding(*, ratios: list[float], bar: dict[str, Any] | None, **rest: Any) ->
 PLOTS = {
     "cost.svg": ("Cost of a decision against installs and live holds", {"scripts-valkey", "scripts-redis"}),
     "concurrency.svg": ("Decisions a second against how many at once", {"decisions"}),
+    "relays.svg": ("Requests a second, and the cost of streams, of each relay against ours", {"relay", "streams"}),
 }

@@ -1,4 +1,4 @@
-"""Draws what findings.json holds: the cost of a decision against installs and holds, and throughput against callers.
+"""Draws what findings.json holds: what a decision costs, throughput against callers, and the relays side by side.
 
 `python -m benchmarks.plots FINDINGS`, with matplotlib on the path: it is no dependency of this project.
 """
@@ -67,9 +67,31 @@ def draw_concurrency(sections: Sections, path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
+def draw_relays(sections: Sections, path: Path) -> None:
+    """Draw the other relays against ours: how many requests a second they serve, what their streams cost."""
+    figure, panels = plt.subplots(1, 3, figsize=(10, 2.8))
+    for panel, name, words, title in (
+        (panels[0], "relay", "requests, 64 at once", "requests a second"),
+        (panels[1], "streams", "processor time of a chunk", "processor time of a chunk"),
+        (panels[2], "streams", "memory of an open stream", "memory of an open stream"),
+    ):
+        lines = [line for line in _found(sections, name) if line.what.startswith(words) and "relay" not in line.against]
+        names = [*(line.against for line in lines), "limiter"]
+        bars = panel.barh(names, [*(1 / line.ratio for line in lines), 1], color=["C7"] * len(lines) + ["C0"])
+        panel.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
+        panel.set(xscale="log", title=f"{title}, limiter = 1")
+        panel.margins(x=0.3)
+        panel.tick_params(axis="y", labelsize=8)
+        panel.title.set_fontsize(9)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+_DRAWN = {"cost.svg": draw_cost, "concurrency.svg": draw_concurrency, "relays.svg": draw_relays}
+
 if __name__ == "__main__":
     store = Path(sys.argv[1])
     known = read_store(store)
-    for file, draw in (("cost.svg", draw_cost), ("concurrency.svg", draw_concurrency)):
+    for file, draw in _DRAWN.items():
         if known.keys() & PLOTS[file][1]:
             draw(known, store.with_name(file))

@@ -110,9 +110,18 @@ async def _check_commands(node: Redis, subject: str) -> None:
 async def _check(redis: Client, url: str, *, allow_eviction: bool) -> None:
     """Refuse servers on which rows are not safe; warn where they could be safer."""
     subject = f"Redis at {redacted(url)}"
+    kind: Kind = "cluster" if isinstance(redis, ClusterClient) else "single"
     try:
         nodes = await primaries_of(redis)
         infos = [await node.info() for node in nodes]
+        findings = [
+            finding
+            for info in infos
+            for finding in inspect(info, subject=subject, kind=kind, allow_eviction=allow_eviction)
+        ]
+        for finding in findings:
+            if finding.level == "problem":
+                raise SettingsError(str(finding))
         for node in nodes:
             await _check_commands(node, subject)
         await redis.open()
@@ -126,14 +135,5 @@ async def _check(redis: Client, url: str, *, allow_eviction: bool) -> None:
         raise LimiterUnavailable(f"no {subject}: {error}", execution=Execution.NOT_EXECUTED) from error
     if not infos:
         raise LimiterUnavailable(f"the cluster at {redacted(url)} serves no slot", execution=Execution.NOT_EXECUTED)
-    kind: Kind = "cluster" if isinstance(redis, ClusterClient) else "single"
-    findings = [
-        finding
-        for info in infos
-        for finding in inspect(info, subject=subject, kind=kind, allow_eviction=allow_eviction)
-    ]
-    for finding in findings:
-        if finding.level == "problem":
-            raise SettingsError(str(finding))
     for warning in dict.fromkeys(str(each) for each in findings if each.level == "warning"):  # once for all nodes
         _LOG.warning("%s", warning, extra=event("redis_server_warning"))

@@ -243,6 +243,26 @@ class HttpConnection(asyncio.Protocol):
     closed, once.
     """
 
+    __slots__ = (
+        "_bytes_beside_body",
+        "_closed",
+        "_exchange",
+        "_header_bytes",
+        "_headers",
+        "_is_interim",
+        "_on_end",
+        "_parser",
+        "_paused",
+        "_transport",
+        "_until_eof",
+        "idle_since_s",
+        "is_full",
+        "keepalive_s",
+        "loop",
+        "reusable",
+        "used",
+    )
+
     def __init__(self, loop: asyncio.AbstractEventLoop, on_end: Callable[["HttpConnection"], None]) -> None:
         self.loop = loop
         self.reusable = True
