@@ -1,16 +1,23 @@
 """Rewrites the `model` field of a multipart form while it passes; every other byte stays as it is.
 
-Of a file, only the few bytes that may begin a boundary are held back. No I/O.
+Of a file, only the few bytes that may begin a boundary are held back. Each byte is copied once, however many parts
+there are, and a form with very many of them is refused. No I/O.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import Enum, auto
 
+MAX_PARTS = 100  # a transcription has about ten
 _MAX_HEAD_LENGTH = 8192
 _MAX_NAME_LENGTH = 1024
 _DISPOSITION = re.compile(rb"^content-disposition:(.*)$", re.IGNORECASE | re.MULTILINE)
+_FOLD = re.compile(rb"\r?\n[ \t]+")
 _PARAMETER = re.compile(rb';\s*([^=;\s]+)\s*=\s*("(?:[^"\\]|\\.)*"|[^;\s]*)')
+
+
+class TooManyParts(Exception):  # noqa: N818  names the thing
+    """The form has more than MAX_PARTS parts."""
 
 
 class _Place(Enum):
@@ -27,16 +34,21 @@ class ModelField:
         self._delimiter = b"\r\n--" + boundary.encode("ascii", "surrogateescape")
         self._rename = rename
         self._held = b"\r\n"  # the first boundary has no line break before it
+        self._at = 0  # how much of the held bytes was processed
         self._place = _Place.BODY
+        self._parts = 0
         self._unsent = 2  # of those two bytes, which are not the client's
 
     def feed(self, chunk: bytes) -> bytes:
-        """Process the next bytes and return those that can be forwarded; `rest` returns the last ones."""
+        """Process the next bytes and return those that can be forwarded; `rest` returns the last ones.
+
+        Raises TooManyParts.
+        """
         self._held += chunk
-        out = bytearray()
-        while (step := self._step()) is not None:
-            out += step
-        return self._drop_prefix(bytes(out))
+        self._at = 0
+        out = b"".join(self._steps())
+        self._held = self._held[self._at :]
+        return self._drop_prefix(out)
 
     def rest(self) -> bytes:
         """Return the bytes that are still held back, at the end of the form."""
@@ -48,54 +60,60 @@ class ModelField:
         self._unsent -= skipped
         return out[skipped:]
 
-    def _step(self) -> bytes | None:
-        """Return the next piece to forward, having moved to the next place; None when more bytes are needed."""
-        match self._place:
-            case _Place.BODY:
-                return self._body()
-            case _Place.HEAD:
-                return self._head()
-            case _Place.MODEL:
-                return self._model()
-            case _Place.END:
-                return self._take(len(self._held), _Place.END) if self._held else None
+    def _steps(self) -> Iterator[bytes]:
+        """Yield the next pieces to forward, moving from place to place, until more bytes are needed."""
+        steps = {_Place.BODY: self._body, _Place.HEAD: self._head, _Place.MODEL: self._model, _Place.END: self._end}
+        while (step := steps[self._place]()) is not None:
+            yield step
 
     def _body(self) -> bytes | None:
-        at = self._held.find(self._delimiter)
-        if at >= 0:
-            return self._take(at + len(self._delimiter), _Place.HEAD)
+        end = self._held.find(self._delimiter, self._at)
+        if end >= 0:
+            self._parts += 1
+            if self._parts > MAX_PARTS + 1:  # the last boundary begins no part
+                raise TooManyParts
+            return self._take(end + len(self._delimiter), _Place.HEAD)
         certain = len(self._held) - len(self._delimiter) + 1
-        return self._take(certain, _Place.BODY) if certain > 0 else None
+        return self._take(certain, _Place.BODY) if certain > self._at else None
 
     def _head(self) -> bytes | None:
-        if self._held.startswith(b"--"):
+        if self._held.startswith(b"--", self._at):
             return self._take(len(self._held), _Place.END)
-        end = self._held.find(b"\r\n\r\n")
-        if end > _MAX_HEAD_LENGTH or (end < 0 and len(self._held) > _MAX_HEAD_LENGTH + 4):
+        end = self._held.find(b"\r\n\r\n", self._at)
+        length = (end if end >= 0 else len(self._held) - 4) - self._at
+        if length > _MAX_HEAD_LENGTH:
             return self._take(len(self._held), _Place.END)
         if end < 0:
             return None
-        return self._take(end + 4, _Place.MODEL if _names_model(self._held[:end]) else _Place.BODY)
+        return self._take(end + 4, _Place.MODEL if _names_model(self._held[self._at : end]) else _Place.BODY)
 
     def _model(self) -> bytes | None:
-        at = self._held.find(self._delimiter)
-        if at > _MAX_NAME_LENGTH or (at < 0 and len(self._held) > _MAX_NAME_LENGTH + len(self._delimiter)):
-            return self._take(0, _Place.BODY)
-        if at < 0:
+        end = self._held.find(self._delimiter, self._at)
+        length = (end if end >= 0 else len(self._held) - len(self._delimiter)) - self._at
+        if length > _MAX_NAME_LENGTH:
+            return self._take(self._at, _Place.BODY)
+        if end < 0:
             return None
-        value = self._take(at, _Place.BODY)
+        value = self._take(end, _Place.BODY)
         try:
             return self._rename(value.decode()).encode()
         except UnicodeDecodeError:
             return value
 
-    def _take(self, size: int, place: _Place) -> bytes:
-        self._place = place
-        taken, self._held = self._held[:size], self._held[size:]
+    def _end(self) -> bytes | None:
+        return self._take(len(self._held), _Place.END) if self._at < len(self._held) else None
+
+    def _take(self, end: int, place: _Place) -> bytes:
+        taken = self._held[self._at : end]
+        self._at, self._place = end, place
         return taken
 
 
 def _names_model(head: bytes) -> bool:
-    line = _DISPOSITION.search(head.replace(b"\r\n", b"\n"))
-    parameters = {name.lower(): value.strip(b'"') for name, value in _PARAMETER.findall(line[1])} if line else {}
+    """Return whether a part is the field `model`, by any of its lines, as readers differ about which one counts."""
+    return any(map(_is_model, _DISPOSITION.findall(_FOLD.sub(b" ", head).replace(b"\r\n", b"\n"))))
+
+
+def _is_model(disposition: bytes) -> bool:
+    parameters = {name.lower(): value.strip(b'"') for name, value in _PARAMETER.findall(disposition)}
     return parameters.get(b"name") == b"model" and not parameters.keys() & {b"filename", b"filename*"}

@@ -13,10 +13,11 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from limiter.relay.http.problems import Problem, ProblemRaised, fail
 from limiter.relay.requests.memory_budget import Reservation
-from limiter.relay.requests.multipart_rewriter import ModelField
+from limiter.relay.requests.multipart_rewriter import MAX_PARTS, ModelField, TooManyParts
 from limiter.relay.upstream.client import BackendClient, Streamed
 
 _MAX_BOUNDARY_LENGTH = 70  # RFC 2046
+_FED_AT_ONCE = 1 << 16  # so that no other request waits for long while a form is read
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +95,19 @@ class Upload:
         at = 0
         while chunk := self._kept[at] if at < len(self._kept) else await self._next():
             at += 1
-            if out := field.feed(chunk):
-                yield out
+            for begin in range(0, len(chunk), _FED_AT_ONCE):
+                if out := self._feed(field, chunk[begin : begin + _FED_AT_ONCE]):
+                    yield out
         if out := field.rest():
             yield out
+
+    def _feed(self, field: ModelField, piece: bytes) -> bytes:
+        try:
+            return field.feed(piece)
+        except TooManyParts:
+            detail = f"The form has more than {MAX_PARTS} parts."
+            self._fault = ProblemRaised(Problem(400, "invalid_body", "Invalid body", detail))
+            raise self._fault from None
 
     async def _next(self) -> bytes:
         """Read the next chunk; one read at a time, even if the call to a failed backend still waits for it."""

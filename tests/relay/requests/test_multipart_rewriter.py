@@ -2,12 +2,15 @@
 
 import itertools
 import random
+import sys
+from types import FrameType
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from limiter.relay.requests.multipart_rewriter import ModelField
+from limiter.relay.requests.multipart_rewriter import MAX_PARTS, ModelField, TooManyParts
 
 BOUNDARY = "b0undary"
 
@@ -90,3 +93,78 @@ def test_file_when_it_passes_then_no_more_than_a_boundary_is_held_back() -> None
     for _ in range(100):
         sent += field.feed(b"x" * 1000)
     assert len(form((FILE, b""), end=b"")) + 100_000 - len(sent) < len(BOUNDARY) + 4
+
+
+def test_form_when_it_has_many_parts_then_it_passes_and_with_one_more_it_is_refused() -> None:
+    parts = [(OTHER, b"de")] * (MAX_PARTS - 1)
+    assert passed(form((MODEL, b"w"), *parts), [7, 777])[1] == ["w"]
+    with pytest.raises(TooManyParts):
+        passed(form((MODEL, b"w"), *parts, (OTHER, b"de")), [7, 777])
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b'Content-Disposition: form-data; name="language"\r\nContent-Disposition: form-data; name="model"',
+        b'Content-Disposition: form-data;\r\n name="model"',
+    ],
+    ids=["two lines", "a folded line"],
+)
+def test_model_when_only_some_readers_see_it_then_it_is_renamed(head: bytes) -> None:
+    assert passed(form((MODEL, b"a"), (head, b"b")), []) == (
+        form((MODEL, b"mapped-a"), (head, b"mapped-b")),
+        ["a", "b"],
+    )
+
+
+def steps_for(body: bytes) -> int:
+    """Return how many steps of this program a body takes that arrives at once: calls and the lines between them."""
+    steps = 0
+
+    def count(_frame: FrameType, _kind: str, _argument: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        return count
+
+    field = ModelField(BOUNDARY, str)
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        for begin in range(0, len(body), 1 << 16):
+            field.feed(body[begin : begin + (1 << 16)])
+    except TooManyParts:
+        pass
+    finally:
+        sys.settrace(before)
+    return steps
+
+
+def test_form_when_it_is_all_parts_then_it_takes_no_more_steps_than_an_honest_one_of_its_size() -> None:
+    tiny = b"\r\n--b0undary\r\n\r\n\r\n"
+    honest = steps_for(form((MODEL, b"w"), *[(OTHER, b"de")] * 50, (FILE, b"z" * (4 << 20))))
+    assert steps_for(tiny * (4 * (1 << 20) // len(tiny))) < 5 * honest
+    assert steps_for(tiny * ((1 << 20) // len(tiny))) == steps_for(tiny * (4 * (1 << 20) // len(tiny)))
+
+
+def test_form_when_it_is_fed_then_each_byte_is_copied_a_few_times_only() -> None:
+    copied = 0
+
+    class Counted(bytes):
+        """Bytes that count what is cut out of them."""
+
+        def __getitem__(self, key: Any) -> Any:
+            nonlocal copied
+            cut = bytes(self)[key]
+            if isinstance(key, slice):
+                copied += len(cut)
+                return Counted(cut)
+            return cut
+
+        def __add__(self, other: Any) -> "Counted":
+            return Counted(bytes(self) + bytes(other))
+
+    field = ModelField(BOUNDARY, str)
+    field._held = Counted(field._held)
+    piece = form(*[(OTHER, b"x" * 20)] * (MAX_PARTS - 1), (FILE, b"z" * 50_000), end=b"")
+    field.feed(piece)
+    assert copied < 4 * len(piece)
