@@ -36,6 +36,13 @@ class Overloaded(LimiterUnavailable):
         super().__init__(f"{max_waiting} calls are waiting for Redis already", execution=Execution.NOT_EXECUTED)
 
 
+class OutOfMemory(LimiterUnavailable):
+    """Redis has used up its `maxmemory`. Nothing was done. It answers, commits and releases, but reserves nothing."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(f"Redis is out of memory: {text}", execution=Execution.NOT_EXECUTED)
+
+
 class NotReplicated(LimiterError):  # noqa: N818  names the thing, as UnknownTier does
     """The operation is done, but too few replicas have it, so a failover may lose it. Check them, and repeat it."""
 

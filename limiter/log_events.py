@@ -18,6 +18,8 @@ LogEvent = Literal[
     "circuit_breaker_closed",
     "redis_unavailable",
     "redis_available",
+    "redis_out_of_memory",
+    "redis_has_memory",
     "redis_probe_failed",
     "settlement_failed",
     "settlement_expired",

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from limiter._util.backoff import Backoff
-from limiter.errors import Execution, LimiterUnavailable, Overloaded
+from limiter.errors import Execution, LimiterUnavailable, OutOfMemory, Overloaded
 
 T = TypeVar("T")
 
@@ -19,6 +19,8 @@ async def retry(
     when_overloaded: bool = False,
 ) -> T:
     """Run an attempt, and again after LimiterUnavailable, until one succeeds or the deadline has passed.
+
+    A Redis that is out of memory has answered, and is not asked again.
 
     Args:
         attempt: makes one attempt, and ends by itself within its timeout.
@@ -38,8 +40,8 @@ async def retry(
     backoff = Backoff(first_s=0.01, max_s=0.25)
     while True:
         pause_s = backoff.next_s()
-        overloaded = isinstance(failure, Overloaded) and not when_overloaded
-        if (unknown and not when_unknown) or overloaded or time.monotonic() + pause_s >= ends_s:
+        refused = isinstance(failure, OutOfMemory) or (isinstance(failure, Overloaded) and not when_overloaded)
+        if (unknown and not when_unknown) or refused or time.monotonic() + pause_s >= ends_s:
             failure.execution = Execution.UNKNOWN if unknown else Execution.NOT_EXECUTED
             raise failure
         await asyncio.sleep(pause_s)

@@ -22,7 +22,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from limiter._util.cancellation import CancelWatch
-from limiter.errors import ACL_HINT, BrokenRow, Execution, LimiterUnavailable, ScriptContractError
+from limiter.errors import ACL_HINT, BrokenRow, Execution, LimiterUnavailable, OutOfMemory, ScriptContractError
 
 T = TypeVar("T")
 _NOT_EXECUTED = (
@@ -33,7 +33,6 @@ _NOT_EXECUTED = (
     MasterDownError,
     NoScriptError,  # flushed again between loading and running it
     TryAgainError,
-    OutOfMemoryError,
 )
 # Without an error class in redis-py 8.1: too few replicas (min-replicas-to-write), a disk that cannot be written.
 _REFUSALS = ("NOREPLICAS ", "MISCONF ")
@@ -49,6 +48,8 @@ def is_unknown_command(error: Exception) -> bool:
 def translate_error(error: Exception, row_key: str) -> Exception:  # noqa: PLR0911  a table of cases
     """Translate an error of redis-py into one of this package, which names the key where that helps."""
     text = str(error)
+    if isinstance(error, OutOfMemoryError):
+        return OutOfMemory(text.rstrip("."))
     if isinstance(error, _NOT_EXECUTED) or text.startswith(_REFUSALS):
         return LimiterUnavailable(f"Redis cannot do this now: {text}", execution=Execution.NOT_EXECUTED)
     if isinstance(error, RedisTimeoutError | TimeoutError):

@@ -70,7 +70,7 @@ def create_app(
     app.on_response_prepare.extend([add_request_id, close_after_unframed])
     add_cors(app, settings.relay.cors_origins)
     add_access_log(app, metrics, short_names(settings.logs.key.get_secret_value()))
-    metrics.watch_redis(lambda: availability.state == "ok")
+    metrics.watch_redis(lambda: availability.state)
     metrics.watch_settlements(relay.retries.under_way)
     for name, client in backends.items():
         client.watch(partial(metrics.backend_called, name))

@@ -32,6 +32,8 @@ async def show_readiness(request: web.Request) -> web.Response:
     status, readiness = 200, {"status": "ready", "redis": "ok"}
     try:
         await relay.limiter.balance(_PROBE, tier=CORE)
+        if relay.availability.state == "out_of_memory":
+            status, readiness = 503, {"status": "not ready", "redis": "out of memory"}
     except LimiterError as error:
         unmetered = relay.availability.serves_unmetered and relay.backends["hardware"].breaker.state != "open"
         status = 200 if unmetered and request.query.get("unmetered") == "1" else 503

@@ -15,7 +15,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from limiter.credits.models import Backend, Decision
-from limiter.errors import Execution, LimiterUnavailable
+from limiter.errors import Execution, LimiterUnavailable, OutOfMemory
 from limiter.log_events import event
 from limiter.relay.handlers.context import RELAY, Relay
 from limiter.relay.handlers.forwarding import Metered, Unmetered, pass_answer
@@ -28,7 +28,7 @@ from limiter.relay.metering.refusals import refuse
 from limiter.relay.requests.identity import Identity
 from limiter.relay.requests.json_body import ForwardableRequest, read_json
 from limiter.relay.requests.upload import Upload
-from limiter.relay.telemetry.metrics import UNAVAILABLE, UNMETERED
+from limiter.relay.telemetry.metrics import OUT_OF_MEMORY, UNAVAILABLE, UNMETERED
 from limiter.relay.upstream.client import BackendClient
 from limiter.relay.upstream.response import BackendFailed, BackendResponse
 
@@ -91,9 +91,10 @@ async def _serve(call: _Call) -> web.StreamResponse:
         try:
             if not availability.serves_unmetered or "hardware" not in call.backends:
                 return await _serve_metered(call)
-        except LimiterUnavailable:  # nothing was forwarded, and what may be held is being released
-            if "hardware" not in call.backends or not await availability.serves_this_unmetered():
-                request_record(call.request).status = UNAVAILABLE
+        except LimiterUnavailable as error:  # nothing was forwarded, and what may be held is being released
+            is_full = isinstance(error, OutOfMemory)  # which clients can bring about: no reason to serve for nothing
+            if is_full or "hardware" not in call.backends or not await availability.serves_this_unmetered():
+                request_record(call.request).status = OUT_OF_MEMORY if is_full else UNAVAILABLE
                 await _note_missed(call)
                 raise
         await _note_missed(call)

@@ -42,7 +42,7 @@ CODES: Mapping[int, tuple[str, ...]] = {
     431: ("head_too_large",),
     500: ("internal_error", "broken_row"),
     502: ("backend_unavailable",),
-    503: ("limiter_unavailable", "limiter_overloaded", "relay_busy"),
+    503: ("limiter_unavailable", "limiter_out_of_memory", "limiter_overloaded", "relay_busy"),
     504: ("backend_timeout",),
 }
 MEANING: Mapping[int, str] = {
@@ -59,7 +59,7 @@ MEANING: Mapping[int, str] = {
     429: "Running requests hold the remaining credits, or there are too many requests or new installs at once.",
     500: "The relay failed.",
     502: "No backend could serve the request.",
-    503: "Redis is unavailable, or too many decisions wait for it, or the relay has no memory left for the body.",
+    503: "Redis is unavailable or out of memory, too many decisions wait, or the relay has no memory for the body.",
     504: "The backend did not answer in time.",
 }
 RETRY_AFTER = frozenset({429, 502, 503, 504})

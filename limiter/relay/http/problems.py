@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from aiohttp import hdrs, web
 
-from limiter.errors import BrokenRow, InvalidInstallId, LimiterUnavailable, Overloaded
+from limiter.errors import BrokenRow, InvalidInstallId, LimiterUnavailable, OutOfMemory, Overloaded
 from limiter.relay.http.json_response import json_response
 
 REQUEST_ID = web.RequestKey("request_id", str)
@@ -102,22 +102,8 @@ def problem_from(error: Exception) -> Problem:  # noqa: PLR0911  a table of case
             return error.problem
         case InvalidInstallId():
             return Problem(400, "invalid_install_id", "Invalid install id", str(error))
-        case Overloaded():
-            return Problem(
-                503,
-                "limiter_overloaded",
-                "Limiter overloaded",
-                "Too many decisions are waiting already.",
-                retry_after_s=1,
-            )
         case LimiterUnavailable():
-            return Problem(
-                503,
-                "limiter_unavailable",
-                "Limiter unavailable",
-                "Credits cannot be checked at the moment.",
-                retry_after_s=2,
-            )
+            return _undecided(error)
         case BrokenRow():
             return Problem(
                 500, "broken_row", "Broken row", "The record of this install needs its operator's attention."
@@ -133,3 +119,16 @@ def problem_from(error: Exception) -> Problem:  # noqa: PLR0911  a table of case
             return Problem(error.status, "http_error", error.reason, error.text or error.reason)
         case _:
             return Problem(500, "internal_error", "Internal error", "The relay failed; its log says why.")
+
+
+def _undecided(error: LimiterUnavailable) -> Problem:
+    match error:
+        case Overloaded():
+            detail = "Too many decisions are waiting already."
+            return Problem(503, "limiter_overloaded", "Limiter overloaded", detail, retry_after_s=1)
+        case OutOfMemory():
+            detail = "No credits can be reserved at the moment: the memory for them is used up."
+            return Problem(503, "limiter_out_of_memory", "Limiter out of memory", detail, retry_after_s=5)
+        case _:
+            detail = "Credits cannot be checked at the moment."
+            return Problem(503, "limiter_unavailable", "Limiter unavailable", detail, retry_after_s=2)

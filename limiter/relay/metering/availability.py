@@ -1,7 +1,8 @@
 """The availability of Redis as this node sees it, and how requests are served while it is unavailable.
 
-It follows from real calls and from a probe that runs as long as the relay. Only changes are logged. It knows nothing of
-credits, and settles nothing.
+It follows from real calls and from a probe that runs as long as the relay. Only changes are logged. A Redis that is out
+of memory is available: it refuses what needs memory by itself, and settles what was begun, so every call is made. This
+module knows nothing of credits, and settles nothing.
 """
 
 import asyncio
@@ -15,13 +16,22 @@ from limiter._util.backoff import Backoff
 from limiter.config.settings import OnRedisDown
 from limiter.credits.limiter import CreditLimiter
 from limiter.credits.models import CORE, Balance, Decision
-from limiter.errors import BrokenRow, Execution, LimiterError, LimiterUnavailable, Overloaded, ScriptContractError
+from limiter.errors import (
+    BrokenRow,
+    Execution,
+    LimiterError,
+    LimiterUnavailable,
+    OutOfMemory,
+    Overloaded,
+    ScriptContractError,
+)
 from limiter.log_events import event
 
 T = TypeVar("T")
-RedisState = Literal["ok", "away"]
+RedisState = Literal["ok", "away", "out_of_memory"]
 _LOG = logging.getLogger("limiter.relay")
 _PROBED = "probe"  # an install id that no client can have, as it is not a UUID
+_OUT_OF_MEMORY_S = 5.0  # it may refuse some calls and accept others while it is nearly full: that is one state
 _IDLE_S = 5.0  # while Redis is available, it is probed only after so long without a decision
 
 
@@ -53,7 +63,7 @@ class RedisAvailability:
         self._limiter = limiter
         self._timed = timed
         self._state: RedisState = "ok"
-        self._answered_s = self._changed_s = time.monotonic()
+        self._answered_s = self._changed_s = self._out_of_memory_s = time.monotonic()
         self._lost, self._available = asyncio.Event(), asyncio.Event()
         self._available.set()
         self._task: asyncio.Task[None] | None = None
@@ -75,7 +85,7 @@ class RedisAvailability:
 
     @property
     def state(self) -> RedisState:
-        """The state; "away" means unavailable."""
+        """The state; "away" means unavailable. "out_of_memory" lasts until no call was refused for some seconds."""
         return self._state
 
     def report(self) -> Mapping[str, object]:
@@ -128,6 +138,9 @@ class RedisAvailability:
             return await operation()
         except Overloaded:
             raise  # the bottleneck is this process, not Redis
+        except OutOfMemory as error:
+            self._record_out_of_memory(error)
+            raise
         except LimiterUnavailable as error:
             self._record_failure(began_s, error)
             raise
@@ -138,10 +151,25 @@ class RedisAvailability:
             self._change("ok")
             self._available.set()
             _LOG.warning("Redis is available again", extra=event("redis_available"))
+        elif self._state == "out_of_memory" and self._answered_s > self._out_of_memory_s + _OUT_OF_MEMORY_S:
+            self._change("ok")
+            _LOG.warning("Redis has memory again", extra=event("redis_has_memory"))
+
+    def _record_out_of_memory(self, error: OutOfMemory) -> None:
+        self._answered_s = self._out_of_memory_s = time.monotonic()
+        if self._state != "out_of_memory":
+            self._change("out_of_memory")
+            self._available.set()
+            _LOG.error(
+                "%s. Requests are refused until it has some again; commits and releases go on",
+                error,
+                extra=event("redis_out_of_memory"),
+            )
+            self._lost.set()
 
     def _record_failure(self, began_s: float, error: LimiterUnavailable) -> None:
         """Record a failure, unless another call was answered since the failed one began: then it is late, or alone."""
-        if self._state == "ok" and self._answered_s < began_s:
+        if self._state != "away" and self._answered_s < began_s:
             self._change("away")
             self._available.clear()
             served = "serving unmetered from hardware" if self.on_redis_down == "hardware" else "refusing requests"

@@ -97,7 +97,7 @@ class BackgroundRetries:
             except LimiterUnavailable:
                 if time.monotonic() > ends_s:
                     raise
-            if self._availability.state == "ok":
+            if self._availability.state != "away":
                 await asyncio.sleep(backoff.next_s())
             with suppress(TimeoutError):
                 async with asyncio.timeout(max(0, ends_s - time.monotonic())):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from aiohttp import HttpVersion10, hdrs, web
 
 from limiter._util.ids import random_id
-from limiter.errors import LimiterError
+from limiter.errors import LimiterError, OutOfMemory
 from limiter.log_events import event
 from limiter.relay.http.connection import REFUSED
 from limiter.relay.http.handler import Handler
@@ -37,7 +37,8 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
         return _respond(request, raised.problem, raised.headers)
     except (LimiterError, web.HTTPException) as error:
         problem = problem_from(error)
-        if problem.status >= _SERVER_ERROR and not isinstance(error, RedisUnavailable):  # the outage is logged once
+        logged_once = isinstance(error, RedisUnavailable | OutOfMemory)  # each is a state of Redis
+        if problem.status >= _SERVER_ERROR and not logged_once:
             _LOG.error("%s", error, extra=event("request_failed", request_id=request[REQUEST_ID]))
         headers = {"Allow": error.headers["Allow"]} if isinstance(error, web.HTTPMethodNotAllowed) else None
         return _respond(request, problem, headers)

@@ -31,10 +31,11 @@ SettlementKind = Literal["commit", "release", "undo"]  # undo: the release of a 
 FAILED, GAVE_UP = "FAILED", "GAVE_UP"  # a settlement that failed, or that was not made before its hold expired
 UNMETERED = "UNMETERED"  # served from hardware while Redis is unavailable
 UNAVAILABLE = "UNAVAILABLE"  # not decided, as Redis is unavailable
+OUT_OF_MEMORY = "OUT_OF_MEMORY"  # not decided, as Redis is out of memory
 METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"})  # any other is counted as "other"
 CLIENT_LEFT = 499  # nginx' status for a request whose client did not wait for the answer
 _OTHER = "other"
-_DECISIONS = frozenset({*DecisionStatus, UNMETERED, UNAVAILABLE})
+_DECISIONS = frozenset({*DecisionStatus, UNMETERED, UNAVAILABLE, OUT_OF_MEMORY})
 _REASONS = frozenset({*Reason, ""})
 _OUTCOMES = frozenset({*SettlementStatus, FAILED, GAVE_UP})
 _STATUSES = frozenset({*(int(status) for status in HTTPStatus), CLIENT_LEFT})
@@ -103,6 +104,11 @@ class Metrics:
         self._redis_up = Gauge(
             "limiter_redis_up", "1 while Redis is available for decisions, else 0.", registry=registry
         )
+        self._redis_out_of_memory = Gauge(
+            "limiter_redis_out_of_memory",
+            "1 while Redis refuses decisions for want of memory, else 0.",
+            registry=registry,
+        )
         self._dump_age_s = Gauge(
             "limiter_dump_age_seconds", "Age of the last good credits.json; NaN before the first.", registry=registry
         )
@@ -140,7 +146,7 @@ class Metrics:
             self._first_byte_s.observe(request.first_byte_s, route)
 
     def decided(self, status: str, reason: str | None, tier: str | None, *, from_memory: bool = False) -> None:
-        """Count a decision: a `DecisionStatus`, UNMETERED or UNAVAILABLE."""
+        """Count a decision: a `DecisionStatus`, UNMETERED, UNAVAILABLE or OUT_OF_MEMORY."""
         if from_memory:
             self._from_memory.inc()
         self._decisions.add(
@@ -191,9 +197,10 @@ class Metrics:
         """Show how many connections to a backend are open."""
         self._to_backends.labels(backend).set_function(connections)
 
-    def watch_redis(self, is_up: Callable[[], bool]) -> None:
-        """Show whether Redis is available for decisions."""
-        self._redis_up.set_function(lambda: float(is_up()))
+    def watch_redis(self, state: Callable[[], str]) -> None:
+        """Show whether Redis is available for decisions, or out of memory: a function returns its state."""
+        self._redis_up.set_function(lambda: float(state() == "ok"))
+        self._redis_out_of_memory.set_function(lambda: float(state() == "out_of_memory"))
 
     def watch_dumps(self, last_good_at: Callable[[], str | None]) -> None:
         """Show the age of the last good dump, whose time a function returns as ISO text."""

@@ -279,7 +279,7 @@ def test_metrics_when_events_are_recorded_then_they_are_counted() -> None:
 def test_metrics_when_a_state_is_watched_then_each_scrape_shows_it_as_it_is() -> None:
     metrics = Metrics(tiers=TIERS, routes=ROUTES)
     app = Watched("", StringIO(), metrics, asyncio.Event())
-    state: dict[str, Any] = {"breaker": "open", "redis": False, "settling": 2, "dumped": None}
+    state: dict[str, Any] = {"breaker": "open", "redis": "out_of_memory", "settling": 2, "dumped": None}
     metrics.watch_breaker("gemini", lambda: state["breaker"])
     metrics.watch_redis(lambda: state["redis"])
     metrics.watch_settlements(lambda: state["settling"])
@@ -287,8 +287,10 @@ def test_metrics_when_a_state_is_watched_then_each_scrape_shows_it_as_it_is() ->
     assert app.value("limiter_breaker_state", backend="gemini", state="open") == 1
     assert app.value("limiter_breaker_state", backend="gemini", state="closed") == 0
     assert (app.value("limiter_redis_up"), app.value("limiter_settlements_in_flight")) == (0, 2)
+    assert app.value("limiter_redis_out_of_memory") == 1
     assert (age_s := app.value("limiter_dump_age_seconds")) != age_s, "none yet is NaN"
-    state |= {"breaker": "closed", "redis": True, "settling": 0, "dumped": iso_from_ms(0)}
+    state |= {"breaker": "closed", "redis": "ok", "settling": 0, "dumped": iso_from_ms(0)}
     assert app.value("limiter_breaker_state", backend="gemini", state="closed") == 1
     assert (app.value("limiter_redis_up"), app.value("limiter_settlements_in_flight")) == (1, 0)
+    assert app.value("limiter_redis_out_of_memory") == 0
     assert (app.value("limiter_dump_age_seconds") or 0) > 1e9
