@@ -10,7 +10,8 @@ import logging
 import re
 import secrets
 import sys
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
@@ -18,9 +19,13 @@ import orjson
 import structlog
 from structlog.typing import EventDict, WrappedLogger
 
+from limiter.log_events import event
+
 LogFormat = Literal["auto", "json", "text"]
 Line = MutableMapping[str, Any]
 Clean = Callable[[Line], None]
+_LOG = logging.getLogger("limiter.log")
+_REQUESTS = "limiter.request"  # the logger of the access log
 _HIDDEN = "***"
 _SECRETS = re.compile(r"(?i:(?<=\bbearer\s))\S+|\beyJ[\w-]{8,}\.[\w-]+\.[\w-]*")  # what follows Bearer; any JWT
 _MIN_SECRET = 6  # characters: masking shorter ones would hide ordinary words
@@ -31,7 +36,13 @@ _OF_EVERY_RECORD = frozenset((*logging.makeLogRecord({}).__dict__, "message", "a
 
 
 def set_up_logging(
-    *, level: str = "INFO", style: LogFormat = "auto", hide: Iterable[str] = (), stream: TextIO | None = None
+    *,
+    level: str = "INFO",
+    style: LogFormat = "auto",
+    hide: Iterable[str] = (),
+    events_per_s: int = 0,
+    requests_per_s: int = 0,
+    stream: TextIO | None = None,
 ) -> None:
     """Send all logs of this process to a stream, replacing any earlier configuration.
 
@@ -39,13 +50,15 @@ def set_up_logging(
         level: the lowest level that is logged.
         style: "auto" is text in a terminal, and JSON otherwise.
         hide: values that must not appear in a log, such as the operator's keys.
+        events_per_s: how many lines of one event a second may have; 0 for any number.
+        requests_per_s: the same for the lines of requests, for each class of status.
         stream: stderr by default.
     """
     stream = stream or sys.stderr
     is_text = style == "text" or (style == "auto" and stream.isatty())
     hidden = sorted((value for value in hide if len(value) >= _MIN_SECRET), key=len, reverse=True)
     clean = _cleaner(hidden)
-    handler = logging.StreamHandler(stream)
+    handler = _BoundedHandler(stream, events_per_s, requests_per_s)
     handler.setFormatter(_columns(clean, colors=stream.isatty()) if is_text else _JsonLines(clean, hidden))
     # No line shows these, so they are not collected for each record; see the logging HOWTO of Python.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
@@ -66,6 +79,57 @@ def short_names(key: str = "") -> Callable[[str], str]:
         return hashlib.blake2b(install_id.encode(), key=secret, digest_size=_NAME_BYTES).hexdigest()
 
     return short_name
+
+
+class _BoundedHandler(logging.StreamHandler[TextIO]):
+    """Writes at most some lines of one event within a second, and then how many it left out.
+
+    What is repeated by a client's doing, or by a fault, fills no disk.
+    """
+
+    def __init__(self, stream: TextIO, events_per_s: int, requests_per_s: int) -> None:
+        super().__init__(stream)
+        self._events_per_s, self._requests_per_s = events_per_s, requests_per_s
+        self._second = 0
+        self._counts: dict[tuple[str, int], int] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line, unless there were too many like it within this second."""
+        second = int(time.monotonic())
+        if second != self._second:
+            counts, self._counts, self._second = self._counts, {}, second
+            self._report(counts)
+        kind, limit = self._kind(record)
+        count = self._counts[kind] = self._counts.get(kind, 0) + 1
+        if not limit or count <= limit:
+            super().emit(record)
+
+    def close(self) -> None:
+        """Report what was left out last."""
+        counts, self._counts = self._counts, {}
+        self._report(counts)
+        super().close()
+
+    def _kind(self, record: logging.LogRecord) -> tuple[tuple[str, int], int]:
+        """Return the kind of a line, of which there are few, and how many lines of it a second may have."""
+        if record.name == _REQUESTS:
+            return ("request", getattr(record, "status", 0) // 100), self._requests_per_s
+        return (getattr(record, "event", record.name), record.levelno), self._events_per_s
+
+    def _report(self, counts: Mapping[tuple[str, int], int]) -> None:
+        for (name, detail), count in counts.items():
+            limit, level = self._events_per_s, detail
+            if name == "request":
+                limit, level = self._requests_per_s, logging.INFO
+            if limit and count > limit:
+                left_out = count - limit
+                _LOG.log(
+                    level,
+                    "%d lines of %s were left out of a second",
+                    left_out,
+                    name,
+                    extra=event("log_lines_left_out", left_out=left_out, of=name),
+                )
 
 
 class _JsonLines(logging.Formatter):

@@ -156,3 +156,65 @@ def test_hide_when_a_value_has_characters_that_json_escapes_then_it_is_masked_to
     set_up_logging(stream=stream, style="json", hide=['my"own\\key'])
     logging.getLogger("limiter").warning('sent my"own\\key')
     assert json.loads(stream.getvalue())["event"] == "sent ***"
+
+
+# How many lines there may be
+
+
+@pytest.fixture
+def bounded(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> tuple[Lines, Callable[[float], None]]:
+    """Return a log of three lines a second for each event and five for requests, and what sets its clock."""
+    now_s = [100.0]
+    monkeypatch.setattr("limiter.log_config.time.monotonic", lambda: now_s[0])
+    set_up_logging(stream=stream, events_per_s=3, requests_per_s=5)
+
+    def set_time(to_s: float) -> None:
+        now_s[0] = to_s
+
+    return lambda: [json.loads(line) for line in stream.getvalue().splitlines()], set_time
+
+
+def test_event_when_it_repeats_within_a_second_then_its_lines_are_bounded_and_what_was_left_out_is_counted(
+    bounded: tuple[Lines, Callable[[float], None]],
+) -> None:
+    lines, set_time = bounded
+    for second in range(2):
+        set_time(100.1 + second)
+        for _ in range(1000):
+            logging.getLogger("limiter").error("It failed", extra=event("backend_failed"))
+    logging.getLogger("limiter").error("Another", extra=event("dump_failed"))
+    set_time(102.5)
+    logging.getLogger("limiter").error("Later", extra=event("dump_failed"))
+    names = [line["event"] for line in lines()]
+    assert names == [
+        *["backend_failed"] * 3,
+        "log_lines_left_out",
+        *["backend_failed"] * 3,
+        "dump_failed",
+        "log_lines_left_out",
+        "dump_failed",
+    ]
+    left_out = [line for line in lines() if line["event"] == "log_lines_left_out"]
+    assert [(line["of"], line["left_out"], line["level"]) for line in left_out] == [
+        ("backend_failed", 997, "error")
+    ] * 2
+
+
+def test_requests_when_most_are_refused_then_those_that_are_served_are_still_logged(
+    bounded: tuple[Lines, Callable[[float], None]],
+) -> None:
+    lines, _ = bounded
+    for _ in range(100):
+        logging.getLogger("limiter.request").info("request", extra={"status": 401})
+    logging.getLogger("limiter.request").info("request", extra={"status": 200})
+    assert [line["status"] for line in lines()] == [*[401] * 5, 200]
+
+
+def test_lines_when_some_were_left_out_before_the_end_then_they_are_counted(
+    bounded: tuple[Lines, Callable[[float], None]],
+) -> None:
+    lines, _ = bounded
+    for _ in range(5):
+        logging.getLogger("a.library").error("With %s", object())
+    logging.getLogger().handlers[0].close()
+    assert [(line["event"], line.get("left_out")) for line in lines()][3:] == [("log_lines_left_out", 2)]

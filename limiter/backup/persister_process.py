@@ -67,13 +67,17 @@ class PersisterProcess:
         """Keep a child running until `stop` is called."""
         backoff = Backoff(first_s=0.5, max_s=15.0)
         while True:
-            reported, code = await self._run()
+            try:
+                reported, code = await self._run()
+                ended = f"exited with code {code}"
+            except OSError as error:  # as without files, or memory, for another process
+                reported, code, ended = False, None, f"could not be started ({error})"
             if self._stopped.is_set():
                 return
             if reported:
                 backoff.reset()
             pause_s = backoff.next_s()
-            problem = f"The persister's process exited with code {code}: another starts in {pause_s:g} s"
+            problem = f"The persister's process {ended}: another starts in {pause_s:g} s"
             _LOG.error("%s", problem, extra=event("persister_exited", code=code))
             self._report = {**self._report, "role": "starting", "error": problem}
             with contextlib.suppress(TimeoutError):
@@ -112,7 +116,7 @@ class PersisterProcess:
 
 def _packed(settings: Settings) -> bytes:
     """Return the settings that the child needs. They are not on its command line, where other users could read them."""
-    logs = {"level": settings.logs.level, "format": settings.logs.format}
+    logs = settings.logs.model_dump(include={"level", "format", "events_per_s"})
     tiers = {name: tier.model_dump(exclude_none=True) for name, tier in settings.tiers.items()}
     sections = {
         "redis": settings.redis.model_dump(mode="json"),
@@ -149,7 +153,10 @@ def _child() -> None:
     given: Any = {"command_line": orjson.loads(sys.stdin.buffer.readline()), "file": {}}
     settings = Settings(**given)
     set_up_logging(
-        level=settings.logs.level, style=settings.logs.format, hide=[urlsplit(settings.redis.url).password or ""]
+        level=settings.logs.level,
+        style=settings.logs.format,
+        hide=[urlsplit(settings.redis.url).password or ""],
+        events_per_s=settings.logs.events_per_s,
     )
     try:
         uvloop.run(_main(settings))

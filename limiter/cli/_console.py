@@ -49,7 +49,14 @@ def configure_logging(settings: Settings) -> None:
     backends = settings.backends
     secrets = [key.get_secret_value() for key in (backends.gemini.api_key, backends.hardware.api_key)]
     secrets += passwords_of(settings.redis.url)
-    set_up_logging(level=settings.logs.level, style=settings.logs.format, hide=secrets)
+    logs = settings.logs
+    set_up_logging(
+        level=logs.level,
+        style=logs.format,
+        hide=secrets,
+        events_per_s=logs.events_per_s,
+        requests_per_s=logs.requests_per_s,
+    )
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:

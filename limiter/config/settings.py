@@ -79,6 +79,8 @@ class RelaySettings(_Section):
     write_idle_s: Seconds = Field(default=60, gt=0, le=3600)
     keepalive_s: Seconds = Field(default=75, gt=0, le=3600)
     max_connections: Whole = Field(default=0, ge=0, le=1_000_000)
+    max_connections_per_address: Whole = Field(default=256, ge=0, le=1_000_000)
+    exempt_networks: list[str] = ["127.0.0.0/8", "::1"]
     replay_limit_kb: Whole = Field(default=1024, ge=0, le=1_048_576)
     cors_origins: list[Origin] = []
     trusted_proxies: list[str] = []
@@ -147,6 +149,8 @@ class LogSettings(_Section):
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     format: Literal["auto", "json", "text"] = "auto"
     key: SecretStr = SecretStr("")
+    events_per_s: Whole = Field(default=20, ge=0, le=1_000_000)
+    requests_per_s: Whole = Field(default=100, ge=0, le=1_000_000)
 
 
 class LicenceSettings(_Section):

@@ -25,7 +25,7 @@ from limiter.credits.models import (
     Tier,
 )
 from limiter.redis.errors import translate_error
-from limiter.redis.lua_source import compose
+from limiter.redis.lua_source import compose, load_scripts
 from limiter.redis.multiplexed import CommandChannel
 from limiter.redis.resp import Argument, Template, encode
 
@@ -38,6 +38,7 @@ _REASON = {reason.value.encode(): reason for reason in Reason}
 _VALUES = attrgetter(*STORED_FIELDS)
 _DEFAULTS = tuple(each.default for each in FIELDS)
 _BACKEND: dict[bytes, Backend | None] = {b"": None, b"gemini": "gemini", b"hardware": "hardware"}
+load_scripts()
 
 
 class Scripts:

@@ -36,6 +36,12 @@ def summary(name: str) -> str:
     return text.partition(". ")[0].strip().removesuffix(".") + "."
 
 
+def load_scripts() -> None:
+    """Compose all scripts: what is composed at its first use may then find no file to open."""
+    for name in script_names():
+        compose(name)
+
+
 @cache
 def compose(name: str) -> Script:
     """Return one operation's script, includes in place. Raise FileNotFoundError for an unknown name."""

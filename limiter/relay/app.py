@@ -19,7 +19,8 @@ from limiter.relay.handlers.health import REPORTS, Report, show_health, show_rea
 from limiter.relay.handlers.metered import serve_json, serve_upload
 from limiter.relay.handlers.models import MODELS, Models, show_model, show_models
 from limiter.relay.handlers.openapi import show_openapi
-from limiter.relay.http.client_address import trusted_networks
+from limiter.relay.http.acceptor import ConnectionLimits
+from limiter.relay.http.client_address import parse_networks
 from limiter.relay.http.connection import RelayRunner, close_after_unframed
 from limiter.relay.http.handler import Handler
 from limiter.relay.metering.admission import Admission
@@ -112,7 +113,7 @@ def _relay(
             watched,
             Seats(watched.session),
             InstallRateLimit(watched.session, per_ip=limits.mint_per_ip, overall=limits.mint_overall),
-            trusted_proxies=trusted_networks(limits.trusted_proxies),
+            trusted_proxies=parse_networks("relay.trusted_proxies", limits.trusted_proxies),
         ),
         idempotency=Idempotency(
             Claims(watched.session),
@@ -127,9 +128,10 @@ def _relay(
     )
 
 
-def make_runner(app: web.Application, limits: RelaySettings) -> web.AppRunner:
+def make_runner(app: web.Application, limits: RelaySettings) -> RelayRunner:
     """Return the runner of an app. A request is cancelled when its client disconnects."""
-    return RelayRunner(
+    exempt = ("relay.exempt_networks", limits.exempt_networks), ("relay.trusted_proxies", limits.trusted_proxies)
+    runner = RelayRunner(
         app,
         handler_cancellation=True,
         auto_decompress=False,  # 30 KB could unpack to 30 MB, before the client has been identified
@@ -138,10 +140,17 @@ def make_runner(app: web.Application, limits: RelaySettings) -> web.AppRunner:
         lingering_time=_LINGER_S,
         keepalive_timeout=limits.keepalive_s,
         write_idle_s=limits.write_idle_s,
-        max_connections=limits.max_connections or clients_within(open_files()),
-        watch_connections=app[METRICS].watch_clients,
+        limits=ConnectionLimits(
+            overall=limits.max_connections or clients_within(open_files()),
+            per_address=limits.max_connections_per_address,
+            # Behind a trusted proxy are many clients, which it tells apart only in their requests.
+            exempt=[network for setting, texts in exempt for network in parse_networks(setting, texts)],
+        ),
+        refused=app[METRICS].connection_refused,
         shutdown_timeout=limits.drain_s,
     )
+    app[METRICS].watch_clients(runner.connections)
+    return runner
 
 
 def routes() -> list[tuple[str, str]]:

@@ -23,6 +23,8 @@ from limiter.credits.models import Backend as BackendName
 from limiter.relay.app import create_app, make_runner
 from limiter.relay.handlers.context import RELAY
 from limiter.relay.handlers.health import Report
+from limiter.relay.http.connection import RelayRunner
+from limiter.relay.process.listeners import open_listeners
 from limiter.relay.upstream.client import BackendClient
 from tests.support.openai_backend import Document
 from tests.support.redis_matrix import MATRIX, TOPOLOGY
@@ -77,7 +79,7 @@ class RunningRelay:
     url: str
     limiter: CreditLimiter
     app: web.Application
-    runner: web.AppRunner
+    runner: RelayRunner
     session: aiohttp.ClientSession
     install_id: str = field(default_factory=new_install)
 
@@ -200,7 +202,7 @@ async def relays_on(redis: Redis) -> AsyncIterator[StartRelay]:
             runner = make_runner(app, settings.relay.model_copy(update={"drain_s": 5}))
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
-            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            await runner.listen(open_listeners("127.0.0.1", 0))
             connector = aiohttp.TCPConnector(limit=0)
             session = aiohttp.ClientSession(
                 connector=connector, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar()

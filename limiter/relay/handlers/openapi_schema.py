@@ -38,7 +38,7 @@ CODES: Mapping[int, tuple[str, ...]] = {
     415: ("packed_body", "unsupported_media_type"),
     417: ("expectation_failed",),
     422: ("idempotency_key_reused",),
-    429: (Reason.CREDITS_IN_FLIGHT, Reason.TOO_MANY_IN_FLIGHT, "install_mint_limited"),
+    429: (Reason.CREDITS_IN_FLIGHT, Reason.TOO_MANY_IN_FLIGHT, "install_mint_limited", "too_many_connections"),
     431: ("head_too_large",),
     500: ("internal_error", "broken_row"),
     502: ("backend_unavailable",),

@@ -2,6 +2,7 @@
 
 import ipaddress
 from collections.abc import Sequence
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 from aiohttp import web
@@ -11,14 +12,27 @@ from limiter.errors import SettingsError
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 _NO_ADDRESS = IPv4Address(0)  # for a peer on a unix socket
+_SITE_BITS = 56  # the usual prefix of one customer of an IPv6 provider
 
 
-def trusted_networks(texts: Sequence[str]) -> tuple[Network, ...]:
-    """Parse the setting `relay.trusted_proxies`: addresses and CIDR ranges. Raises SettingsError."""
+def parse_networks(setting: str, texts: Sequence[str]) -> tuple[Network, ...]:
+    """Parse a setting with addresses and CIDR ranges, which is named for the error. Raises SettingsError."""
     try:
         return tuple(ipaddress.ip_network(text.strip()) for text in texts)
     except ValueError as error:
-        raise SettingsError(f"relay.trusted_proxies: {error}; use addresses or ranges like 10.0.0.0/8") from None
+        raise SettingsError(f"{setting}: {error}; use addresses or ranges like 10.0.0.0/8") from None
+
+
+def is_within(address: Address, networks: Sequence[Network]) -> bool:
+    """Return whether one of the networks has the address."""
+    return any(address in network for network in networks)
+
+
+def network_of(address: Address) -> str:
+    """Return the unit by which clients are limited: an IPv4 address, or an IPv6 /56."""
+    if isinstance(address, IPv4Address):
+        return str(address)
+    return str(IPv6Network((int(address), _SITE_BITS), strict=False))  # as a number, it has no scope id
 
 
 def client_address(request: web.Request, trusted_proxies: Sequence[Network]) -> Address:
@@ -27,17 +41,18 @@ def client_address(request: web.Request, trusted_proxies: Sequence[Network]) -> 
     It is the peer's, unless the peer is a trusted proxy: then it is the last address of `X-Forwarded-For` that is not a
     trusted proxy. Addresses before that one were written by the client or by unknown proxies.
     """
-    address = _address(request.remote or "") or _NO_ADDRESS
+    address = parse_address(request.remote or "") or _NO_ADDRESS
     hops = [hop for line in request.headers.getall("X-Forwarded-For", []) for hop in line.split(",")]
-    while hops and any(address in network for network in trusted_proxies):
-        before = _address(hops.pop())
+    while hops and is_within(address, trusted_proxies):
+        before = parse_address(hops.pop())
         if before is None:  # "unknown", or malformed: the proxy that wrote it is the last known address
             break
         address = before
     return address
 
 
-def _address(text: str) -> Address | None:
+@lru_cache(maxsize=4096)
+def parse_address(text: str) -> Address | None:
     """Parse an address as proxies write it: bare, in brackets, or with a port; return None for anything else."""
     text = text.strip().strip('"')
     if text.startswith("["):

@@ -7,11 +7,11 @@ dispatched like any other request, with the problem stored beforehand. Nothing h
 """
 
 import asyncio
-from collections.abc import Callable, Iterator
+import socket
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
-import orjson
 from aiohttp import HttpVersion11, hdrs, web
 from aiohttp.http import RawRequestMessage
 from aiohttp.http_exceptions import LineTooLong
@@ -20,20 +20,21 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from limiter._util.ids import random_id
 from limiter._util.private_names import require
 from limiter.log_events import event
+from limiter.relay.http.acceptor import Acceptor, ConnectionLimits, Limit, OnClosed
 from limiter.relay.http.problems import REQUEST_ID, Problem, problem_from, problem_response
 
 SUPPORTED = "aiohttp>=3.14,<3.15"
 _REQUIRES = {
     "aiohttp.web.BaseRunner": ("_make_server",),
+    "aiohttp.web.BaseSite": ("_runner", "_server"),
     "aiohttp.web.RequestHandler": ("_current_request", "_loop", "_make_error_handler", "_messages", "_request_handler"),
-    "aiohttp.web.Server": ("_connections", "_kwargs", "_loop"),
+    "aiohttp.web.Server": ("_kwargs", "_loop"),
     "aiohttp.web.StreamResponse": ("_send_headers_immediately",),
 }
 require(SUPPORTED, _REQUIRES)
 
 REFUSED = web.RequestKey("refused", Problem)  # why a request must be refused, whatever it is for
 _CONTINUE = "100-continue"
-_REFUSAL_S = 1.0  # the time for a refused client to read the reason
 _CHECKS = 4  # of the unsent bytes, within the time that a client may take to read any
 _TOO_MANY_HEADERS = "Too many headers received"
 
@@ -61,8 +62,8 @@ class RelayRunner(web.AppRunner):
 
     Args:
         app: what it serves.
-        max_connections: how many may be open; further ones get a 503 and are closed. 0: any number.
-        watch_connections: is given a function that returns how many are open.
+        limits: on the connections of clients.
+        refused: called with the limit that a refused connection exceeded.
         options: aiohttp's, and `write_idle_s`, the seconds after which a client that reads nothing is disconnected.
     """
 
@@ -70,65 +71,64 @@ class RelayRunner(web.AppRunner):
         self,
         app: web.Application,
         *,
-        max_connections: int = 0,
-        watch_connections: Callable[[Callable[[], int]], None] | None = None,
+        limits: ConnectionLimits | None = None,
+        refused: Callable[[Limit], None] = lambda _limit: None,
         **options: Any,
     ) -> None:
         super().__init__(app, **options)
-        self._max_connections, self._watch_connections = max_connections, watch_connections
+        self._limits, self._refused = limits or ConnectionLimits(), refused
 
     async def _make_server(self) -> web.Server:
         made = await super()._make_server()
-        server = _Server(
+        return _Server(
             made.request_handler,
-            max_connections=self._max_connections,
             request_factory=_reject_unknown_expect(made.request_factory),
             handler_cancellation=made.handler_cancellation,
             **made._kwargs,  # noqa: SLF001  the app completes the options, and cannot be given another class
         )
-        if self._watch_connections is not None:
-            self._watch_connections(server.count)
-        return server
+
+    async def listen(self, listeners: Sequence[socket.socket]) -> None:
+        """Serve the connections to sockets that listen already. They are closed with the runner."""
+        await _Site(self, listeners, self._limits, self._refused).start()
+
+    def connections(self) -> int:
+        """Return how many connections are open."""
+        return len(self.server.connections) if self.server is not None else 0
+
+
+class _Site(web.BaseSite):
+    """What a runner serves at, with an acceptor."""
+
+    def __init__(
+        self,
+        runner: RelayRunner,
+        listeners: Sequence[socket.socket],
+        limits: ConnectionLimits,
+        refused: Callable[[Limit], None],
+    ) -> None:
+        super().__init__(runner)
+        self._listeners, self._limits, self._on_refused = listeners, limits, refused
+
+    @property
+    def name(self) -> str:
+        """The addresses."""
+        return ", ".join(str(listener.getsockname()) for listener in self._listeners)
+
+    async def start(self) -> None:
+        """Start to accept connections."""
+        await super().start()
+        server = cast("_Server", self._runner.server)
+        acceptor = Acceptor(self._listeners, server.connection, self._limits, self._on_refused)
+        self._server = cast("asyncio.AbstractServer", acceptor)  # it has what aiohttp uses of one
 
 
 class _Server(web.Server):
-    def __init__(self, handler: Any, *, max_connections: int, **options: Any) -> None:
-        super().__init__(handler, **options)
-        self._max_connections = max_connections
-
-    def count(self) -> int:
-        """Return how many connections are open."""
-        return len(self._connections)
-
     def __call__(self) -> Any:
-        if self._max_connections and len(self._connections) >= self._max_connections:
-            return _Refusal()
-        return RelayConnection(self, loop=self._loop, **self._kwargs)
+        return self.connection()
 
-
-class _Refusal(asyncio.Protocol):
-    """A connection beyond the limit: it gets a 503, whatever it asks, and is closed."""
-
-    def __init__(self) -> None:
-        self._transport: asyncio.Transport = cast("asyncio.Transport", None)
-        self._end: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)
-        detail = "This relay has reached its limit of connections."
-        problem, request_id = Problem(503, "relay_busy", "Relay busy", detail, retry_after_s=1), random_id()
-        body = orjson.dumps(problem.as_dict(request_id))
-        head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nConnection: close\r\n"
-        named = {"X-Request-Id": request_id, **problem.headers()}
-        headers = "".join(f"{name}: {value}\r\n" for name, value in named.items())
-        self._transport.write(f"{head}{headers}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        self._transport.write_eof()
-        # Closing with unread bytes resets the connection, and the client could lose the answer.
-        self._end = asyncio.get_running_loop().call_later(_REFUSAL_S, self._transport.abort)
-
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  an interface
-        if self._end is not None:
-            self._end.cancel()
+    def connection(self, on_closed: OnClosed = lambda _connection: None) -> "RelayConnection":
+        """Return the protocol of a new connection. on_closed: called with it at its end."""
+        return RelayConnection(self, loop=self._loop, on_closed=on_closed, **self._kwargs)
 
 
 class StreamSource(Protocol):
@@ -141,11 +141,11 @@ class StreamSource(Protocol):
 class RelayConnection(web.RequestHandler):
     """A client's connection."""
 
-    __slots__ = ("_idle_checks", "_is_full", "_next_check", "_source", "_unsent", "_write_idle_s")
+    __slots__ = ("_idle_checks", "_is_full", "_next_check", "_on_closed", "_source", "_unsent", "_write_idle_s")
 
-    def __init__(self, manager: web.Server, *, write_idle_s: float, **options: Any) -> None:
+    def __init__(self, manager: web.Server, *, write_idle_s: float, on_closed: OnClosed, **options: Any) -> None:
         super().__init__(manager, **options)
-        self._write_idle_s = write_idle_s
+        self._write_idle_s, self._on_closed = write_idle_s, on_closed
         self._next_check: asyncio.TimerHandle | None = None
         self._idle_checks = self._unsent = 0
         self._source: StreamSource | None = None
@@ -169,6 +169,7 @@ class RelayConnection(web.RequestHandler):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Stop that."""
+        self._on_closed(self)
         if self._next_check is not None:
             self._next_check.cancel()
         super().connection_lost(exc)

@@ -67,7 +67,7 @@ class RedisAvailability:
         self._lost, self._available = asyncio.Event(), asyncio.Event()
         self._available.set()
         self._task: asyncio.Task[None] | None = None
-        self._checking: asyncio.Task[None] | None = None
+        self._checking: asyncio.Task[bool] | None = None
         self._stopping = False
 
     async def __aenter__(self) -> Self:
@@ -167,7 +167,7 @@ class RedisAvailability:
             )
             self._lost.set()
 
-    def _record_failure(self, began_s: float, error: LimiterUnavailable) -> None:
+    def _record_failure(self, began_s: float, error: Exception) -> None:
         """Record a failure, unless another call was answered since the failed one began: then it is late, or alone."""
         if self._state != "away" and self._answered_s < began_s:
             self._change("away")
@@ -186,25 +186,30 @@ class RedisAvailability:
 
     async def _probe_for_ever(self) -> None:
         backoff = Backoff(first_s=0.1, max_s=1.0)
+        answered = True
         while not self._stopping:
-            if self._state == "ok":
+            if answered and self._state == "ok":
                 backoff.reset()
                 await self._idle()
             else:
                 await asyncio.sleep(backoff.next_s())
-            await self._check()
+            answered = await self._check()
 
-    async def _check(self) -> None:
+    async def _check(self) -> bool:
+        """Probe Redis, and return whether it answered."""
+        began_s = time.monotonic()
         try:
             await self._probe()
         except LimiterUnavailable:
-            return
+            return False
         except LimiterError:
-            self._record_answer()  # an error, but Redis is available: requests report the error
-        except Exception:  # noqa: BLE001  a bug must not end the probe, and with it the recovery
+            pass  # an error, but Redis is available: requests report the error
+        except Exception as error:  # noqa: BLE001  a bug must not end the probe, and with it the recovery
             _LOG.exception("An error of this program ended a probe of Redis", extra=event("redis_probe_failed"))
-        else:
-            self._record_answer()
+            self._record_failure(began_s, error)
+            return False
+        self._record_answer()
+        return True
 
     async def _idle(self) -> None:
         """Wait until Redis becomes unavailable, or no decision has been made for _IDLE_S."""

@@ -3,14 +3,12 @@
 import math
 from dataclasses import dataclass
 from enum import StrEnum
-from ipaddress import IPv4Address, IPv6Network
 
 from limiter.credits.session import Session
-from limiter.relay.http.client_address import Address, Network
+from limiter.relay.http.client_address import Address, network_of
 from limiter.relay.http.problems import Problem, ProblemRaised
 
 PERIOD_MS = 3_600_000
-_SITE_BITS = 56  # the usual prefix of one customer of an IPv6 provider
 
 
 class MintStatus(StrEnum):
@@ -50,7 +48,7 @@ class InstallRateLimit:
 
     async def count(self, address: Address) -> None:
         """Count a new install from an address. Raises ProblemRaised (429), LimiterUnavailable."""
-        network = str(_network(address))
+        network = network_of(address)
         per_ip = self._per_ip if self._limit_loopback or not address.is_loopback else 0
         if per_ip:
             mint = await self.mint(network, limit=per_ip)
@@ -90,10 +88,3 @@ def _limited(source: str, wait_ms: int) -> ProblemRaised:
             retry_after_s=max(1, math.ceil(wait_ms / 1000)),
         )
     )
-
-
-def _network(address: Address) -> Address | Network:
-    """Return the unit that is limited: an IPv4 address, or an IPv6 /56."""
-    if isinstance(address, IPv4Address):
-        return address
-    return IPv6Network((int(address), _SITE_BITS), strict=False)  # as a number, it has no scope id

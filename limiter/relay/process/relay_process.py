@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import logging
-import os
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -18,9 +17,9 @@ from limiter.backup.persister_process import PersisterProcess
 from limiter.bootstrap import open_limiter
 from limiter.config.settings import BackendSettings, ModelNames, Settings
 from limiter.credits.models import Backend
-from limiter.errors import SettingsError
 from limiter.log_events import event
 from limiter.relay.app import create_app, make_runner
+from limiter.relay.process.listeners import open_listeners
 from limiter.relay.process.worker_metrics import WorkerSlot, render_all, worker_metrics_served
 from limiter.relay.telemetry.metrics import METRICS, METRICS_PAGE, Page
 from limiter.relay.upstream.circuit_breaker import CircuitBreaker
@@ -50,6 +49,7 @@ async def serve(settings: Settings, started: Callable[[Serving], None], slot: Wo
     """
     gc.set_threshold(*_CYCLES)
     raise_open_files()
+    "localhost".encode("idna")  # Python's resolver imports this codec, and later there may be no file to open
     stop = asyncio.Event()
     on_stop_signal(stop.set)
     async with AsyncExitStack() as stack:
@@ -145,16 +145,9 @@ async def _listen(app: web.Application, settings: Settings, slot: WorkerSlot | N
     runner = make_runner(app, relay)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
-    try:
-        if slot is None:
-            await web.TCPSite(runner, relay.host, relay.port).start()
-        else:
-            await web.SockSite(runner, socket.socket(fileno=slot.listener)).start()
-    except OSError as error:
-        # asyncio prefixes the system's message; the resolver's errors have numbers of their own.
-        cause = error.strerror if isinstance(error, socket.gaierror) or not error.errno else os.strerror(error.errno)
-        raise SettingsError(
-            f"cannot listen on {relay.host}:{relay.port}: {cause}; give another --host or --port"
-        ) from None
+    if slot is None:
+        await runner.listen(open_listeners(relay.host, relay.port))
+    else:
+        await runner.listen([socket.socket(fileno=slot.listener)])
     host, port = runner.addresses[0][:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -23,13 +23,13 @@ import orjson
 from limiter._util.backoff import Backoff
 from limiter._util.stop_signals import on_stop_signal
 from limiter.config.settings import Settings
-from limiter.errors import LimiterError, SettingsError
+from limiter.errors import LimiterError
 from limiter.log_events import event
+from limiter.relay.process.listeners import open_shared_listeners
 from limiter.relay.process.relay_process import Serving
 from limiter.relay.process.worker_metrics import WorkerSlot
 
 _LOG = logging.getLogger("limiter.relay")
-_BACKLOG = 1024
 _LONG_LIFE_S = 30.0  # a worker that ran for so long did not fail at its start
 _LOG_KEY = "LIMITER_LOGS__KEY"
 
@@ -43,7 +43,9 @@ async def supervise(settings: Settings, started: Callable[[Serving], None]) -> N
     on_stop_signal(stop.set)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="limiter-"))
-        listeners = _listen(settings, stack)
+        relay = settings.relay
+        count = relay.workers or os.cpu_count() or 1
+        listeners = [stack.enter_context(each) for each in open_shared_listeners(relay.host, relay.port, count)]
         environment = dict(os.environ)
         if not settings.logs.key.get_secret_value():
             environment[_LOG_KEY] = secrets.token_hex()  # so that all of them shorten an install id alike
@@ -130,8 +132,17 @@ class _Worker:
                 async with asyncio.timeout(pause_s):
                     await stop.wait()
                     return
-            with contextlib.suppress(LimiterError):  # it has logged why, and the next pause is longer
+            try:
                 await self.start(stop)
+            except LimiterError:
+                continue  # it has logged why, and the next pause is longer
+            except OSError as error:  # as without files, or memory, for another process
+                _LOG.error(
+                    "Worker %d could not be started: %s",
+                    self._slot.number,
+                    error,
+                    extra=event("worker_start_failed", worker=self._slot.number),
+                )
 
     async def end(self) -> None:
         """Let it finish its requests, and wait until it exits."""
@@ -156,29 +167,3 @@ async def _read_line(line: socket.socket) -> bytes:
             return b""
         text += part
     return text
-
-
-def _listen(settings: Settings, stack: contextlib.ExitStack) -> list[socket.socket]:
-    """Open one listening socket for each worker, all on one port."""
-    relay = settings.relay
-    count = relay.workers or os.cpu_count() or 1
-    try:
-        family, _, _, _, address = socket.getaddrinfo(
-            relay.host, relay.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        # By itself: sockets that share a port by SO_REUSEPORT would share it with another supervisor's, too.
-        with socket.create_server(address[:2], family=family) as probe:
-            address = (address[0], probe.getsockname()[1], *address[2:])
-        listeners = []
-        for _ in range(count):
-            listener = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            listener.bind(address)
-            listener.listen(_BACKLOG)
-            listeners.append(listener)
-    except OSError as error:
-        raise SettingsError(
-            f"cannot listen on {relay.host}:{relay.port}: {error.strerror}; give another --host or --port"
-        ) from None
-    return listeners

@@ -23,6 +23,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from limiter import __version__
 from limiter._util.timestamps import ms_from_iso
 from limiter.credits.models import Backend, DecisionStatus, Reason, SettlementStatus
+from limiter.relay.http.acceptor import Limit
 from limiter.relay.telemetry.fast_metrics import FastCounter, FastHistogram
 from limiter.relay.upstream.circuit_breaker import State as BreakerState
 from limiter.relay.upstream.response import Outcome
@@ -98,6 +99,12 @@ class Metrics:
             registry=registry,
         )
         self._clients = Gauge("limiter_client_connections", "Open connections of clients.", registry=registry)
+        self._refused_connections = FastCounter(
+            "limiter_connections_refused",
+            "Connections of clients that exceeded a limit.",
+            ["limit"],
+            registry=registry,
+        )
         self._to_backends = Gauge(
             "limiter_backend_connections", "Open connections to a backend.", ["backend"], registry=registry
         )
@@ -192,6 +199,10 @@ class Metrics:
     def watch_clients(self, connections: Callable[[], int]) -> None:
         """Show how many connections clients have open."""
         self._clients.set_function(connections)
+
+    def connection_refused(self, limit: Limit) -> None:
+        """Count a connection that was refused."""
+        self._refused_connections.add(limit)
 
     def watch_connections(self, backend: Backend, connections: Callable[[], int]) -> None:
         """Show how many connections to a backend are open."""

@@ -20,7 +20,7 @@ from limiter.credits.keys import Keys
 from limiter.errors import SettingsError
 from limiter.licences.seats import Seats
 from limiter.licences.tokens import Licence
-from limiter.relay.http.client_address import client_address, trusted_networks
+from limiter.relay.http.client_address import client_address, parse_networks
 from limiter.relay.metering.admission import Admission, CreditRequest
 from limiter.relay.metering.install_rate_limit import InstallRateLimit
 from tests.relay.metering.test_idempotency import Answer, add_request_id, error_middleware
@@ -90,7 +90,7 @@ async def start(redis: Redis, redis_url: str) -> AsyncIterator[StartNode]:
                 limiter,
                 Seats(limiter.session),
                 InstallRateLimit(limiter.session, per_ip=mint_per_ip, overall=mint_overall, limit_loopback=True),
-                trusted_proxies=trusted_networks(PROXIES if trusted is None else trusted),
+                trusted_proxies=parse_networks("relay.trusted_proxies", PROXIES if trusted is None else trusted),
             )
             session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
             stack.push_async_callback(session.close)
@@ -209,7 +209,7 @@ async def test_client_address_when_proxies_are_trusted_then_the_last_address_tha
     lines: list[str], address: str, closing: AsyncExitStack
 ) -> None:
     """In front of the peer, 127.0.0.1, which is trusted."""
-    proxies = trusted_networks(PROXIES)
+    proxies = parse_networks("relay.trusted_proxies", PROXIES)
 
     async def tell(request: web.Request) -> web.Response:
         return web.Response(text=str(client_address(request, proxies)))
@@ -227,9 +227,9 @@ async def test_client_address_when_proxies_are_trusted_then_the_last_address_tha
 
 
 @pytest.mark.parametrize("text", ["", "10.0.0.0/33", "localhost", "10.0.0.1/8"])
-def test_trusted_networks_when_one_is_not_valid_then_settings_error(text: str) -> None:
+def test_networks_when_one_is_not_valid_then_settings_error(text: str) -> None:
     with pytest.raises(SettingsError, match="trusted_proxies"):
-        trusted_networks(["127.0.0.1", text])
+        parse_networks("relay.trusted_proxies", ["127.0.0.1", text])
 
 
 async def test_licence_when_fifty_installs_of_two_nodes_race_for_three_seats_then_exactly_three(

@@ -337,3 +337,27 @@ async def test_denial_when_it_is_cached_then_it_does_not_show_that_redis_is_avai
         await asyncio.sleep(0.01)
     assert isinstance(lost.exception(), LimiterUnavailable)
     assert (node.availability.state, len(node.took_s)) == ("away", 1)
+
+
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), Overloaded(1)], ids=["bug", "overloaded"])
+async def test_probe_when_it_fails_at_once_then_it_pauses_before_the_next_one(
+    start_node: StartNode, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Without a pause the event loop would do nothing else, for ever."""
+    monkeypatch.setattr("limiter.relay.metering.availability._IDLE_S", 0.05)
+    node = await start_node()
+    probes = 0
+
+    async def fail() -> None:
+        nonlocal probes
+        probes += 1
+        assert probes < 100
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(node.availability, "_probe", fail)
+        await asyncio.sleep(1)
+        assert 1 <= probes < 20
+        assert node.availability.state == ("ok" if isinstance(error, Overloaded) else "away")
+    await node.is_back()
+    assert await node.outcome() == "ALLOWED"
