@@ -24,6 +24,7 @@ LogEvent = Literal[
     "redis_out_of_memory",
     "redis_has_memory",
     "redis_probe_failed",
+    "revocations_not_read",
     "settlement_failed",
     "settlement_expired",
     "settlement_interrupted",

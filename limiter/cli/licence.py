@@ -1,4 +1,4 @@
-"""`limiter licence`: creates a key pair, issues and shows licences, lists and frees their seats."""
+"""`limiter licence`: creates a key pair, issues, shows and revokes licences, lists and frees their seats."""
 
 import math
 from pathlib import Path
@@ -9,17 +9,31 @@ from rich.table import Table
 
 from limiter._util.timestamps import iso_from_ms
 from limiter.bootstrap import open_session
-from limiter.cli._console import OUT, ConfigOption, JsonOption, RedisOption, print_json, print_table, read_settings, run
+from limiter.cli._console import (
+    ERRORS,
+    OUT,
+    ConfigOption,
+    JsonOption,
+    RedisOption,
+    print_json,
+    print_table,
+    read_settings,
+    run,
+)
 from limiter.config.settings import Settings
 from limiter.credits.keys import normalise_install_id
 from limiter.errors import LimiterError, UnknownTier
 from limiter.licences.keys import issue, make_key, read_key
+from limiter.licences.revocations import MAX_REVOKED, Revocation, Revocations, RevocationStatus
 from limiter.licences.seats import Seat, Seats
-from limiter.licences.tokens import InvalidLicence, Licences, public_key_text
+from limiter.licences.tokens import InvalidLicence, Licence, Licences, is_spelled_as_licence, public_key_text
 from limiter.redis.replication import wait_for_replicas
 
 app = typer.Typer(help="Licences: signed tokens that state which tier an install has paid for.", no_args_is_help=True)
 _DAY_S = 86_400
+WhichArgument = Annotated[
+    str, typer.Argument(metavar="SUB_OR_ID", help="A customer's `sub`; or one licence: its id, or the licence itself.")
+]
 KeyOption = Annotated[Path, typer.Option("--key", metavar="FILE", help="The file of the private key.")]
 
 
@@ -44,11 +58,13 @@ def issue_(
     key: KeyOption = Path("licence-key.pem"),
     days: Annotated[float, typer.Option(min=0.001, max=36_500, help="How long the licence is valid.")] = 31,
     installs: Annotated[
-        int | None, typer.Option(min=1, help="How many installs may use it; unlimited by default.")
-    ] = None,
+        str, typer.Option(metavar="N|any", help="How many installs may use it, each with the tier's quota.")
+    ] = "1",
     config: ConfigOption = None,
 ) -> None:
-    """Print a new licence, which clients send as `Authorization: Bearer`.
+    """Print a new licence, which clients send as `Authorization: Bearer`. Its id goes to stderr.
+
+    It is for one install, unless --installs says otherwise.
 
     Example: limiter licence issue --tier pro --sub alice@example.org --days 31
     """
@@ -59,7 +75,20 @@ def issue_(
     tiers = read_settings(config).limits()
     if tier not in tiers:
         raise UnknownTier(f"unknown tier {tier!r}: the configured ones are {', '.join(tiers)}")
-    typer.echo(issue(read_key(key), tier=tier, subject=subject, valid_s=round(days * _DAY_S), installs=installs))
+    signing, limit = read_key(key), _installs(installs)
+    token = issue(signing, tier=tier, subject=subject, valid_s=round(days * _DAY_S), installs=limit)
+    typer.echo(token)
+    licence = Licences([public_key_text(signing.public_key())]).check(token)
+    number = "any number of installs" if limit is None else "1 install" if limit == 1 else f"{limit} installs"
+    ERRORS.print(f"The licence {licence.id} is for {number}.", markup=False, soft_wrap=True)
+
+
+def _installs(text: str) -> int | None:
+    if text == "any":
+        return None
+    if not (text.isascii() and text.isdigit()) or int(text) < 1:
+        raise typer.BadParameter("--installs must be a whole number above 0, or 'any'")
+    return int(text)
 
 
 @app.command()
@@ -71,13 +100,9 @@ def show(
     Example: limiter licence show eyJhbGciOi…
     """
     settings = read_settings(config)
-    if not settings.licence.public_keys:
-        raise LimiterError("licence.public_keys is not set: no licence can be checked")
-    try:
-        licence = Licences(settings.licence.public_keys).check(token.strip())
-    except InvalidLicence as error:
-        raise LimiterError(str(error)) from None
+    licence = _checked(settings, token.strip())
     document = {
+        "id": licence.id,
         "tier": licence.tier,
         "sub": licence.subject,
         "expires_at": iso_from_ms(licence.expires_s * 1000),
@@ -91,6 +116,99 @@ def show(
         return
     for name, value in document.items():
         OUT.print(f"{name:<11} {'any number' if value is None else value}", markup=False)
+
+
+def _checked(settings: Settings, token: str) -> Licence:
+    if not settings.licence.public_keys:
+        raise LimiterError("licence.public_keys is not set: no licence can be checked")
+    try:
+        return Licences(settings.licence.public_keys).check(token)
+    except InvalidLicence as error:
+        raise LimiterError(str(error)) from None
+
+
+@app.command()
+def revoke(which: WhichArgument, redis: RedisOption = None, config: ConfigOption = None) -> None:
+    """Revoke all licences of a customer, or one licence. Relays refuse them within two seconds.
+
+    By a customer's `sub`, licences that are issued later are revoked as well, until `limiter licence restore`. `limiter
+    licence issue` and `limiter licence show` print the id of a licence.
+
+    Example: limiter licence revoke alice@example.org
+    """
+    run(_revoke(read_settings(config, redis=redis), which))
+
+
+async def _revoke(settings: Settings, which: str) -> None:
+    name, expires_s = _name_and_expiry(settings, which)
+    async with open_session(settings) as session, wait_for_replicas(session.redis, settings.redis.wait_replicas):
+        if await Revocations(session).revoke(name, expires_s=expires_s) is RevocationStatus.FULL:
+            raise LimiterError(
+                f"{MAX_REVOKED:,} customers and licences are revoked already: restore some of them first"
+            )
+    OUT.print(f"{name} is revoked.", markup=False, soft_wrap=True)
+
+
+@app.command()
+def restore(which: WhichArgument, redis: RedisOption = None, config: ConfigOption = None) -> None:
+    """Undo `limiter licence revoke`. Relays accept the licences again within two seconds.
+
+    Example: limiter licence restore alice@example.org
+    """
+    run(_restore(read_settings(config, redis=redis), which))
+
+
+async def _restore(settings: Settings, which: str) -> None:
+    name, _ = _name_and_expiry(settings, which)
+    async with open_session(settings) as session, wait_for_replicas(session.redis, settings.redis.wait_replicas):
+        if await Revocations(session).restore(name) is RevocationStatus.GONE:
+            raise LimiterError(f"{name} is not revoked")
+    OUT.print(f"{name} is restored.", markup=False, soft_wrap=True)
+
+
+def _name_and_expiry(settings: Settings, which: str) -> tuple[str, int | None]:
+    """Return what is revoked, a subject or an id, and when it expires, in epoch seconds, where that is known."""
+    if not which.strip():
+        raise typer.BadParameter("give a customer's 'sub', or the id of a licence")
+    if not is_spelled_as_licence(which.strip()):
+        return which, None
+    licence = _checked(settings, which.strip())
+    return licence.id, licence.expires_s
+
+
+@app.command()
+def revoked(redis: RedisOption = None, config: ConfigOption = None, json: JsonOption = False) -> None:
+    """List the customers and the licences that are revoked, the last one first.
+
+    Example: limiter licence revoked
+    """
+    run(_revoked(read_settings(config, redis=redis), as_json=json))
+
+
+async def _revoked(settings: Settings, *, as_json: bool) -> None:
+    async with open_session(settings) as session:
+        _print_revoked(await Revocations(session).list(), as_json=as_json)
+
+
+def _print_revoked(entries: list[Revocation], *, as_json: bool) -> None:
+    rows = [
+        {
+            "revoked": entry.name,
+            "revoked_at": iso_from_ms(entry.revoked_ms),
+            "forgotten_at": None if entry.expires_ms is None else iso_from_ms(entry.expires_ms),
+        }
+        for entry in entries
+    ]
+    if as_json:
+        print_json({"revoked": rows})
+        return
+    if not rows:
+        OUT.print("No licence is revoked.")
+        return
+    table = Table("revoked", "at", "forgotten at", box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(row["revoked"], row["revoked_at"], row["forgotten_at"] or "never")
+    print_table(table)
 
 
 @app.command()

@@ -71,6 +71,10 @@ class Keys:
         """Return the key of the seats of a licence's subject, which may be any text."""
         return f"{self.prefix}:seats:{_digest(subject)}"
 
+    def revoked(self) -> str:
+        """Return the key of the list of revoked licences."""
+        return f"{self.prefix}:revoked"
+
     def probe(self) -> str:
         """Return a key that does not exist, to probe a user's permissions."""
         return f"{self.prefix}:doctor"

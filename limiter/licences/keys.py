@@ -39,8 +39,8 @@ def read_key(path: Path) -> Ed25519PrivateKey:
     return key
 
 
-def issue(key: Ed25519PrivateKey, *, tier: str, subject: str, valid_s: int, installs: int | None = None) -> str:
-    """Sign a licence that is valid from now for `valid_s` seconds."""
+def issue(key: Ed25519PrivateKey, *, tier: str, subject: str, valid_s: int, installs: int | None = 1) -> str:
+    """Sign a licence that is valid from now for `valid_s` seconds. installs: how many may use it; None: any number."""
     now_s = int(time.time())
     claims: dict[str, object] = {"tier": tier, "sub": subject, "iat": now_s, "exp": now_s + valid_s}
     if installs is not None:

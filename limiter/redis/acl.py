@@ -40,7 +40,7 @@ _PROBES: dict[str, Probe] = {
     "time": ("TIME",),
 }
 # What is sent from here; what the scripts run is read in them.
-_SENT = {"client|setname", "dump", "evalsha", "hdel", "hgetall", "info", "scan", "script|load", "time"}
+_SENT = {"client|setname", "dump", "evalsha", "hdel", "hget", "hgetall", "info", "scan", "script|load", "time"}
 _SENT_TO: dict[Kind, set[str]] = {
     "single": set(),
     "sentinel": {"role"},

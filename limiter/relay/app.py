@@ -10,6 +10,7 @@ from limiter._util.open_files import clients_within, open_files
 from limiter.config.settings import RelaySettings, Settings
 from limiter.credits.limiter import CreditLimiter
 from limiter.credits.models import Backend
+from limiter.licences.revocations import RevokedNames
 from limiter.licences.seats import Seats
 from limiter.licences.tokens import Licences
 from limiter.log_config import short_names
@@ -60,7 +61,8 @@ def create_app(
     app = web.Application(client_max_size=settings.relay.body_limit_mb * _MIB, middlewares=[error_middleware])
     metrics = Metrics(tiers=limiter.tiers, routes=[path for _, path, _ in _ROUTES])
     availability = RedisAvailability(limiter, on_redis_down=settings.redis.on_redis_down, timed=metrics.decision_took)
-    app[RELAY] = relay = _relay(limiter, backends, settings, availability, metrics)
+    revoked = RevokedNames(limiter.session)
+    app[RELAY] = relay = _relay(limiter, backends, settings, availability, metrics, revoked=revoked)
     app[MODELS] = Models(backends)
     app[REPORTS] = {"redis_mode": availability.report, **(reports or {})}
     for method, path, handler in _ROUTES:
@@ -86,6 +88,12 @@ def create_app(
         yield
         await relay.retries.drain(settings.relay.drain_s)
 
+    async def watch_revoked(_app: web.Application) -> AsyncIterator[None]:
+        async with revoked:
+            yield
+
+    if settings.licence.public_keys:  # without keys no licence is valid
+        app.cleanup_ctx.append(watch_revoked)
     app.cleanup_ctx.extend([watch_redis, drain_settlements])  # they end in reverse order
     return app
 
@@ -96,6 +104,8 @@ def _relay(
     settings: Settings,
     availability: RedisAvailability,
     metrics: Metrics,
+    *,
+    revoked: RevokedNames,
 ) -> Relay:
     limits, idempotency = settings.relay, settings.idempotency
     watched = WatchedLimiter(limiter, availability)
@@ -104,7 +114,7 @@ def _relay(
         tiers=limiter.tiers,
         limiter=watched,
         availability=availability,
-        licences=Licences(settings.licence.public_keys),
+        licences=Licences(settings.licence.public_keys, revoked),
         backends=backends,
         costs=settings.costs,
         uploads=UploadLimits(limits.upload_limit_mb * _MIB, limits.replay_limit_kb * _KIB, limits.upload_s),

@@ -13,7 +13,10 @@ from tests.support.cli import limiter
 from tests.support.credits import TIERS
 
 COMMANDS = ["serve", "persist", "import", "dump", "verify", "restore", "row", "config"]
-GROUPS = {"licence": ["keygen", "issue", "show", "seats"], "lua": ["names", "show", "sha"]}
+GROUPS = {
+    "licence": ["keygen", "issue", "show", "revoke", "restore", "revoked", "seats"],
+    "lua": ["names", "show", "sha"],
+}
 INSTALL = "5f0c1c1e-8d3a-4a53-9a0e-0d8f2f6f3c11"
 
 
@@ -91,6 +94,15 @@ def test_licence_from_keygen_to_show(tmp_path: Path) -> None:
     document = json.loads(shown.stdout)
     assert (document["tier"], document["sub"], document["installs"]) == ("pro", "alice", 3)
     assert (document["expired"], document["known_tier"]) == (False, True)
+
+    for given, installs in (([], 1), (["--installs", "any"], None)):
+        issued = limiter("licence", "issue", "--tier", "pro", "--sub", "alice", *given, cwd=tmp_path)
+        document = json.loads(limiter("licence", "show", issued.stdout.strip(), "--json", cwd=tmp_path).stdout)
+        assert document["installs"] == installs
+        assert document["id"] in issued.stderr
+    for number in ("0", "-1", "1.5", "many", ""):
+        refused = limiter("licence", "issue", "--tier", "pro", "--sub", "alice", "--installs", number, cwd=tmp_path)
+        assert (refused.returncode, refused.stdout) == (2, "")
 
     unnamed = limiter("licence", "issue", "--tier", "pro", "--sub", " ", cwd=tmp_path)
     assert (unnamed.returncode, unnamed.stdout) == (2, "")

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import generate_private_key as
 
 from limiter.errors import SettingsError
 from limiter.licences.keys import issue
-from limiter.licences.tokens import InvalidLicence, Licences, key_id, public_key_text
+from limiter.licences.tokens import InvalidLicence, Licence, Licences, key_id, public_key_text
 from tests.support.licences import DAY_S, KEY, OTHER_KEY, PUBLIC_KEY, by_hand, claims, licence_for, signed
 
 
@@ -157,3 +157,69 @@ def test_public_key_when_a_private_one_is_given_then_the_error_does_not_quote_it
             Licences([text])
         assert secret[24:] not in str(raised.value)
         assert secret[16:32] not in str(raised.value)
+
+
+def other_spellings(token: str) -> list[str]:
+    """The same three parts for a lax decoder: padded, with what it skips, with the bits that it drops."""
+    last = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+    twin = last[last.index(token[-1]) + 1]
+    return [f"{token}=", f"{token}==", f"{token}====", f"{token}!", f"{token[:-9]} {token[-9:]}", token[:-1] + twin]
+
+
+def test_licence_when_it_is_spelled_otherwise_then_it_is_refused_and_takes_no_place(licences: Licences) -> None:
+    token = licence_for("pro", KEY)
+    licences.check(token)
+    for spelling in other_spellings(token):
+        with pytest.raises(InvalidLicence):
+            licences.check(spelling)
+    assert licences._known.cache_info().currsize == 1
+
+
+def test_token_when_it_was_refused_then_it_is_not_verified_again_for_a_while(
+    licences: Licences, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verified: list[str] = []
+    verify = licences._verify
+
+    def count(token: str, licence_id: str) -> Licence:
+        verified.append(token)
+        return verify(token, licence_id)
+
+    monkeypatch.setattr(licences, "_verify", count)
+    forged = signed(claims(), OTHER_KEY)
+    refusals = set()
+    for _ in range(5):
+        with pytest.raises(InvalidLicence) as raised:
+            licences.check(forged)
+        refusals.add(str(raised.value))
+    assert (len(verified), len(refusals)) == (1, 1)
+    then_s = time.monotonic() + 61
+    monkeypatch.setattr(time, "monotonic", lambda: then_s)
+    with pytest.raises(InvalidLicence):
+        licences.check(forged)
+    assert len(verified) == 2
+
+
+def test_tokens_when_very_many_are_refused_then_memory_is_bounded(
+    licences: Licences, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("limiter.licences.tokens._MAX_REFUSED", 50)
+    forged = signed(claims(), OTHER_KEY)
+    for number in range(200):
+        with pytest.raises(InvalidLicence):
+            licences.check(f"{forged[:-10]}{number:09}A")
+    assert len(licences._refused) <= 50
+
+
+def test_licence_when_it_is_not_valid_yet_then_that_is_not_remembered(licences: Licences) -> None:
+    token = signed(claims(nbf=int(time.time()) + 31))
+    with pytest.raises(InvalidLicence):
+        licences.check(token)
+    assert licences._refused == {}
+
+
+def test_licence_when_its_id_is_compared_then_each_has_its_own(licences: Licences) -> None:
+    tokens = [licence_for("pro", KEY, valid_s=DAY_S + number) for number in range(5)]
+    ids = {licences.check(token).id for token in tokens}
+    assert len(ids) == 5
+    assert all(len(each) == 32 and int(each, 16) for each in ids)

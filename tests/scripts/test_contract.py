@@ -14,6 +14,7 @@ from redis.exceptions import ResponseError
 from limiter import CreditLimiter, DecisionStatus, PutStatus, Row, SettlementStatus, Tiers, connect
 from limiter.backup.lease import Lease, LeaseStatus
 from limiter.credits.keys import Keys
+from limiter.licences.revocations import Revocations, RevocationStatus
 from limiter.licences.seats import Seats, SeatStatus
 from limiter.redis.lua_source import compose, script_names
 from limiter.relay.metering.claims import Claims, ClaimStatus
@@ -38,7 +39,16 @@ LUA_WORDS = frozenset(
         "ipairs math redis string table tonumber unpack",
     )
 )
-STATUSES = (DecisionStatus, SettlementStatus, PutStatus, ClaimStatus, SeatStatus, MintStatus, LeaseStatus)
+STATUSES = (
+    DecisionStatus,
+    SettlementStatus,
+    PutStatus,
+    ClaimStatus,
+    SeatStatus,
+    RevocationStatus,
+    MintStatus,
+    LeaseStatus,
+)
 WORDS = ["KNOWN", *(status for statuses in STATUSES for status in statuses)]  # the first is balance's; Python drops it
 STATUS = r"\b(?:" + "|".join(WORDS) + r")\b"
 
@@ -147,6 +157,10 @@ CALLS: dict[str, tuple[Callable[[CreditLimiter], Awaitable[object]], dict[str, s
         lambda limiter: Seats(limiter.session).take("b", "a", seats=3, expires_s=2_000_000_000),
         NOW | {"install_id": "a", "seats": "3", "expires_ms": "2002592000000"},
     ),
+    "licence_revoke": (
+        lambda limiter: Revocations(limiter.session).change("alice", 2_002_592_000_000, version="v-1"),
+        NOW | {"name": "alice", "expires_ms": "2002592000000", "version": "v-1", "limit": "10000"},
+    ),
     "lease": (
         lambda limiter: Lease(limiter.session, lease_s=0.71, owner="o").take(
             least_epoch=711, checksum="sha256:x", good_at=ROW.last_active_at
@@ -169,6 +183,7 @@ CALLS: dict[str, tuple[Callable[[CreditLimiter], Awaitable[object]], dict[str, s
 KEYS = {
     **dict.fromkeys(("idempotency_claim", "idempotency_record", "idempotency_drop"), "credits:claim:a:k"),
     "licence_seat": Keys().seats("b"),
+    "licence_revoke": "credits:revoked",
     "lease": "credits:persister",
     "install_mint": "credits:mint:203.0.113.9",
 }
@@ -307,6 +322,10 @@ def test_includes_when_pasted_then_what_each_takes_is_above_it_and_what_it_gives
             ("licence_seat", "install_id", ""),
             ("licence_seat", "seats", "0"),
             ("licence_seat", "expires_ms", "0"),
+            ("licence_revoke", "name", ""),
+            ("licence_revoke", "version", ""),
+            ("licence_revoke", "expires_ms", "-1"),
+            ("licence_revoke", "limit", "0"),
         ],
         *[("lease", "owner", ""), ("lease", "least_epoch", "-1"), ("lease", "lease_ms", "-1")],
         *[("install_mint", "limit", "0"), ("install_mint", "period_ms", "0")],

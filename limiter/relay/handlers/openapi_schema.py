@@ -27,7 +27,7 @@ CODES: Mapping[int, tuple[str, ...]] = {
         "unsupported_http_version",
         "malformed_request",
     ),
-    401: ("invalid_licence", "unknown_tier"),
+    401: ("invalid_licence", "licence_revoked", "unknown_tier"),
     402: (Reason.OUT_OF_CREDITS, Reason.GEMINI_CAP),
     403: ("licence_seats_taken",),
     404: ("unknown_path", "model_not_found"),

@@ -6,7 +6,7 @@ from aiohttp import hdrs, web
 
 from limiter.credits.keys import is_uuid
 from limiter.credits.models import CORE, Tiers
-from limiter.licences.tokens import InvalidLicence, Licence, Licences
+from limiter.licences.tokens import InvalidLicence, Licence, Licences, RevokedLicence
 from limiter.relay.http.problems import fail
 
 _BEARER = "bearer "
@@ -30,7 +30,8 @@ def identify(request: web.Request, licences: Licences, tiers: Tiers) -> Identity
 
     The Bearer token is a licence, or, for clients without one, may be the install id.
 
-    Raises ProblemRaised: 400 for a missing or invalid install id, 401 for a token that is not a valid licence.
+    Raises ProblemRaised: 400 for a missing or invalid install id, 401 for a token that is no valid licence, or
+    a revoked one.
     """
     token = _bearer(request)
     install_ids = {each.strip().lower() for each in request.headers.getall("X-Install-Id", ())}
@@ -43,6 +44,9 @@ def identify(request: web.Request, licences: Licences, tiers: Tiers) -> Identity
     elif token:
         try:
             licence = licences.check(token)
+        except RevokedLicence:
+            detail = "This licence was revoked. Ask its issuer for another one, or send your install id alone."
+            fail(401, "licence_revoked", "Licence revoked", detail)
         except InvalidLicence as error:
             cause = error if token.count(".") == _DOTS else "The Bearer token is neither a UUID nor a licence"
             fail(

@@ -50,7 +50,7 @@ class Node:
         if "X-Seats" in request.headers:
             expires_s = int(time.time()) + 86_400
             seats = int(request.headers["X-Seats"]) or None
-            licence = Licence("core", SUBJECT, expires_s, seats, "", expired="X-Expired" in request.headers)
+            licence = Licence("core", SUBJECT, expires_s, seats, "", expired="X-Expired" in request.headers, id="")
         await self.admission.seat(install_id, licence)
         credit = CreditRequest(
             install_id, tier="core", has_hardware=False, has_gemini=True, cost=1, hold_id=uuid.uuid4().hex

@@ -5,7 +5,8 @@ import uuid
 
 import pytest
 
-from tests.support.licences import KEY, OTHER_KEY, PUBLIC_KEY, by_hand, claims, licence_for, signed
+from limiter.licences.keys import issue
+from tests.support.licences import DAY_S, KEY, OTHER_KEY, PUBLIC_KEY, by_hand, claims, licence_for, signed
 from tests.support.openai_backend import Backend
 from tests.support.relay import CHAT, ONE_SERVER, Answer, RunningRelay, StartRelay, client_of, new_install
 
@@ -183,3 +184,14 @@ async def test_bearer_when_it_is_an_install_and_so_is_the_header_then_the_header
     await relay.ask(headers={"Authorization": f"Bearer {other}"})
     assert await relay.spent() == (1, 1)
     assert await relay.limiter.row(other) is None
+
+
+async def test_licence_when_issued_without_a_number_then_its_quota_is_there_once(licensed: RunningRelay) -> None:
+    """Any number of installs would each have the whole quota: one licence, without end."""
+    token = issue(KEY, tier="pro", subject="alice", valid_s=DAY_S)
+    answers = [
+        await licensed.ask(headers={"Authorization": f"Bearer {token}", "X-Install-Id": new_install()})
+        for _ in range(5)
+    ]
+    assert [(answer.status, answer.code) for answer in answers[1:]] == [(403, "licence_seats_taken")] * 4
+    assert answers[0].status == 200
