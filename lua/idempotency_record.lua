@@ -1,23 +1,18 @@
 #!lua flags=allow-oom
--- Records on a claim that its attempt was served, with or without the answer. From here on no attempt of the same key
--- is served again. One step, so that it cannot overwrite the claim of another attempt.
+-- Records on a claim that its attempt was served, without the answer. From here on no attempt of the same key is served
+-- again. One step, so that it cannot overwrite the claim of another attempt.
 -- Reply: {status}   status: KEPT | LOST (another attempt has the claim: nothing is noted)
 local claim_key   = KEYS[1]            -- hash, see idempotency_claim.lua; always with a TTL
 local owner       = ARGV[1]            -- string, 1..64 bytes: this attempt
 local fingerprint = ARGV[2]            -- string, 1..64 bytes: what is requested
 local busy_ms     = tonumber(ARGV[3])  -- int >= 0, milliseconds for which it may still run; 0 when it is over
-local answer      = ARGV[4]            -- bytes, packed; "" for none
-local keep_ms     = tonumber(ARGV[5])  -- int > 0, milliseconds until the key is forgotten
-local now_arg     = ARGV[6]            -- int, epoch milliseconds; "" for the server's time
+local keep_ms     = tonumber(ARGV[4])  -- int > 0, milliseconds until the key is forgotten
+local now_arg     = ARGV[5]            -- int, epoch milliseconds; "" for the server's time
 
 if owner == "" or fingerprint == "" or not (busy_ms and busy_ms >= 0 and keep_ms and keep_ms > 0) then
   return redis.error_reply("BADARG idempotency_record wants an owner, a fingerprint, a time from 0 and a time above 0")
 end
 --@include clock -> now_ms
-local f = redis.call("HMGET", claim_key, "owner", "busy_until_ms")
-if f[1] and f[1] ~= owner then return { "LOST" } end
-if f[2] == "0" then return { "KEPT" } end -- over before: a repeat, or a note that comes late
-redis.call("HSET", claim_key, "owner", owner, "fingerprint", fingerprint,
-  "busy_until_ms", busy_ms == 0 and "0" or string.format("%.0f", now_ms + busy_ms), "answer", answer)
-redis.call("PEXPIRE", claim_key, keep_ms)
-return { "KEPT" }
+local answer = ""
+--@include served -> has_claim
+return { has_claim and "KEPT" or "LOST" }

@@ -141,6 +141,8 @@ class IdempotencySettings(_Section):
     keep_s: Whole = Field(default=86_400, ge=1, le=2_592_000)
     answer_limit_kb: Whole = Field(default=1024, ge=0, le=65_536)
     retry_window_s: Whole = Field(default=60, ge=0, le=3600)
+    keep_mb_per_install: Whole = Field(default=8, ge=0, le=1_048_576)
+    keep_mb: Whole = Field(default=256, ge=0, le=1_048_576)
 
 
 class LogSettings(_Section):

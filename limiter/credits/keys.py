@@ -67,6 +67,10 @@ class Keys:
         """Return the key of the outcome of an install's latest request with a fingerprint. Raises InvalidInstallId."""
         return f"{self.prefix}:retry:{normalise_install_id(install_id)}:{fingerprint}"
 
+    def kept(self, install_id: str | None = None) -> str:
+        """Return the key that counts the bytes of an install's kept answers, or of all. Raises InvalidInstallId."""
+        return f"{self.prefix}:kept" + (f":{normalise_install_id(install_id)}" if install_id else "")
+
     def seats(self, subject: str) -> str:
         """Return the key of the seats of a licence's subject, which may be any text."""
         return f"{self.prefix}:seats:{_digest(subject)}"

@@ -106,6 +106,7 @@ def exposed() -> dict[str, set[str]]:
     metrics.decided("ALLOWED", None, "core")
     metrics.settled("commit", "COMMITTED", backend="gemini", credits_=1)
     metrics.backend_called("gemini", "served")
+    metrics.recorded("kept")
     metrics.connection_refused("all")
     metrics.watch_breaker("gemini", lambda: "open")
     metrics.watch_connections("gemini", lambda: 1)

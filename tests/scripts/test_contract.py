@@ -147,10 +147,16 @@ CALLS: dict[str, tuple[Callable[[CreditLimiter], Awaitable[object]], dict[str, s
         NOW | {"owner": "o", "fingerprint": "f", "claim_ms": "706", "attempt": "2", "missed_ms": "705"},
     ),
     "idempotency_record": (
-        lambda limiter: Claims(limiter.session).record(
-            "credits:claim:a:k", "o", "f", keep_ms=707, busy_ms=706, answer=b"x\x80"
-        ),
-        NOW | {"owner": "o", "fingerprint": "f", "busy_ms": "706", "answer": "x\udc80", "keep_ms": "707"},
+        lambda limiter: Claims(limiter.session).record("credits:claim:a:k", "o", "f", keep_ms=707, busy_ms=706),
+        NOW | {"owner": "o", "fingerprint": "f", "busy_ms": "706", "keep_ms": "707"},
+    ),
+    "idempotency_keep": (
+        lambda limiter: Claims(limiter.session).keep("credits:claim:a:k", "o", "f", keep_ms=707, answer=b"x\x80"),
+        NOW | {"owner": "o", "fingerprint": "f", "answer": "x\udc80", "keep_ms": "707"},
+    ),
+    "idempotency_budget": (
+        lambda limiter: Claims(limiter.session).count_kept("credits:kept:a", 706, budget_b=708, keep_ms=707),
+        NOW | {"bytes": "706", "budget": "708", "keep_ms": "707"},
     ),
     "idempotency_drop": (lambda limiter: Claims(limiter.session).drop("credits:claim:a:k", "o"), {"owner": "o"}),
     "licence_seat": (
@@ -181,7 +187,8 @@ CALLS: dict[str, tuple[Callable[[CreditLimiter], Awaitable[object]], dict[str, s
 }
 # Of whom the first key is not that of a row.
 KEYS = {
-    **dict.fromkeys(("idempotency_claim", "idempotency_record", "idempotency_drop"), "credits:claim:a:k"),
+    **dict.fromkeys((each for each in CALLS if each.startswith("idempotency_")), "credits:claim:a:k"),
+    "idempotency_budget": "credits:kept:a",
     "licence_seat": Keys().seats("b"),
     "licence_revoke": "credits:revoked",
     "lease": "credits:persister",

@@ -58,7 +58,7 @@ async def test_claim_when_another_runs_then_running_or_busy_and_nothing_changes(
 async def test_claim_when_an_answer_was_kept_then_it_is_given_byte_for_byte(claims: Claims) -> None:
     answer = bytes(range(256)) * 100
     await claim(claims, "one")
-    assert await claims.record(KEY, "one", "f", keep_ms=1000, answer=answer) is ClaimStatus.KEPT
+    assert await claims.keep(KEY, "one", "f", keep_ms=1000, answer=answer) is ClaimStatus.KEPT
     assert await claim(claims, "two") == Claimed(ClaimStatus.KEPT, answer)
     assert (await claim(claims, "two", "another request")).status is ClaimStatus.REUSED
 
@@ -80,7 +80,7 @@ async def test_claim_when_it_is_a_first_attempt_then_the_one_before_can_neither_
     await claim(claims, "one")
     assert (await claim(claims, "two", attempt=0)).status is ClaimStatus.CLAIMED
     before = await fields(redis)
-    assert await claims.record(KEY, "one", "f", keep_ms=1000, answer=b"x") is ClaimStatus.LOST
+    assert await claims.keep(KEY, "one", "f", keep_ms=1000, answer=b"x") is ClaimStatus.LOST
     assert await claims.drop(KEY, "one") is ClaimStatus.GONE
     assert await fields(redis) == before
     assert before["owner"] == "two"
@@ -89,7 +89,7 @@ async def test_claim_when_it_is_a_first_attempt_then_the_one_before_can_neither_
 async def served(claims: Claims, owner: str, attempt: int) -> None:
     """Let an attempt be served, and leave its name as its answer."""
     assert (await claim(claims, owner, attempt=attempt)).status is ClaimStatus.CLAIMED
-    assert await claims.record(KEY, owner, "f", keep_ms=60_000, answer=owner.encode()) is ClaimStatus.KEPT
+    assert await claims.keep(KEY, owner, "f", keep_ms=60_000, answer=owner.encode()) is ClaimStatus.KEPT
 
 
 async def test_claim_when_attempts_are_counted_then_each_number_gets_the_answer_once(claims: Claims) -> None:
@@ -113,7 +113,7 @@ async def test_claim_when_the_attempt_before_runs_then_asking_does_not_use_the_a
     await claim(claims, "A0", attempt=0)
     for _ in range(3):
         assert (await claim(claims, "A1", attempt=1)).status is ClaimStatus.RUNNING
-    await claims.record(KEY, "A0", "f", keep_ms=60_000, answer=b"A0")
+    await claims.keep(KEY, "A0", "f", keep_ms=60_000, answer=b"A0")
     assert await claim(claims, "A1", attempt=1) == Claimed(ClaimStatus.KEPT, b"A0")
 
 
@@ -124,27 +124,27 @@ async def test_claim_when_the_first_attempt_was_missed_then_what_began_before_is
     clock.now_ms += 500  # here B0 is refused
     clock.now_ms += 500
     assert (await claim(claims, "B1", attempt=1, missed_ms=500)).status is ClaimStatus.CLAIMED
-    await claims.record(KEY, "B1", "f", keep_ms=60_000, answer=b"B1")
+    await claims.keep(KEY, "B1", "f", keep_ms=60_000, answer=b"B1")
     clock.now_ms += 500
     assert await claim(claims, "B2", attempt=2, missed_ms=1000) == Claimed(ClaimStatus.KEPT, b"B1")
 
 
 async def test_claim_when_a_key_names_the_request_then_every_repeat_gets_the_answer(claims: Claims) -> None:
     await claim(claims, "one")
-    await claims.record(KEY, "one", "f", keep_ms=60_000, answer=b"x")
+    await claims.keep(KEY, "one", "f", keep_ms=60_000, answer=b"x")
     for owner in ("two", "three", "four"):
         assert await claim(claims, owner) == Claimed(ClaimStatus.KEPT, b"x")
 
 
 async def test_record_when_the_claim_has_expired_then_it_is_stored_all_the_same(claims: Claims, redis: Redis) -> None:
-    assert await claims.record(KEY, "one", "f", keep_ms=1000, answer=b"x") is ClaimStatus.KEPT
+    assert await claims.keep(KEY, "one", "f", keep_ms=1000, answer=b"x") is ClaimStatus.KEPT
     assert await claim(claims, "two") == Claimed(ClaimStatus.KEPT, b"x")
     assert 0 < await redis.pttl(KEY) <= 1000
 
 
 async def test_keep_when_the_note_of_a_stream_comes_after_its_end_then_the_end_stands(claims: Claims) -> None:
     await claim(claims, "one")
-    await claims.record(KEY, "one", "f", keep_ms=1000, answer=b"x")
+    await claims.keep(KEY, "one", "f", keep_ms=1000, answer=b"x")
     await claims.record(KEY, "one", "f", keep_ms=90_000, busy_ms=60_000)
     assert await claims.drop(KEY, "one") is ClaimStatus.KEPT
     assert await claim(claims, "two") == Claimed(ClaimStatus.KEPT, b"x")

@@ -10,7 +10,7 @@ from limiter.credits.session import Session
 
 
 class ClaimStatus(StrEnum):
-    """The status that idempotency_claim, idempotency_record or idempotency_drop returns."""
+    """The status that one of the idempotency scripts returns."""
 
     CLAIMED = "CLAIMED"
     RUNNING = "RUNNING"
@@ -21,6 +21,8 @@ class ClaimStatus(StrEnum):
     LOST = "LOST"
     DROPPED = "DROPPED"
     GONE = "GONE"
+    COUNTED = "COUNTED"
+    EXCEEDED = "EXCEEDED"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,24 +71,53 @@ class Claims:
         return Claimed(ClaimStatus(reply[0].decode()), reply[1])
 
     async def record(
-        self, claim_key: str, owner: str, fingerprint: str, *, keep_ms: int, answer: bytes = b"", busy_ms: int = 0
+        self, claim_key: str, owner: str, fingerprint: str, *, keep_ms: int, busy_ms: int = 0
     ) -> ClaimStatus:
         """Run idempotency_record.lua: record that an attempt was served. Return KEPT, or LOST if another has the claim.
+
+        It works also while Redis is out of memory.
 
         Args:
             claim_key: from `Keys`.
             owner: the attempt's id.
             fingerprint: that of the request.
             keep_ms: how long the record is kept, in milliseconds.
-            answer: the packed answer; empty if it is not kept.
             busy_ms: how long the attempt may still run, in milliseconds; 0 for a final record.
         """
         reply = await self._session.retry(
             lambda: self._scripts.call(
-                "idempotency_record", claim_key, owner, fingerprint, busy_ms, answer, keep_ms, self._session.now_ms()
+                "idempotency_record", claim_key, owner, fingerprint, busy_ms, keep_ms, self._session.now_ms()
             )
         )
         return ClaimStatus(reply[0].decode())
+
+    async def keep(self, claim_key: str, owner: str, fingerprint: str, *, keep_ms: int, answer: bytes) -> ClaimStatus:
+        """Run idempotency_keep.lua: record that an attempt was served, with the packed answer; like `record`.
+
+        Raises OutOfMemory.
+        """
+        reply = await self._session.retry(
+            lambda: self._scripts.call(
+                "idempotency_keep", claim_key, owner, fingerprint, answer, keep_ms, self._session.now_ms()
+            )
+        )
+        return ClaimStatus(reply[0].decode())
+
+    async def count_kept(self, kept_key: str, size_b: int, *, budget_b: int, keep_ms: int) -> bool:
+        """Run idempotency_budget.lua: count bytes that are to be kept. Return False if the budget has no room for them.
+
+        Args:
+            kept_key: from `Keys`.
+            size_b: the bytes.
+            budget_b: for all that is kept at a time, in bytes.
+            keep_ms: how long these are kept, in milliseconds.
+        """
+        reply = await self._session.retry(
+            lambda: self._scripts.call(
+                "idempotency_budget", kept_key, size_b, budget_b, keep_ms, self._session.now_ms()
+            )
+        )
+        return ClaimStatus(reply[0].decode()) is ClaimStatus.COUNTED
 
     async def drop(self, claim_key: str, owner: str) -> ClaimStatus:
         """Run idempotency_drop.lua for an attempt that was not served: DROPPED, GONE, or KEPT if it was served."""

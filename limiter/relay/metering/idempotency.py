@@ -2,8 +2,8 @@
 
 An attempt claims its key before credits are reserved. The claim names the attempt's hold and expires after it, so that
 a node that dies does not block the key for long. An attempt that was debited records its answer for replay, or, if that
-is too large or its client left, just that it was served: no retry is debited again. An attempt that was not debited
-leaves nothing. The answer never waits for any of this.
+is too large, its client left or the budgets of kept answers are used up, just that it was served: no retry is debited
+again. An attempt that was not debited leaves nothing. The answer never waits for any of this.
 
 An SDK's retries are distinguished from other requests with the same body by the number that the SDK counts: a record is
 replayed once for each number above its own. A first attempt that met an unavailable Redis left no record, so this node
@@ -26,11 +26,13 @@ from typing import NoReturn, Self
 
 from aiohttp import web
 
-from limiter.errors import Execution, LimiterUnavailable
+from limiter.errors import Execution, LimiterUnavailable, OutOfMemory
 from limiter.relay.http.problems import REQUEST_ID, Problem, ProblemRaised, fail
 from limiter.relay.metering.answer_recorder import Answer, AnswerRecorder
 from limiter.relay.metering.background_retries import BackgroundRetries
 from limiter.relay.metering.claims import Claimed, Claims, ClaimStatus
+from limiter.relay.metering.kept_answers import KeptAnswers
+from limiter.relay.telemetry.metrics import KeepOutcome
 
 KEY_HEADER = "Idempotency-Key"
 REPLAYED_HEADER = "Idempotency-Replayed"
@@ -44,6 +46,7 @@ _UNDECIDED = frozenset((ClaimStatus.RUNNING, ClaimStatus.BUSY))
 _MAX_UNDOS = 256  # at once: each is retried while Redis is unavailable
 _MAX_MISSED = 10_000  # remembered by this node
 _MAX_DIGITS = 3  # of a retry count: no SDK tries so often
+_MAX_KEPT_FOR_SDK = 64 << 10  # bytes of an answer that is kept for an SDK's retry alone, which few requests ever need
 _BIG_BODY = 1 << 20  # hashed in a thread
 
 
@@ -51,6 +54,7 @@ _BIG_BODY = 1 << 20  # hashed in a thread
 class _Slot:
     """The place of an attempt's record. attempt: its number, for requests without a key whose SDK counts retries."""
 
+    install_id: str
     key: str
     fingerprint: str
     keep_ms: int
@@ -99,6 +103,9 @@ class Idempotency:
         keep_bytes: the largest body that is recorded.
         retry_window_s: how long after its end a request without a key can be recognised by an SDK's retry, in seconds;
             0 for never.
+        keep_per_install_b: for the kept answers of one install, in bytes.
+        keep_in_all_b: for those of all installs.
+        counted: called with what became of each answer that was to be kept.
     """
 
     def __init__(
@@ -110,7 +117,12 @@ class Idempotency:
         keep_s: int = 86_400,
         keep_bytes: int = 1 << 20,
         retry_window_s: int = 60,
+        keep_per_install_b: int = 8 << 20,
+        keep_in_all_b: int = 256 << 20,
+        counted: Callable[[KeepOutcome], None] = lambda _outcome: None,
     ) -> None:
+        self._kept = KeptAnswers(claims, per_install_b=keep_per_install_b, in_all_b=keep_in_all_b)
+        self._counted = counted
         self._claims, self._retries = claims, retries
         self._claim_ms = hold_ms + _CLAIM_OUTLIVES_HOLD_MS
         self._keep_ms, self._window_ms = keep_s * 1000, retry_window_s * 1000
@@ -134,7 +146,8 @@ class Idempotency:
         claimed = await self._claim(slot, owner)
         if claimed.status is not ClaimStatus.CLAIMED:
             return Attempt(AnswerRecorder(owner), replay=_replayed(request, claimed))
-        recorder = AnswerRecorder(owner, self._keep_bytes, lambda: self._record_begin(slot, owner))
+        limit = self._keep_bytes if slot.attempt is None else min(self._keep_bytes, _MAX_KEPT_FOR_SDK)
+        recorder = AnswerRecorder(owner, limit, lambda: self._record_begin(slot, owner))
         return Attempt(recorder, on_end=lambda: self._record_end(slot, owner, recorder))
 
     async def missed(self, request: web.Request, install_id: str, body: bytes | None) -> None:
@@ -156,11 +169,13 @@ class Idempotency:
         key, attempt = idempotency_key(request), _attempt(request)
         if key is not None:
             fingerprint = await _fingerprint(request, body)
-            return _Slot(self._claims.keys.claim(install_id, key), fingerprint, self._keep_ms, attempt=None)
+            claim_key = self._claims.keys.claim(install_id, key)
+            return _Slot(install_id, claim_key, fingerprint, self._keep_ms, attempt=None)
         if attempt is None or body is None or not self._window_ms:
             return None
         fingerprint = await _fingerprint(request, body)
-        return _Slot(self._claims.keys.sdk_retry(install_id, fingerprint), fingerprint, self._window_ms, attempt)
+        claim_key = self._claims.keys.sdk_retry(install_id, fingerprint)
+        return _Slot(install_id, claim_key, fingerprint, self._window_ms, attempt)
 
     async def _claim(self, slot: _Slot, owner: str) -> Claimed:
         for pause_s in (*_RETRY_PAUSES_S, 0):
@@ -224,12 +239,29 @@ class Idempotency:
             self._retries.start("drop of a claim", owner, lambda: self._claims.drop(slot.key, owner))
             return
         answer = recorder.answer()
-        packed = answer.packed() if answer else b""
-        self._retries.start(
-            "record of an answer",
-            owner,
-            lambda: self._claims.record(slot.key, owner, slot.fingerprint, keep_ms=slot.keep_ms, answer=packed),
-        )
+        packed = answer.packed() if answer else None
+
+        async def record() -> None:
+            if packed is None:
+                outcome: KeepOutcome = "not_kept"
+            else:
+                outcome = await self._keep(slot, owner, packed)
+            if outcome != "kept":
+                await self._claims.record(slot.key, owner, slot.fingerprint, keep_ms=slot.keep_ms)
+            self._counted(outcome)
+
+        self._retries.start("record of an answer", owner, record)
+
+    async def _keep(self, slot: _Slot, owner: str, packed: bytes) -> KeepOutcome:
+        """Keep an answer, if the budgets and Redis' memory have room for it. Raises LimiterUnavailable."""
+        try:
+            has_key = slot.attempt is None
+            shortage = await self._kept.count(slot.install_id, len(packed), slot.keep_ms, has_key=has_key)
+            if shortage is None:
+                await self._claims.keep(slot.key, owner, slot.fingerprint, keep_ms=slot.keep_ms, answer=packed)
+        except OutOfMemory:
+            return "out_of_memory"
+        return shortage or "kept"
 
 
 def idempotency_key(request: web.Request) -> str | None:
@@ -290,9 +322,8 @@ def _replayed(request: web.Request, claimed: Claimed) -> web.Response:
             409,
             "idempotency_answer_not_kept",
             "Served already",
-            "This request was served and paid for, but its answer was not kept: it was too large, it broke off, or "
-            "its client left. "
-            "To be served again, send it as a new request.",
+            "This request was served and paid for, but its answer was not kept: it was too large, it broke off, its "
+            "client left, or too much is kept already. To be served again, send it as a new request.",
             may_retry=False,
         )
         raise ProblemRaised(problem)

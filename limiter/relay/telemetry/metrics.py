@@ -33,6 +33,8 @@ FAILED, GAVE_UP = "FAILED", "GAVE_UP"  # a settlement that failed, or that was n
 UNMETERED = "UNMETERED"  # served from hardware while Redis is unavailable
 UNAVAILABLE = "UNAVAILABLE"  # not decided, as Redis is unavailable
 OUT_OF_MEMORY = "OUT_OF_MEMORY"  # not decided, as Redis is out of memory
+# What became of an answer that was to be kept: too large or broken off, over a budget, or without memory in Redis.
+KeepOutcome = Literal["kept", "not_kept", "install_budget", "budget", "out_of_memory"]
 METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"})  # any other is counted as "other"
 CLIENT_LEFT = 499  # nginx' status for a request whose client did not wait for the answer
 _OTHER = "other"
@@ -84,6 +86,9 @@ class Metrics:
             "limiter_settlements", "Finished commits and releases.", ["kind", "outcome"], registry=registry
         )
         self._debited = FastCounter("limiter_credits_debited", "Credits debited.", ["backend"], registry=registry)
+        self._recorded = FastCounter(
+            "limiter_recorded_answers", "Answers that were to be kept for repeats.", ["outcome"], registry=registry
+        )
         self._settling = Gauge(
             "limiter_settlements_in_flight",
             "Commits and releases under way, including those that wait for Redis.",
@@ -178,6 +183,10 @@ class Metrics:
         self._settlements.add(kind, outcome if outcome in _OUTCOMES else _OTHER)
         if backend is not None:
             self._debited.add(backend, count=credits_)
+
+    def recorded(self, outcome: KeepOutcome) -> None:
+        """Count an answer that was to be kept for repeats."""
+        self._recorded.add(outcome)
 
     def backend_called(self, backend: Backend, outcome: Outcome) -> None:
         """Count a call to a backend; `refused` is an error answer that is passed to the client."""

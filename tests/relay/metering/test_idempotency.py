@@ -486,6 +486,7 @@ async def test_record_when_kept_then_it_lives_as_long_as_the_settings_say_and_a_
 
 async def test_node_when_it_dies_then_its_claim_expires_and_the_key_is_served(nodes: Nodes, backend: Backend) -> None:
     await nodes[0].ask()  # to learn the fingerprint
+    await nodes[0].retries.drain(5)
     redis, key = nodes[0].limiter.session.redis, Keys().claim(nodes[0].install_id, "k")
     fingerprint = text_of(await redis.hget(key, "fingerprint") or "")
     await redis.delete(key)
