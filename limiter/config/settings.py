@@ -76,6 +76,8 @@ class RelaySettings(_Section):
     upload_limit_mb: Whole = Field(default=128, ge=1, le=65_536)
     bodies_in_memory_mb: Whole = Field(default=512, ge=1, le=1_048_576)
     upload_s: Seconds = Field(default=300, gt=0, le=3600)
+    body_idle_s: Seconds = Field(default=30, gt=0, le=3600)
+    body_min_rate_kb: Whole = Field(default=1, ge=0, le=1_048_576)
     write_idle_s: Seconds = Field(default=60, gt=0, le=3600)
     keepalive_s: Seconds = Field(default=75, gt=0, le=3600)
     max_connections: Whole = Field(default=0, ge=0, le=1_000_000)

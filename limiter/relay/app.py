@@ -34,6 +34,7 @@ from limiter.relay.metering.settlement import Settlements
 from limiter.relay.middleware.access_log import add_access_log
 from limiter.relay.middleware.cors import add_cors
 from limiter.relay.middleware.errors import add_request_id, error_middleware
+from limiter.relay.requests.body_reader import BodyPace
 from limiter.relay.requests.memory_budget import MemoryBudget
 from limiter.relay.requests.upload import UploadLimits, expect_later
 from limiter.relay.telemetry.metrics import METRICS, Metrics, show_metrics
@@ -66,7 +67,7 @@ def create_app(
     app[MODELS] = Models(backends)
     app[REPORTS] = {"redis_mode": availability.report, **(reports or {})}
     for method, path, handler in _ROUTES:
-        expect = expect_later if handler is serve_upload else None
+        expect = expect_later if handler in (serve_json, serve_upload) else None
         for served in (method, "HEAD") if method == "GET" else (method,):
             # The id of a model may contain slashes.
             app.router.add_route(served, path.replace("}", ":.+}"), handler, expect_handler=expect)
@@ -117,7 +118,7 @@ def _relay(
         licences=Licences(settings.licence.public_keys, revoked),
         backends=backends,
         costs=settings.costs,
-        uploads=UploadLimits(limits.upload_limit_mb * _MIB, limits.replay_limit_kb * _KIB, limits.upload_s),
+        uploads=UploadLimits(limits.upload_limit_mb * _MIB, limits.replay_limit_kb * _KIB, _pace(limits)),
         memory=MemoryBudget(limits.bodies_in_memory_mb * _MIB),
         admission=Admission(
             watched,
@@ -139,6 +140,10 @@ def _relay(
         retries=retries,
         settlements=Settlements(limiter, retries, metrics),
     )
+
+
+def _pace(limits: RelaySettings) -> BodyPace:
+    return BodyPace(limits.upload_s, limits.body_idle_s, limits.body_min_rate_kb * _KIB)
 
 
 def make_runner(app: web.Application, limits: RelaySettings) -> RelayRunner:

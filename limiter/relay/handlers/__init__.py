@@ -3,5 +3,5 @@
 Begin with `metered.serve_json`, `context.Relay`.
 
 May import: relay.http, relay.upstream, relay.telemetry, relay.requests, relay.metering, licences, credits, errors,
-log_events.
+_util, log_events.
 """

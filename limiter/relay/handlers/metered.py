@@ -7,13 +7,14 @@ debit stands. While Redis is unavailable, a request is refused, or served from h
 
 import asyncio
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from typing import NamedTuple
 
 from aiohttp import web
 from multidict import CIMultiDict
 
+from limiter._util.ids import random_id
 from limiter.credits.models import Backend, Decision
 from limiter.errors import Execution, LimiterUnavailable, OutOfMemory
 from limiter.log_events import event
@@ -61,10 +62,30 @@ async def serve_json(request: web.Request) -> web.StreamResponse:
     relay = request.app[RELAY]
     identity = relay.identify(request)
     with relay.memory.reservation() as reservation:
-        json = await read_json(request, reservation, within_s=relay.uploads.total_s)
+        json = await read_json(
+            request, reservation, relay.uploads.pace, before_large=lambda: _know(relay, request, identity)
+        )
         request_record(request).model = json.model
         backends = relay.served_by(request, json.model)
         return await _serve(_Call(relay, request, identity, json, json.body, backends))
+
+
+async def _know(relay: Relay, request: web.Request, identity: Identity) -> None:
+    """Look an install up before the rest of a large body is read, and create it if it is new and may be created.
+
+    Credits are reserved when all is there. While Redis is unavailable, nothing is known, and the request is refused or
+    served unmetered after it was read.
+    """
+    if relay.availability.serves_unmetered:
+        return
+    with suppress(LimiterUnavailable):
+        relay.availability.check()
+        await relay.admission.seat(identity.install_id, identity.licence)
+        if await relay.limiter.knows(identity.install_id):
+            return
+        decision = await _reserve(relay, request, identity, relay.served_by(request, None), random_id())
+        with relay.settlements.open(identity.install_id, decision.hold_id):
+            pass  # its release
 
 
 async def serve_upload(request: web.Request) -> web.StreamResponse:
@@ -110,7 +131,7 @@ async def _serve_metered(call: _Call) -> web.StreamResponse:
     if attempt.replay is not None:
         return attempt.replay
     with attempt:
-        decision = await _reserve(call, attempt.hold_id)
+        decision = await _reserve(relay, request, identity, call.backends, attempt.hold_id)
         with (
             relay.settlements.open(identity.install_id, decision.hold_id) as hold,
             await _forward(call, decision) as answer,
@@ -130,21 +151,22 @@ async def _serve_unmetered(call: _Call) -> web.StreamResponse:
         return await pass_answer(request, answer, headers, Unmetered(AnswerRecorder(request[REQUEST_ID])))
 
 
-async def _reserve(call: _Call, hold_id: str) -> Decision:
+async def _reserve(
+    relay: Relay, request: web.Request, identity: Identity, backends: Collection[Backend], hold_id: str
+) -> Decision:
     """Hold the credits of a request. Raises ProblemRaised if it is refused, and LimiterUnavailable."""
-    relay, identity = call.relay, call.identity
-    record = request_record(call.request)
-    record.cost = relay.cost(call.request)
+    record = request_record(request)
+    record.cost = relay.cost(request)
     credit = CreditRequest(
         identity.install_id,
         identity.tier,
-        has_hardware="hardware" in call.backends,
-        has_gemini="gemini" in call.backends,
+        has_hardware="hardware" in backends,
+        has_gemini="gemini" in backends,
         cost=record.cost,
         hold_id=hold_id,
     )
     try:
-        decision = await relay.admission.reserve(call.request, identity.licence, credit)
+        decision = await relay.admission.reserve(request, identity.licence, credit)
     except (asyncio.CancelledError, LimiterUnavailable) as error:
         # The client left while Redis was deciding, or the reply was lost: whatever was decided is undone.
         if not isinstance(error, LimiterUnavailable) or error.execution is Execution.UNKNOWN:

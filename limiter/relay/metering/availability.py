@@ -279,6 +279,10 @@ class WatchedLimiter:
             self._availability.answered(time.monotonic() - began_s)
         return decision
 
+    async def knows(self, install_id: str) -> bool:
+        """Return whether an install has a row. Raises as `CreditLimiter.row`."""
+        return await self._availability.watch(lambda: self._limiter.row(install_id)) is not None
+
     async def balance(self, install_id: str, *, tier: str) -> Balance:
         """Return a balance, like `CreditLimiter.balance`, with the same errors."""
         return await self._availability.watch(lambda: self._limiter.balance(install_id, tier=tier))

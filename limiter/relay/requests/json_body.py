@@ -1,17 +1,17 @@
 """Reads and checks a JSON body. It reserves nothing and sends nothing."""
 
-import asyncio
-from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from collections.abc import Awaitable, Callable, Mapping
+from typing import NamedTuple, NoReturn, Protocol
 
-import orjson
 from aiohttp import web
-from aiohttp.http_exceptions import HttpProcessingError
 
 from limiter.relay.http.problems import fail
+from limiter.relay.requests.body_reader import BodyPace, BodyReader
+from limiter.relay.requests.json_members import InvalidBody, Members, MissingModel, read_members, with_model
 from limiter.relay.requests.memory_budget import Reservation
-from limiter.relay.requests.model_member import with_model
 from limiter.relay.upstream.client import BackendClient, Streamed
+
+SMALL_B = 1 << 16  # of a larger body no more is read before its install is known
 
 
 class ForwardableRequest(Protocol):
@@ -32,17 +32,23 @@ class ForwardableRequest(Protocol):
 
 
 class ForwardableJson(NamedTuple):
-    """A JSON body that names a model, as the bytes that the client sent.
-
-    The parsed objects are not kept: those of `[[],[],…]` take twenty times its bytes.
-    """
+    """A JSON body that names a model, as the bytes that the client sent. members: what is known of it."""
 
     path: str
     headers: Mapping[str, str]
     body: bytes
-    model: str
-    stream: bool
+    members: Members
     replayable: bool = True  # it is in memory anyway
+
+    @property
+    def model(self) -> str:
+        """The client's name of the model."""
+        return self.members.model
+
+    @property
+    def stream(self) -> bool:
+        """Whether it asks for a stream."""
+        return bytes(self.members.stream) == b"true"
 
     def body_for(self, client: BackendClient) -> bytes:
         """Return the body with the backend's name for the model, and all else as the client sent it."""
@@ -51,48 +57,51 @@ class ForwardableJson(NamedTuple):
             return self.body
         try:
             return with_model(self.body, model)
-        except RecursionError:
-            fail(400, "invalid_json", "Invalid JSON", "The body is nested too deeply.")
+        except InvalidBody as error:
+            _fail_invalid(error)
 
 
-async def read_json(request: web.Request, reservation: Reservation, *, within_s: float) -> ForwardableJson:
-    """Read the body of a JSON route within a number of seconds. Raises ProblemRaised, HTTPRequestEntityTooLarge."""
+async def read_json(
+    request: web.Request, reservation: Reservation, pace: BodyPace, *, before_large: Callable[[], Awaitable[None]]
+) -> ForwardableJson:
+    """Read the body of a JSON route. Raises ProblemRaised, HTTPRequestEntityTooLarge, and what `before_large` raises.
+
+    before_large: called once more than SMALL_B bytes have arrived; the rest is read when it has returned.
+    """
     if request.content_type != "application/json":
         fail(415, "unsupported_media_type", "Unsupported media type", "Send the body as application/json.")
+    body = await _whole(request, reservation, pace, before_large)
     try:
-        if request.content.is_eof():  # it arrived with the head, as most bodies do
-            body = await _whole(request, reservation)
-        else:
-            async with asyncio.timeout(within_s):
-                body = await _whole(request, reservation)
-    except TimeoutError:
-        fail(408, "request_timeout", "Request timeout", f"The body did not arrive within {within_s:g} s.")
-    except (web.RequestPayloadError, HttpProcessingError):
-        fail(400, "invalid_body", "Invalid body", "The body cannot be read: its chunks are damaged.")
-    try:
-        document = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        fail(400, "invalid_json", "Invalid JSON", f"The body is not JSON: {error}.")
-    if not isinstance(document, dict):
-        fail(400, "invalid_json", "Invalid JSON", "The body must be a JSON object.")
-    model = document.get("model")
-    if not isinstance(model, str):
-        fail(400, "missing_model", "Missing model", "The body must name a model.", param="model")
-    return ForwardableJson(
-        request.path.removeprefix("/v1/"), request.headers, body, model, document.get("stream") is True
-    )
+        members = read_members(body)
+    except MissingModel as error:
+        detail = f"The body must name a model: {error}."
+        fail(400, "missing_model", "Missing model", detail, param="model")
+    except InvalidBody as error:
+        _fail_invalid(error)
+    return ForwardableJson(request.path.removeprefix("/v1/"), request.headers, body, members)
 
 
-async def _whole(request: web.Request, reservation: Reservation) -> bytes:
+def _fail_invalid(error: InvalidBody) -> NoReturn:
+    fail(400, "invalid_json", "Invalid JSON", f"The body must be a JSON object: {error}.")
+
+
+async def _whole(
+    request: web.Request, reservation: Reservation, pace: BodyPace, before_large: Callable[[], Awaitable[None]]
+) -> bytes:
     """Read the whole body, reserving memory as it arrives: a length that is only claimed reserves nothing."""
     limit_b = request.client_max_size
     size_b = request.content_length or 0
-    parts: list[bytes] = []
-    while size_b <= limit_b:
-        part = await request.content.readany()
-        if not part:
+    if size_b <= limit_b:
+        reader, parts, is_small = BodyReader(request, pace), list[bytes](), True
+        while part := await reader.read():
+            reservation.add(len(part))
+            parts.append(part)
+            if reader.read_b > limit_b:
+                break
+            if is_small and reader.read_b > SMALL_B and not request.content.is_eof():
+                is_small = False
+                await before_large()
+        else:
             return b"".join(parts)
-        reservation.add(len(part))
-        parts.append(part)
-        size_b = max(size_b, reservation.size_b)
+        size_b = reader.read_b
     raise web.HTTPRequestEntityTooLarge(limit_b, size_b)

@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from email.message import Message
 
-from aiohttp import ClientError, hdrs, web
-from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp import hdrs, web
 
 from limiter.relay.http.problems import Problem, ProblemRaised, fail
+from limiter.relay.requests.body_reader import BodyPace, BodyReader
 from limiter.relay.requests.memory_budget import Reservation
 from limiter.relay.requests.multipart_rewriter import MAX_PARTS, ModelField, TooManyParts
 from limiter.relay.upstream.client import BackendClient, Streamed
@@ -27,14 +27,12 @@ class UploadLimits:
     Attributes:
         size_b: the largest body, in bytes.
         kept_b: how many bytes are kept for the fallback.
-        total_s: how long the whole upload may take, in seconds.
-        idle_s: how long the client may pause, in seconds.
+        pace: how fast it must arrive.
     """
 
     size_b: int
     kept_b: int
-    total_s: float
-    idle_s: float = 30
+    pace: BodyPace
 
 
 class Upload:
@@ -59,12 +57,9 @@ class Upload:
         self._length = request.content_length
         if self._length is not None and self._length > limits.size_b:
             raise _too_large()
-        self._content, self._limits, self._on_model = request.content, limits, on_model
-        self._writer = request.writer if hdrs.EXPECT in request.headers else None
-        self._ends_s = asyncio.get_running_loop().time() + limits.total_s
+        self._reader, self._limits, self._on_model = BodyReader(request, limits.pace), limits, on_model
         self._kept: list[bytes] = []
         self._reservation, self._keeps = reservation, True
-        self._size = 0
         self._fault: ProblemRaised | None = None
         self._reading: asyncio.Task[bytes] | None = None
 
@@ -121,37 +116,24 @@ class Upload:
     async def _read(self) -> bytes:
         """Read and keep what has arrived; b"" at the end, or after a fault."""
         try:
-            chunk = await self._received()
+            chunk = await self._reader.read()
+        except ProblemRaised as fault:
+            self._fault = fault
+            return b""
         finally:
             self._reading = None
-        self._size += len(chunk)
-        if self._size > self._limits.size_b:
+        if self._reader.read_b > self._limits.size_b:
             self._fault = _too_large()
             return b""
-        self._keeps = self._keeps and self._size <= self._limits.kept_b and self._reservation.try_add(len(chunk))
+        self._keeps = (
+            self._keeps and self._reader.read_b <= self._limits.kept_b and self._reservation.try_add(len(chunk))
+        )
         if not self._keeps:
             self._kept.clear()
             self._reservation.release()
         elif chunk and self._fault is None:
             self._kept.append(chunk)
         return chunk
-
-    async def _received(self) -> bytes:
-        limits = self._limits
-        try:
-            async with asyncio.timeout_at(min(asyncio.get_running_loop().time() + limits.idle_s, self._ends_s)):
-                if self._writer is not None:
-                    writer, self._writer = self._writer, None
-                    await writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-                    writer.output_size = 0  # it is not part of the answer; aiohttp's own handler does the same
-                return await self._content.readany()
-        except TimeoutError:
-            detail = f"No byte arrived for {limits.idle_s:g} s, or not all of them within {limits.total_s:g} s."
-            self._fault = ProblemRaised(Problem(408, "request_timeout", "Request timeout", detail))
-        except (web.RequestPayloadError, ClientError, HttpProcessingError, OSError):
-            detail = "The body cannot be read: it broke off, or its encoding is damaged."
-            self._fault = ProblemRaised(Problem(400, "invalid_body", "Invalid body", detail))
-        return b""
 
 
 async def expect_later(_request: web.Request) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import time
+import tracemalloc
 from typing import Any
 
 import orjson
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from limiter.config.settings import METERED_PATHS
-from limiter.relay.requests.model_member import with_model
+from limiter.relay.requests.json_members import InvalidBody, MissingModel, read_members, with_model
 from tests.support.openai_backend import Backend
 from tests.support.relay import StartRelay, client_of
 
@@ -57,13 +58,13 @@ def test_model_when_its_new_name_needs_escapes_then_it_has_them() -> None:
     assert orjson.loads(with_model(b'{"model":"m"}', 'a"b\\c\n模')) == {"model": 'a"b\\c\n模'}
 
 
-@pytest.mark.parametrize("depth", [1, 253, 254, 900, 1020])
+@pytest.mark.parametrize("depth", [1, 253, 254, 900])
 @pytest.mark.parametrize("pair", ["[]", "{}"])
 def test_model_when_a_body_is_nested_as_deeply_as_is_accepted_then_it_is_renamed(depth: int, pair: str) -> None:
     begin = "[" if pair == "[]" else '{"model":'
     nested = begin * depth + '"]}"' + pair[1] * depth
     body = f'{{"x":{nested},"model":"m"}}'
-    orjson.loads(body)
+    read_members(body.encode())
     assert with_model(body.encode(), "new").decode() == f'{{"x":{nested},"model":"new"}}'
 
 
@@ -71,10 +72,99 @@ def test_model_when_a_body_is_large_and_deep_then_no_time_is_lost_on_it() -> Non
     body = b'{"x":' + b"[" * 1000 + b"1" + b"]" * 1000 + b',"y":[' + b"[]," * 1_000_000 + b'1],"model":"m"}'
     began_s = time.process_time()
     assert with_model(body, "new").endswith(b',1],"model":"new"}'.replace(b",1]", b"1]"))
-    deep = b'{"x":' + b"[" * 1000 + b"[]," * 1_000_000 + b"1" + b"]" * 1000 + b',"model":"m"}'
-    with pytest.raises(RecursionError):
-        with_model(deep, "new")
+    deep = b'{"x":' + b"[" * 900 + b"[]," * 1_000_000 + b"1" + b"]" * 900 + b',"model":"m","y":"model"}'
+    assert with_model(deep, "new").endswith(b',"model":"new","y":"model"}')
     assert time.process_time() - began_s < 5
+
+
+@pytest.mark.parametrize("depth", [1_001, 1_000_000])
+def test_body_when_it_is_nested_too_deeply_then_it_is_invalid(depth: int) -> None:
+    body = b'{"x":' + b"[" * depth + b"]" * depth + b',"model":"m","y":"model"}'
+    with pytest.raises(InvalidBody, match="deep"):
+        read_members(body)
+    with pytest.raises(InvalidBody, match="deep"):
+        with_model(body, "new")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model":"m","model":"n"}',
+        b'{"model":"m","\\u006dodel":"n"}',
+        b'{"\\u006Dodel":"m","model":"n"}',
+        b'{"model":"m","n":128,"n":1}',
+        b'{"model":"m","n":128,"\\u006e":1}',
+        b'{"model":"m","max\\u005ftokens":1,"max_tokens":2}',
+        b'{"model":"m","max\\u005Ftokens":1,"x":{"max_tokens":1},"max_tokens":2}',
+        b'{"model":"m","input":"a","x":"\\u0061","input":["a"]}',
+    ],
+)
+def test_body_when_a_known_member_is_there_twice_then_it_is_refused(body: bytes) -> None:
+    with pytest.raises(InvalidBody, match="twice"):
+        read_members(body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"x":[{"model":"x","n":9}],"model":"m","n":1,"y":"\\"model\\":\\"z\\""}',
+        b'{"tools":[{"required":["model","n"]}],"model":"m","n":1}',
+        b'{"\\u006dodel":"m","\\u006e":1,"model ":"x","Model":"y"}',
+        b'{"x":"a text about \\\\u0061","model":"m" , "n" : 1 , "x" : 2}',
+        b' \n{"n":1, "model" : "m" } ',
+    ],
+)
+def test_member_when_its_name_is_elsewhere_or_escaped_then_its_value_is_that_of_the_top_level(body: bytes) -> None:
+    members = read_members(body)
+    assert (members.model, bytes(members.n), bytes(members.stream)) == ("m", b"1", b"")
+    assert orjson.loads(with_model(body, "new")) == {**orjson.loads(body)} | {"model": "new"}
+
+
+@pytest.mark.parametrize("body", [b'{"n":1}', b'{"model":5}', b'{"model":null}', b'{"model":""}', b'{"model":["m"]}'])
+def test_body_when_it_names_no_model_then_that_is_said(body: bytes) -> None:
+    with pytest.raises(MissingModel):
+        read_members(body)
+    with pytest.raises(MissingModel):
+        read_members(b'{"model":"' + b"m" * 2000 + b'"}')
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"[1]", b"1", b'"model"', b"{", b'{"model":"m"', b'{"model":"m"}x', b'{"model":"m",}', b'{"model":"m","x":-}',
+     b'{"model":"m","x":"\xff"}', b'{"model":"\xff"}', b'\xef\xbb\xbf{"model":"m"}', b'{"model":"m","x":"\xe6\xa8"}'],
+)  # fmt: skip
+def test_body_when_it_is_no_json_object_then_it_is_invalid(body: bytes) -> None:
+    with pytest.raises(InvalidBody) as raised:
+        read_members(body)
+    assert not isinstance(raised.value, MissingModel)
+
+
+@pytest.mark.parametrize(
+    "filling",
+    [b"[],", b'{"":0},', b"1,", b'"model",', b'"\\u006d",', '"模😀",'.encode()],
+    ids=["lists", "objects", "numbers", "names", "escapes", "text"],
+)
+def test_body_when_it_is_of_very_many_values_then_it_is_read_without_building_them(filling: bytes) -> None:
+    body = b'{"x":[' + filling * (4_000_000 // len(filling)) + b'0],"model":"m"}'
+    tracemalloc.start()
+    try:
+        assert read_members(body).model == "m"
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    assert with_model(body, "new") == body[:-3] + b'new"}'
+
+
+def test_body_when_it_has_very_many_members_then_it_is_read_without_building_them() -> None:
+    body = b'{"model":"m"' + b"".join(b',"%07x":1' % number for number in range(300_000)) + b"}"
+    tracemalloc.start()
+    try:
+        assert read_members(body).model == "m"
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(InvalidBody, match="more than 1000 members"):
+        read_members(body[:-1] + b',"model":"n"}')
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
