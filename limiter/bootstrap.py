@@ -15,7 +15,10 @@ _ATTEMPTS_IN_A_DEADLINE = 3
 async def open_limiter(settings: Settings) -> AsyncIterator[CreditLimiter]:
     """Connect a limiter, and close the connection at the end. Raises SettingsError, LimiterUnavailable."""
     redis = await connect(
-        settings.redis.url, timeout_ms=settings.redis.timeout_ms, allow_eviction=settings.redis.allow_eviction
+        settings.redis.url,
+        timeout_ms=settings.redis.timeout_ms,
+        allow_eviction=settings.redis.allow_eviction,
+        embedded_maxmemory_mb=settings.redis.embedded_maxmemory_mb,
     )
     try:
         yield CreditLimiter(

@@ -59,7 +59,11 @@ async def examine(settings: Settings) -> list[Finding]:
 
 async def _redis(settings: Settings) -> AsyncIterator[Finding]:
     try:
-        redis = await open_client(settings.redis.url, timeout_ms=settings.redis.timeout_ms)
+        redis = await open_client(
+            settings.redis.url,
+            timeout_ms=settings.redis.timeout_ms,
+            embedded_maxmemory_mb=settings.redis.embedded_maxmemory_mb,
+        )
     except LimiterError as error:
         yield Finding("problem", "redis", str(error), "give another redis.url, or start that Redis")
         return

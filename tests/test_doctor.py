@@ -218,8 +218,10 @@ def worst(findings: list[Finding]) -> dict[str, str]:
 
 
 async def test_doctor_when_redis_is_set_up_badly_then_it_says_what_to_do(own_server: MakeServer) -> None:
-    server = own_server("valkey")
+    server = own_server("valkey", "--maxmemory", "100mb")
     assert worst(await found(server.url)) == {}
+    execute(server, "CONFIG", "SET", "maxmemory", "0")
+    assert "warning has no maxmemory" in worst(await found(server.url))["redis"]
     execute(server, "CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
     execute(server, "CONFIG", "SET", "maxmemory", "1mb")
     redis_findings = worst(await found(server.url))["redis"]

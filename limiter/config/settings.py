@@ -64,6 +64,7 @@ class RedisSettings(_Section):
     on_redis_down: OnRedisDown = "deny"
     deny_cache_ms: Whole = Field(default=1000, ge=0, le=1000)
     wait_replicas: Whole = Field(default=0, ge=0, le=100)
+    embedded_maxmemory_mb: Whole = Field(default=1024, ge=0, le=1_048_576)
 
 
 class RelaySettings(_Section):

@@ -25,7 +25,12 @@ CLIENT_ERRORS = (RedisError, OSError)  # what a client raises if there is no ans
 
 
 async def connect(
-    url: str, *, timeout_ms: int = 1000, max_connections: int = 64, allow_eviction: bool = False
+    url: str,
+    *,
+    timeout_ms: int = 1000,
+    max_connections: int = 64,
+    allow_eviction: bool = False,
+    embedded_maxmemory_mb: int = embedded.MAXMEMORY_MB,
 ) -> Client:
     """Return a client of a server that has passed the checks; close it with `aclose()`.
 
@@ -34,10 +39,16 @@ async def connect(
         timeout_ms: bounds connecting, and each reply.
         max_connections: to one server. Above it, calls wait for a free connection; decisions do not, they share one.
         allow_eviction: accept a server that may evict rows.
+        embedded_maxmemory_mb: of the embedded server, if it is started here; 0 for no limit.
 
     Raises SettingsError for a URL or a server that cannot be used, LimiterUnavailable when there is no answer.
     """
-    redis = await open_client(url, timeout_ms=timeout_ms, max_connections=max_connections)
+    redis = await open_client(
+        url,
+        timeout_ms=timeout_ms,
+        max_connections=max_connections,
+        embedded_maxmemory_mb=embedded_maxmemory_mb,
+    )
     try:
         await _check(redis, url, allow_eviction=allow_eviction)
     except BaseException:
@@ -46,7 +57,13 @@ async def connect(
     return redis
 
 
-async def open_client(url: str, *, timeout_ms: int, max_connections: int = 64) -> Client:
+async def open_client(
+    url: str,
+    *,
+    timeout_ms: int,
+    max_connections: int = 64,
+    embedded_maxmemory_mb: int = embedded.MAXMEMORY_MB,
+) -> Client:
     """Return an unchecked client. Nothing is connected to yet, but an embedded server is started.
 
     Raises SettingsError for a text that is not a valid URL.
@@ -58,7 +75,7 @@ async def open_client(url: str, *, timeout_ms: int, max_connections: int = 64) -
     folder = embedded.folder_of(url)
     topology = None if folder is not None else parse_url(url)
     if folder is not None:
-        lease = await asyncio.to_thread(embedded.start_or_join, folder)
+        lease = await asyncio.to_thread(embedded.start_or_join, folder, maxmemory_mb=embedded_maxmemory_mb)
         return EmbeddedClient(lease, _pool(f"unix://{lease.socket}", timeout_ms, max_connections))
     if topology is None:
         return single(url)

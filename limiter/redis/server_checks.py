@@ -116,7 +116,11 @@ def _aof(info: Info, subject: str) -> Iterator[Finding]:
 
 def _memory(info: Info, subject: str) -> Iterator[Finding]:
     used, maximum = int(info.get("used_memory", 0)), int(info.get("maxmemory", 0))
-    if maximum and used > _FULL * maximum:
+    if not maximum:
+        text = "has no maxmemory: it can grow until its machine has no memory left, and be killed"
+        advice = "CONFIG SET maxmemory to what the machine can spare, and the same in its configuration"
+        yield Finding("warning", subject, text, advice)
+    elif used > _FULL * maximum:
         text = f"uses {used / maximum:.0%} of maxmemory; when it is full, requests are refused"
         yield Finding("warning", subject, text, "raise maxmemory, or spread the rows over a cluster")
 

@@ -8,8 +8,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from limiter import CreditLimiter, LimiterUnavailable, SettingsError, connect
 from limiter.redis import embedded
@@ -123,6 +126,28 @@ async def test_embedded_when_the_server_itself_is_killed_then_the_next_start_fin
     closing.push_async_callback(again.aclose)
     assert (await CreditLimiter(again, TIERS).balance("a", tier="core")).remaining == 49
     assert (await CreditLimiter(client, TIERS).balance("a", tier="core")).remaining == 49, "the old client goes on too"
+
+
+@pytest.mark.parametrize("limit_mb", [None, 64, 0])
+async def test_embedded_when_it_is_started_then_it_has_a_maxmemory_which_evicts_nothing_and_outlives_a_crash(
+    folder: Path, closing: AsyncExitStack, limit_mb: int | None
+) -> None:
+    more: dict[str, Any] = {} if limit_mb is None else {"embedded_maxmemory_mb": limit_mb}
+    client = await connect(f"embedded:{folder}", **more)
+    closing.push_async_callback(client.aclose)
+    for _ in range(2):
+        info = await client.info()
+        wanted_mb = 1024 if limit_mb is None else limit_mb
+        assert (info["maxmemory"], info["maxmemory_policy"]) == (wanted_mb << 20, "noeviction")
+        os.kill(info["process_id"], signal.SIGKILL)
+        assert await eventually(lambda: answers(client), what="the server's return")
+
+
+async def answers(client: Redis) -> bool:
+    try:
+        return bool(await client.ping())
+    except RedisError:
+        return False
 
 
 async def test_embedded_when_the_server_does_not_answer_then_no_second_one_is_started_on_its_files(

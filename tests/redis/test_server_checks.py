@@ -4,7 +4,7 @@ import pytest
 
 from limiter.redis.server_checks import Finding, Info, inspect, inspect_health
 
-GOOD = {"redis_version": "7.2.4", "redis_mode": "standalone", "role": "master", "aof_enabled": 1}
+GOOD = {"redis_version": "7.2.4", "redis_mode": "standalone", "role": "master", "aof_enabled": 1, "maxmemory": 1 << 30}
 
 
 def found(info: Info, *, allow_eviction: bool = False) -> list[Finding]:
@@ -54,6 +54,12 @@ def test_replicas_when_there_are_none_then_that_is_reported_only_where_they_are_
         GOOD, subject="redis", kind="sentinel" if kind == "sentinel" else "single", wait_replicas=0
     )
     assert [finding.text.partition(":")[0] for finding in findings] == texts
+
+
+def test_health_when_there_is_no_maxmemory_then_that_is_reported() -> None:
+    (finding,) = inspect_health(GOOD | {"maxmemory": 0}, subject="redis", kind="single", wait_replicas=0)
+    assert (finding.level, finding.text.partition(":")[0]) == ("warning", "has no maxmemory")
+    assert "CONFIG SET maxmemory" in finding.advice
 
 
 def test_health_when_memory_is_nearly_full_and_the_aof_fails_then_both_are_reported() -> None:
