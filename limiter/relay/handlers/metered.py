@@ -146,7 +146,7 @@ async def _serve_unmetered(call: _Call) -> web.StreamResponse:
     request, identity = call.request, call.identity
     record = request_record(request)
     record.status, record.cost, record.backend = UNMETERED, None, "hardware"
-    with await _send(call.backends["hardware"], call.forwardable) as answer:
+    with await _send(call.backends["hardware"], call) as answer:
         headers = _answer_headers(answer, identity, {"X-Credits-Unmetered": "true"})
         return await pass_answer(request, answer, headers, Unmetered(AnswerRecorder(request[REQUEST_ID])))
 
@@ -189,7 +189,7 @@ async def _forward(call: _Call, decision: Decision) -> BackendResponse:
     record.backend = planned
     falls_back = planned == "gemini" and "hardware" in call.backends
     try:
-        answer = await _send(call.backends[planned], call.forwardable)
+        answer = await _send(call.backends[planned], call)
     except BackendFailed as failure:
         if not falls_back or not call.forwardable.replayable:
             raise
@@ -199,11 +199,18 @@ async def _forward(call: _Call, decision: Decision) -> BackendResponse:
             return answer
         answer.end(None)
     record.backend, record.fell_back = "hardware", True
-    return await _send(call.backends["hardware"], call.forwardable)
+    return await _send(call.backends["hardware"], call)
 
 
-async def _send(client: BackendClient, request: ForwardableRequest) -> BackendResponse:
-    return await client.send(request.path, request.headers, request.body_for(client), stream=request.stream)
+async def _send(client: BackendClient, call: _Call) -> BackendResponse:
+    request = call.forwardable
+    return await client.send(
+        request.path,
+        request.headers,
+        request.body_for(client),
+        stream=request.stream,
+        install_id=call.identity.install_id,
+    )
 
 
 async def _note_missed(call: _Call) -> None:

@@ -22,7 +22,7 @@ from limiter.relay.app import create_app, make_runner
 from limiter.relay.process.listeners import open_listeners
 from limiter.relay.process.worker_metrics import WorkerSlot, render_all, worker_metrics_served
 from limiter.relay.telemetry.metrics import METRICS, METRICS_PAGE, Page
-from limiter.relay.upstream.circuit_breaker import CircuitBreaker
+from limiter.relay.upstream.circuit_breaker import CircuitBreaker, RecentInstalls
 from limiter.relay.upstream.client import BackendClient, check_no_proxy
 from limiter.relay.upstream.echo_server import echo_server
 
@@ -87,7 +87,7 @@ def is_echo(settings: Settings) -> bool:
 async def open_backends(settings: Settings) -> AsyncIterator[dict[Backend, BackendClient]]:
     """Open the backends that are set; if none is, the echo server as both."""
     gemini, hardware = settings.backends.gemini, settings.backends.hardware
-    first_event_s = settings.relay.first_event_s
+    first_event_s, users = settings.relay.first_event_s, RecentInstalls()
     async with AsyncExitStack() as stack:
         clients: dict[Backend, BackendClient] = {}
 
@@ -100,14 +100,18 @@ async def open_backends(settings: Settings) -> AsyncIterator[dict[Backend, Backe
             keep(BackendClient("gemini", url, label="echo", timeout_s=gemini.timeout_s))
             keep(BackendClient("hardware", url, label="echo", timeout_s=hardware.timeout_s))
         if gemini.api_key.get_secret_value():
-            keep(_client("gemini", gemini, settings.models, first_event_s))
+            keep(_client("gemini", gemini, settings.models, first_event_s, users))
         if hardware.url:
-            keep(_client("hardware", hardware, settings.models, first_event_s))
+            keep(_client("hardware", hardware, settings.models, first_event_s, users))
         yield clients
 
 
 def _client(
-    name: Backend, backend: BackendSettings, names: Mapping[str, ModelNames], first_event_s: float
+    name: Backend,
+    backend: BackendSettings,
+    names: Mapping[str, ModelNames],
+    first_event_s: float,
+    users: RecentInstalls,
 ) -> BackendClient:
     check_no_proxy(name, backend.url)
     maps = {model: {each: to for each, to in its.model_dump().items() if to} for model, its in names.items()}
@@ -123,7 +127,7 @@ def _client(
         routes=backend.routes,
         models={model: its[name] for model, its in maps.items() if name in its},
         lacks={model for model, its in maps.items() if its and name not in its},
-        breaker=CircuitBreaker(failures=backend.breaker_failures, reset_s=backend.breaker_reset_s),
+        breaker=CircuitBreaker(failures=backend.breaker_failures, reset_s=backend.breaker_reset_s, users=users),
         keepalive_s=backend.keepalive_s,
         max_connections=backend.max_connections,
         ca_file=backend.ca_file,

@@ -253,6 +253,7 @@ class BackendClient:
         *,
         method: str = hdrs.METH_POST,
         stream: bool = False,
+        install_id: str | None = None,
     ) -> BackendResponse:
         """Send a request to a path below /v1/, and wait for the beginning of the answer. Use it as `with …:`.
 
@@ -264,12 +265,13 @@ class BackendClient:
             body: whole, or as it arrives.
             method: in capitals.
             stream: whether the client asked for a stream, which then is one whatever its Content-Type.
+            install_id: whom it is for, to the breaker; None for a call of the relay's own, which it does not count.
 
         Raises BackendFailed, at once when the breaker is open; ProblemRaised when a streamed body broke off.
         """
         try:
             try:
-                attempt = self.breaker.enter()
+                attempt = self.breaker.enter(install_id)
             except CircuitOpen as circuit:
                 problem = self._problem("has failed repeatedly and is not called for now", circuit.retry_after_s)
                 raise BackendFailed(problem, outcome="breaker_open") from None

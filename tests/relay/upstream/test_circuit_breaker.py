@@ -5,10 +5,10 @@ import contextlib
 
 import pytest
 
-from limiter.relay.upstream.circuit_breaker import WINDOW_S, CircuitBreaker, CircuitOpen
+from limiter.relay.upstream.circuit_breaker import MAX_INSTALLS, WINDOW_S, CircuitBreaker, CircuitOpen, RecentInstalls
 from tests.support.openai_backend import Backend
 from tests.support.redis_servers import free_port
-from tests.support.relay import ONE_SERVER, RunningRelay, StartRelay, client_of
+from tests.support.relay import ONE_SERVER, RunningRelay, StartRelay, client_of, new_install
 from tests.support.wait import eventually
 
 
@@ -32,16 +32,16 @@ def breaker(seconds: Seconds) -> CircuitBreaker:
     return CircuitBreaker(failures=3, reset_s=10, clock=seconds)
 
 
-def call(breaker: CircuitBreaker, *results: bool) -> None:
+def call(breaker: CircuitBreaker, *results: bool, by: str = "one") -> None:
     for good in results:
-        attempt = breaker.enter()
+        attempt = breaker.enter(by)
         attempt.succeed() if good else attempt.fail()
         attempt.end()
 
 
-def refused(breaker: CircuitBreaker) -> int:
+def refused(breaker: CircuitBreaker, by: str = "one") -> int:
     with pytest.raises(CircuitOpen) as raised:
-        breaker.enter()
+        breaker.enter(by)
     return raised.value.retry_after_s
 
 
@@ -86,7 +86,7 @@ def test_breaker_when_its_reset_time_is_over_then_one_probe_at_a_time_decides(
     call(breaker, False, False, False)
     seconds.now_s += 10
     assert state(breaker) == "half_open"
-    probe = breaker.enter()
+    probe = breaker.enter("one")
     assert refused(breaker) == 1
     probe.fail()
     probe.end()
@@ -103,7 +103,7 @@ def test_breaker_when_the_probe_has_no_result_then_the_next_call_is_the_probe(
 ) -> None:
     call(breaker, False, False, False)
     seconds.now_s += 10
-    breaker.enter().end()
+    breaker.enter("one").end()
     assert state(breaker) == "half_open"
     call(breaker, True)
     assert state(breaker) == "closed"
@@ -112,12 +112,12 @@ def test_breaker_when_the_probe_has_no_result_then_the_next_call_is_the_probe(
 def test_breaker_when_a_call_from_before_ends_late_then_it_changes_nothing(
     breaker: CircuitBreaker, seconds: Seconds
 ) -> None:
-    early = [breaker.enter() for _ in range(8)]
+    early = [breaker.enter("one") for _ in range(8)]
     call(breaker, False, False, False)
     early.pop().succeed()
     assert state(breaker) == "open"
     seconds.now_s += 10
-    probe = breaker.enter()
+    probe = breaker.enter("one")
     for attempt in early[:3]:
         attempt.fail()
         attempt.end()
@@ -132,6 +132,119 @@ def test_breaker_when_failures_are_0_then_it_never_opens(seconds: Seconds) -> No
     breaker = CircuitBreaker(failures=0, reset_s=10, clock=seconds)
     call(breaker, *[False] * 100)
     assert state(breaker) == "closed"
+
+
+# Installs
+
+
+def test_breaker_when_one_install_of_several_fails_then_it_stays_closed(
+    breaker: CircuitBreaker, seconds: Seconds
+) -> None:
+    for _ in range(100):
+        call(breaker, True, by="an honest one")
+        call(breaker, *[False] * 50, by="the attacker")
+        seconds.now_s += 1
+    assert state(breaker) == "closed"
+
+
+def test_breaker_when_one_install_fails_and_others_did_now_and_then_then_it_stays_closed(
+    breaker: CircuitBreaker,
+) -> None:
+    for number in range(20):
+        call(breaker, number < 16, by=f"honest {number}")
+    call(breaker, *[False] * 500, by="the attacker")
+    assert state(breaker) == "closed"
+
+
+def test_breaker_when_three_installs_fail_then_it_opens(breaker: CircuitBreaker) -> None:
+    call(breaker, True, by="a")
+    for name in "bcd":
+        assert state(breaker) == "closed"
+        call(breaker, False, by=name)
+    assert state(breaker) == "open"
+
+
+@pytest.mark.parametrize("names", ["aaa", "aba"])
+def test_breaker_when_fewer_than_three_call_and_all_fail_then_it_opens(breaker: CircuitBreaker, names: str) -> None:
+    for name in names:
+        assert state(breaker) == "closed"
+        call(breaker, False, by=name)
+    assert state(breaker) == "open"
+
+
+def test_breaker_when_one_install_alone_fails_and_others_use_the_other_backend_then_it_stays_closed(
+    seconds: Seconds,
+) -> None:
+    users = RecentInstalls()
+    gemini, hardware = (CircuitBreaker(failures=3, reset_s=10, clock=seconds, users=users) for _ in range(2))
+    call(gemini, True, by="an honest one")
+    call(hardware, *[False] * 50, by="the attacker")
+    assert state(hardware) == "closed"
+    seconds.now_s += WINDOW_S
+    call(hardware, *[False] * 3, by="the attacker")  # now it is the only user
+    assert state(hardware) == "open"
+
+
+def test_breaker_when_the_others_called_long_ago_then_one_install_opens_it(
+    breaker: CircuitBreaker, seconds: Seconds
+) -> None:
+    call(breaker, True, by="another")
+    call(breaker, False, False, False)
+    assert state(breaker) == "closed"
+    seconds.now_s += WINDOW_S
+    call(breaker, False, False, False)
+    assert state(breaker) == "open"
+
+
+def test_breaker_when_a_probe_failed_and_others_wait_then_the_next_probe_is_not_by_the_same_install(
+    breaker: CircuitBreaker, seconds: Seconds
+) -> None:
+    call(breaker, False, False, False)
+    seconds.now_s += 10
+    call(breaker, False, by="the attacker")
+    assert refused(breaker, by="an honest one") == 10
+    seconds.now_s += 10
+    assert refused(breaker, by="the attacker") == 10
+    call(breaker, True, by="an honest one")
+    assert state(breaker) == "closed"
+
+
+def test_breaker_when_a_probe_failed_and_nobody_else_comes_then_the_same_install_probes_again(
+    breaker: CircuitBreaker, seconds: Seconds
+) -> None:
+    call(breaker, False, False, False, by="a")
+    seconds.now_s += 10
+    call(breaker, False, by="b")
+    refused(breaker, by="a")
+    seconds.now_s += 20  # whoever waited does not come any more
+    call(breaker, True, by="b")
+    assert state(breaker) == "closed"
+
+
+def test_breaker_when_a_call_is_of_no_install_then_it_does_not_count_and_is_no_probe(
+    breaker: CircuitBreaker, seconds: Seconds
+) -> None:
+    for _ in range(10):
+        breaker.enter(None).fail()
+    assert state(breaker) == "closed"
+    call(breaker, False, False, False)
+    with pytest.raises(CircuitOpen):
+        breaker.enter(None)
+    seconds.now_s += 10
+    for _ in range(2):
+        attempt = breaker.enter(None)
+        attempt.succeed()
+        attempt.end()
+    assert state(breaker) == "half_open"
+    call(breaker, True)
+    assert state(breaker) == "closed"
+
+
+def test_breaker_when_very_many_installs_call_then_memory_is_bounded(breaker: CircuitBreaker) -> None:
+    for number in range(3 * MAX_INSTALLS):
+        call(breaker, True, number % 2 == 0, by=str(number))
+    assert len(breaker._latest) == MAX_INSTALLS
+    assert breaker._failing == MAX_INSTALLS / 2
 
 
 # In front of backends
@@ -263,3 +376,20 @@ async def test_client_when_it_leaves_the_probe_then_the_next_request_is_the_prob
 
     await eventually(answered)
     assert state(breaker) == "closed"
+
+
+@ONE_SERVER
+async def test_install_when_its_requests_make_both_backends_fail_then_others_are_still_served(
+    start_relay: StartRelay, gemini: Backend, hardware: Backend
+) -> None:
+    users = RecentInstalls()
+    relay = await start_relay(
+        client_of("gemini", gemini.url, breaker=CircuitBreaker(failures=5, reset_s=10, users=users)),
+        client_of("hardware", hardware.url, breaker=CircuitBreaker(failures=5, reset_s=10, users=users)),
+    )
+    honest = {"X-Install-Id": new_install()}
+    assert (await relay.ask(headers=honest)).status == 200
+    assert [(await relay.ask("status:500")).status for _ in range(12)] == [502] * 12
+    answer = await relay.ask(headers=honest)
+    assert (answer.status, answer.headers["X-Credits-Backend"]) == (200, "gemini")
+    assert await states(relay) == {"gemini": "closed", "hardware": "closed"}
