@@ -81,6 +81,7 @@ class RelaySettings(_Section):
     body_min_rate_kb: Whole = Field(default=1, ge=0, le=1_048_576)
     write_idle_s: Seconds = Field(default=60, gt=0, le=3600)
     keepalive_s: Seconds = Field(default=75, gt=0, le=3600)
+    head_s: Seconds = Field(default=15, gt=0, le=3600)
     max_connections: Whole = Field(default=0, ge=0, le=1_000_000)
     max_connections_per_address: Whole = Field(default=256, ge=0, le=1_000_000)
     exempt_networks: list[str] = ["127.0.0.0/8", "::1"]

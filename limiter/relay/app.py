@@ -22,7 +22,7 @@ from limiter.relay.handlers.models import MODELS, Models, show_model, show_model
 from limiter.relay.handlers.openapi import show_openapi
 from limiter.relay.http.acceptor import ConnectionLimits
 from limiter.relay.http.client_address import parse_networks
-from limiter.relay.http.connection import RelayRunner, close_after_unframed
+from limiter.relay.http.connection import RelayRunner, close_after_unframed, close_without_body, expect_later
 from limiter.relay.http.handler import Handler
 from limiter.relay.metering.admission import Admission
 from limiter.relay.metering.availability import RedisAvailability, WatchedLimiter
@@ -36,7 +36,7 @@ from limiter.relay.middleware.cors import add_cors
 from limiter.relay.middleware.errors import add_request_id, error_middleware
 from limiter.relay.requests.body_reader import BodyPace
 from limiter.relay.requests.memory_budget import MemoryBudget
-from limiter.relay.requests.upload import UploadLimits, expect_later
+from limiter.relay.requests.upload import UploadLimits
 from limiter.relay.telemetry.metrics import METRICS, Metrics, show_metrics
 from limiter.relay.upstream.client import BackendClient
 
@@ -67,11 +67,10 @@ def create_app(
     app[MODELS] = Models(backends)
     app[REPORTS] = {"redis_mode": availability.report, **(reports or {})}
     for method, path, handler in _ROUTES:
-        expect = expect_later if handler in (serve_json, serve_upload) else None
         for served in (method, "HEAD") if method == "GET" else (method,):
             # The id of a model may contain slashes.
-            app.router.add_route(served, path.replace("}", ":.+}"), handler, expect_handler=expect)
-    app.on_response_prepare.extend([add_request_id, close_after_unframed])
+            app.router.add_route(served, path.replace("}", ":.+}"), handler, expect_handler=expect_later)
+    app.on_response_prepare.extend([add_request_id, close_after_unframed, close_without_body])
     add_cors(app, settings.relay.cors_origins)
     add_access_log(app, metrics, short_names(settings.logs.key.get_secret_value()))
     metrics.watch_redis(lambda: availability.state)
@@ -157,6 +156,7 @@ def make_runner(app: web.Application, limits: RelaySettings) -> RelayRunner:
         logger=logging.getLogger("limiter.relay.http"),
         lingering_time=_LINGER_S,
         keepalive_timeout=limits.keepalive_s,
+        head_s=limits.head_s,
         write_idle_s=limits.write_idle_s,
         limits=ConnectionLimits(
             overall=limits.max_connections or clients_within(open_files()),

@@ -15,6 +15,8 @@ from typing import Any, Protocol, cast
 from aiohttp import HttpVersion11, hdrs, web
 from aiohttp.http import RawRequestMessage
 from aiohttp.http_exceptions import LineTooLong
+from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
+from aiohttp.web_protocol import _ErrInfo
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from limiter._util.ids import random_id
@@ -27,14 +29,25 @@ SUPPORTED = "aiohttp>=3.14,<3.15"
 _REQUIRES = {
     "aiohttp.web.BaseRunner": ("_make_server",),
     "aiohttp.web.BaseSite": ("_runner", "_server"),
-    "aiohttp.web.RequestHandler": ("_current_request", "_loop", "_make_error_handler", "_messages", "_request_handler"),
+    "aiohttp.web.RequestHandler": (
+        "_current_request",
+        "_loop",
+        "_make_error_handler",
+        "_messages",
+        "_request_count",
+        "_request_handler",
+        "_waiter",
+    ),
     "aiohttp.web.Server": ("_kwargs", "_loop"),
     "aiohttp.web.StreamResponse": ("_send_headers_immediately",),
+    "aiohttp.web_protocol": ("_ErrInfo",),
 }
 require(SUPPORTED, _REQUIRES)
 
 REFUSED = web.RequestKey("refused", Problem)  # why a request must be refused, whatever it is for
+_CONTINUED = web.RequestKey("continued", bool)  # the client that waited for it was asked for the body
 _CONTINUE = "100-continue"
+_MAX_HEAD_BYTES = 64 << 10
 _CHECKS = 4  # of the unsent bytes, within the time that a client may take to read any
 _TOO_MANY_HEADERS = "Too many headers received"
 
@@ -43,6 +56,25 @@ class LateHeadResponse(web.StreamResponse):
     """A response that sends its head and first bytes in one write: the latter are there when it is prepared."""
 
     _send_headers_immediately = False
+
+
+async def send_continue(request: web.Request) -> None:
+    """Ask a client that waits for it (`Expect: 100-continue`) for the body. To be called before the first read."""
+    if hdrs.EXPECT in request.headers and _CONTINUED not in request:
+        request[_CONTINUED] = True
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # it is not part of the answer; aiohttp's own handler does the same
+
+
+async def expect_later(_request: web.Request) -> None:
+    """Leave an `Expect: 100-continue` to the first read: a client that is refused before it need not send the body."""
+
+
+async def close_without_body(request: web.Request, response: web.StreamResponse) -> None:
+    """Close the connection after a response to a client that was not asked for the body, and may send it or not."""
+    if hdrs.EXPECT in request.headers and _CONTINUED not in request and not request.content.is_eof():
+        response.force_close()
+        response.headers[hdrs.CONNECTION] = "close"  # aiohttp has written its own headers before
 
 
 async def close_after_unframed(request: web.Request, response: web.StreamResponse) -> None:
@@ -64,7 +96,8 @@ class RelayRunner(web.AppRunner):
         app: what it serves.
         limits: on the connections of clients.
         refused: called with the limit that a refused connection exceeded.
-        options: aiohttp's, and `write_idle_s`, the seconds after which a client that reads nothing is disconnected.
+        options: aiohttp's, and in seconds `head_s`, the time for the head of a request, and `write_idle_s`, after which
+            a client that reads nothing is disconnected.
     """
 
     def __init__(
@@ -141,11 +174,30 @@ class StreamSource(Protocol):
 class RelayConnection(web.RequestHandler):
     """A client's connection."""
 
-    __slots__ = ("_idle_checks", "_is_full", "_next_check", "_on_closed", "_source", "_unsent", "_write_idle_s")
+    __slots__ = (
+        "_body",
+        "_head_b",
+        "_head_end",
+        "_head_s",
+        "_idle_checks",
+        "_is_full",
+        "_is_refused",
+        "_next_check",
+        "_on_closed",
+        "_source",
+        "_unsent",
+        "_write_idle_s",
+    )
 
-    def __init__(self, manager: web.Server, *, write_idle_s: float, on_closed: OnClosed, **options: Any) -> None:
+    def __init__(
+        self, manager: web.Server, *, head_s: float, write_idle_s: float, on_closed: OnClosed, **options: Any
+    ) -> None:
         super().__init__(manager, **options)
-        self._write_idle_s, self._on_closed = write_idle_s, on_closed
+        self._head_s, self._write_idle_s, self._on_closed = head_s, write_idle_s, on_closed
+        self._body: StreamReader = EMPTY_PAYLOAD  # of the last request that came
+        self._head_b = 0  # how much of an unfinished head has come
+        self._head_end: asyncio.TimerHandle | None = None
+        self._is_refused = False
         self._next_check: asyncio.TimerHandle | None = None
         self._idle_checks = self._unsent = 0
         self._source: StreamSource | None = None
@@ -170,8 +222,9 @@ class RelayConnection(web.RequestHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         """Stop that."""
         self._on_closed(self)
-        if self._next_check is not None:
-            self._next_check.cancel()
+        for timer in (self._next_check, self._head_end):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -190,8 +243,22 @@ class RelayConnection(web.RequestHandler):
             self._source.resume()
 
     def data_received(self, data: bytes) -> None:
-        """Parse requests, and end one whose body is damaged."""
+        """Parse requests, end one whose body is damaged, and refuse one whose head is too large."""
+        if self._is_refused:
+            return  # the connection is about to close, and the client can still read why
+        count, is_body = self._request_count, not self._body.is_eof()
         super().data_received(data)
+        self._end_damaged_body()
+        if (new := self._request_count - count) or is_body:
+            self._end_head(new, len(data))
+        elif data:
+            self._head_b += len(data)
+            if self._head_b > _MAX_HEAD_BYTES:
+                self._refuse_head()
+            elif self._head_end is None:
+                self._head_end = self._loop.call_later(self._head_s, self._end_slow_head)
+
+    def _end_damaged_body(self) -> None:
         request = self._current_request
         if request is None or len(self._messages) != 1 or isinstance(self._messages[0][0], RawRequestMessage):
             return
@@ -200,6 +267,37 @@ class RelayConnection(web.RequestHandler):
             request.content.set_exception(web.RequestPayloadError("damaged"))
             request.content.feed_eof()
             self.close()
+
+    def _end_head(self, new: int, received_b: int) -> None:
+        """Note that new requests have come, or more of a body."""
+        if self._head_end is not None:
+            self._head_end.cancel()
+            self._head_end = None
+        # What came of the next head with the last piece is not known, and at most as large as a read of the socket.
+        received_b, self._head_b = self._head_b + received_b, 0
+        if new:
+            self._body = self._messages[-1][1]
+            if received_b > _MAX_HEAD_BYTES:
+                while new and _head_size(self._messages[-new][0]) <= _MAX_HEAD_BYTES:
+                    new -= 1
+                if new:
+                    for _ in range(new):
+                        self._messages.pop()
+                    self._refuse_head()
+
+    def _refuse_head(self) -> None:
+        """Answer that the head is too large, after the requests before it, and read nothing more."""
+        self._is_refused = True
+        self._messages.append((_ErrInfo(431, _HeadTooLarge(), ""), EMPTY_PAYLOAD))
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _end_slow_head(self) -> None:
+        """Close the connection: the head of a request took too long. A request before it is served first."""
+        if self._current_request is None and not self._messages:
+            self.force_close()
+        else:
+            self._head_end = self._loop.call_later(self._head_s, self._end_slow_head)
 
     def _check_progress(self, transport: asyncio.Transport) -> None:
         """Abort the connection when several checks in a row find the same bytes unsent."""
@@ -258,8 +356,20 @@ def _reject_unknown_expect(make: Callable[..., Any]) -> Callable[..., web.Reques
     return make_request
 
 
+class _HeadTooLarge(Exception):  # noqa: N818  a reason
+    """A head of more than _MAX_HEAD_BYTES."""
+
+
+def _head_size(message: object) -> int:
+    """Return the size of the headers of a request, in bytes."""
+    if not isinstance(message, RawRequestMessage):
+        return 0
+    return sum(len(name) + len(value) + 4 for name, value in message.raw_headers)
+
+
 def _unreadable(error: BaseException) -> Problem:
-    if isinstance(error, LineTooLong) or getattr(error, "message", "") == _TOO_MANY_HEADERS:
-        detail = "The request line and each header are limited to 8190 bytes, and the headers to 128."
+    too_large = isinstance(error, LineTooLong | _HeadTooLarge)
+    if too_large or getattr(error, "message", "") == _TOO_MANY_HEADERS:
+        detail = "The request line and each header are limited to 8190 bytes, the headers to 128, and all to 64 KiB."
         return Problem(431, "head_too_large", "Request head too large", detail)
     return Problem(400, "malformed_request", "Malformed request", "This is not a valid HTTP/1.1 request.")

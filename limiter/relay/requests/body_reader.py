@@ -3,9 +3,10 @@
 import asyncio
 from typing import NamedTuple
 
-from aiohttp import ClientError, hdrs, web
+from aiohttp import ClientError, web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from limiter.relay.http.connection import send_continue
 from limiter.relay.http.problems import Problem, ProblemRaised, fail
 
 
@@ -26,11 +27,10 @@ class BodyPace(NamedTuple):
 class BodyReader:
     """Reads one body. An `Expect: 100-continue` is answered at its first read: after all checks that need no body."""
 
-    __slots__ = ("_content", "_ends_s", "_loop", "_pace", "_waited_s", "_writer", "read_b")
+    __slots__ = ("_content", "_ends_s", "_loop", "_pace", "_request", "_waited_s", "read_b")
 
     def __init__(self, request: web.Request, pace: BodyPace) -> None:
-        self._content, self._pace = request.content, pace
-        self._writer = request.writer if hdrs.EXPECT in request.headers else None
+        self._request, self._content, self._pace = request, request.content, pace
         self._loop = asyncio.get_running_loop()
         self._ends_s = self._loop.time() + pace.total_s
         self._waited_s = 0.0
@@ -39,10 +39,7 @@ class BodyReader:
     async def read(self) -> bytes:
         """Return what has arrived, or arrives next; b"" at the end. Raises ProblemRaised: 400 and 408."""
         try:
-            if self._writer is not None:
-                writer, self._writer = self._writer, None
-                await writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-                writer.output_size = 0  # it is not part of the answer; aiohttp's own handler does the same
+            await send_continue(self._request)
             chunk = await (self._content.readany() if self._content.is_eof() else self._wait())
         except TimeoutError:
             fail(408, "request_timeout", "Request timeout", self._too_slow())

@@ -136,10 +136,6 @@ class Upload:
         return chunk
 
 
-async def expect_later(_request: web.Request) -> None:
-    """Leave an `Expect: 100-continue` to the first read: a client that is refused before it need not send the body."""
-
-
 def _too_large() -> ProblemRaised:
     detail = "The file is larger than this relay accepts."
     return ProblemRaised(Problem(413, "request_too_large", "Request too large", detail))

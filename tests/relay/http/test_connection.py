@@ -207,6 +207,113 @@ async def impatient(start_relay: StartRelay, gemini: Backend) -> RunningRelay:
     )
 
 
+HEALTH = b"GET /healthz HTTP/1.1\r\nHost: a\r\n"
+LARGE = b"".join(b"X-%d: %s\r\n" % (number, b"x" * 8000) for number in range(9))
+
+
+@pytest.mark.parametrize("pause_s", [0, 0.02])
+@pytest.mark.parametrize("end", [b"\r\n", b""], ids=["whole", "unfinished"])
+async def test_head_when_all_its_headers_are_larger_than_64_kib_then_431_whether_or_not_it_ends(
+    relay: RunningRelay, end: bytes, pause_s: float
+) -> None:
+    """Each header alone is small enough."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", relay.port)
+    for part in (HEALTH, LARGE, end):
+        writer.write(part)
+        await asyncio.sleep(pause_s)
+    status, document = problem_in(await asyncio.wait_for(reader.read(), 5))
+    writer.close()
+    assert (status, document["error"]["code"]) == (431, "head_too_large")
+    assert await _none_open(relay)
+
+
+async def test_head_when_it_is_too_large_behind_a_running_request_then_that_is_served_first(
+    relay: RunningRelay, gemini: Backend
+) -> None:
+    async with relay.connect("wait") as (reader, writer):
+        await eventually(lambda: len(gemini.seen) == 1)
+        writer.write(HEALTH + LARGE)
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        gemini.go_on.set()
+        received = await asyncio.wait_for(reader.read(), 5)
+    assert [int(status) for status in re.findall(rb"HTTP/1\.\d (\d{3}) ", received)] == [200, 431]
+
+
+async def test_body_when_it_is_large_then_its_end_is_not_taken_for_a_head(relay: RunningRelay) -> None:
+    body = json.dumps({"model": "plain", "messages": [{"role": "user", "content": "x" * 300_000}]}).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nX-Install-Id: {relay.install_id}\r\nContent-Type: application/json\r\n"
+    one = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    received = await relay.raw(one * 3 + HEALTH + b"Connection: close\r\n\r\n")
+    assert [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", received)] == [200] * 4
+
+
+async def test_head_when_it_takes_longer_than_it_may_then_the_connection_ends_but_an_idle_one_stays(
+    start_relay: StartRelay, gemini: Backend
+) -> None:
+    relay = await start_relay(client_of("gemini", gemini.url), head_s=0.3)
+    idle = await asyncio.open_connection("127.0.0.1", relay.port)
+    slow = await asyncio.open_connection("127.0.0.1", relay.port)
+    slow[1].write(HEALTH)
+    assert await asyncio.wait_for(slow[0].read(), 5) == b""
+    idle[1].write(HEALTH + b"\r\n")
+    assert (await asyncio.wait_for(idle[0].readline(), 5)).startswith(b"HTTP/1.1 200 ")
+    for _, writer in (idle, slow):
+        writer.close()
+
+
+async def test_head_when_it_begins_while_a_request_runs_then_that_request_is_served(
+    start_relay: StartRelay, gemini: Backend
+) -> None:
+    relay = await start_relay(client_of("gemini", gemini.url), head_s=0.2)
+    async with relay.connect("wait") as (reader, writer):
+        await eventually(lambda: len(gemini.seen) == 1)
+        writer.write(HEALTH)
+        await asyncio.sleep(0.5)
+        gemini.go_on.set()
+        assert (await asyncio.wait_for(reader.read(), 5)).startswith(b"HTTP/1.1 200 ")
+
+
+# Expect: 100-continue
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "code"),
+    [
+        (f"Content-Length: {1 << 30}", 413, "request_too_large"),
+        ("Content-Length: 100\r\nContent-Encoding: gzip", 415, "packed_body"),
+        ("Content-Length: 100\r\nAuthorization: Bearer a.b.c", 401, "invalid_licence"),
+    ],
+)
+async def test_expect_when_the_head_shows_that_a_request_is_refused_then_the_body_is_not_asked_for(
+    relay: RunningRelay, headers: str, status: int, code: str
+) -> None:
+    """The connection closes, as nobody knows whether the body comes all the same."""
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nX-Install-Id: {relay.install_id}\r\nContent-Type: application/json\r\n"
+    received = await relay.raw(f"{head}Expect: 100-continue\r\n{headers}\r\n\r\n".encode())
+    answered, document = problem_in(received)
+    assert (answered, document["error"]["code"]) == (status, code)
+    assert b"\r\nConnection: close\r\n" in received
+
+
+async def test_expect_when_the_head_is_right_then_the_body_is_asked_for_once(relay: RunningRelay) -> None:
+    body = b'{"model": "plain"}'
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nX-Install-Id: {relay.install_id}\r\nContent-Type: application/json\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", relay.port)
+    writer.write(f"{head}Expect: 100-continue\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode())
+    assert await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5) == b"HTTP/1.1 100 Continue\r\n\r\n"
+    writer.write(body)
+    received = await asyncio.wait_for(reader.read(), 5)
+    writer.close()
+    assert received.startswith(b"HTTP/1.1 200 ")
+    assert received.count(b"HTTP/1.1 ") == 1
+
+
+async def _none_open(relay: RunningRelay) -> bool:
+    await eventually(lambda: relay.runner.connections() == 0)
+    return True
+
+
 async def connections(relay: RunningRelay) -> int:
     return len(relay.runner.server.connections) if relay.runner.server else 0
 
