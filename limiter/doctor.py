@@ -48,7 +48,7 @@ def acl_line_for(settings: Settings) -> str | None:
 
 async def examine(settings: Settings) -> list[Finding]:
     """Check everything. Problems are returned, not raised."""
-    findings = [*_licences(settings), *_persister(settings), *_open_files(settings)]
+    findings = [*_licences(settings), *_persister(settings), *_open_files(settings), *_models(settings)]
     findings += [finding async for finding in _redis(settings)]
     findings += await asyncio.gather(
         _backend("gemini", settings.backends.gemini, is_on=bool(settings.backends.gemini.api_key.get_secret_value())),
@@ -209,6 +209,15 @@ def _ledger(path: Path) -> list[Finding]:
             )
         ]
     return []
+
+
+def _models(settings: Settings) -> Iterator[Finding]:
+    """Recommend a list of models where they are Gemini's, which differ in price a hundredfold."""
+    if settings.relay.models == "any" and settings.backends.gemini.api_key.get_secret_value():
+        text = "one credit buys any model that Gemini has, also its dearest: relay.models is any"
+        yield Finding(
+            "warning", "models", text, 'name the models to serve in [models], and set relay.models = "listed"'
+        )
 
 
 def _open_files(settings: Settings) -> Iterator[Finding]:

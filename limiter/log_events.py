@@ -14,6 +14,7 @@ LogEvent = Literal[
     "accept_failed",
     "log_lines_left_out",
     "request_failed",
+    "request_over_bound",
     "unexpected_error",
     "backend_failed",
     "backend_refuses_operator",

@@ -18,6 +18,7 @@ from limiter.backup.importer import import_file
 from limiter.backup.persister import Persister
 from limiter.config.settings import (
     BackendsSettings,
+    GeminiSettings,
     HardwareSettings,
     LicenceSettings,
     PersisterSettings,
@@ -25,7 +26,7 @@ from limiter.config.settings import (
     RelaySettings,
     Settings,
 )
-from limiter.doctor import _open_files, examine
+from limiter.doctor import _models, _open_files, examine
 from limiter.licences.keys import issue
 from limiter.licences.seats import Seats
 from limiter.licences.tokens import public_key_text
@@ -295,6 +296,18 @@ def test_open_files_when_the_bounds_of_connections_need_more_then_the_doctor_say
     assert looked_at(0, 0) == looked_at(0, 100) == looked_at(hard - 500, 100) == {}
     assert f"relay.max_connections is {hard - 500}, which needs up to" in looked_at(hard - 500, 0)["open files"]
     assert f"backends.hardware.max_connections is {hard}" in looked_at(100, hard)["open files"]
+
+
+def test_models_when_gemini_is_set_and_any_is_served_then_the_doctor_recommends_a_list() -> None:
+    with_key = BackendsSettings(gemini=GeminiSettings(api_key=SecretStr("k")))
+    for backends, models, recommends in (
+        (with_key, "any", True),
+        (with_key, "listed", False),
+        (BackendsSettings(), "any", False),
+    ):
+        relay = RelaySettings.model_validate({"models": models})
+        found = worst([*_models(Settings.model_construct(relay=relay, backends=backends))])
+        assert ("relay.models is any" in found.get("models", "")) == recommends
 
 
 def test_probes_when_listed_then_there_is_one_for_each_right_but_select() -> None:

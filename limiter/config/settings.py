@@ -44,7 +44,10 @@ def _check_origin(value: str) -> str:
     return value
 
 
+_OF_A_REQUEST = {"max_n", "max_inputs", "max_output_tokens"}
 OnRedisDown = Literal["deny", "hardware"]
+BoundsMode = Literal["enforce", "log"]
+ServedModels = Literal["any", "listed"]
 Origin = Annotated[str, AfterValidator(_check_origin)]
 Whole = Annotated[int, BeforeValidator(_reject_bool)]
 Seconds = Annotated[float, BeforeValidator(_reject_bool)]
@@ -86,6 +89,8 @@ class RelaySettings(_Section):
     max_connections_per_address: Whole = Field(default=256, ge=0, le=1_000_000)
     exempt_networks: list[str] = ["127.0.0.0/8", "::1"]
     replay_limit_kb: Whole = Field(default=1024, ge=0, le=1_048_576)
+    bounds: BoundsMode = "enforce"
+    models: ServedModels = "any"
     cors_origins: list[Origin] = []
     trusted_proxies: list[str] = []
     mint_per_ip: Whole = Field(default=20, ge=0, le=50_000)
@@ -175,12 +180,15 @@ class PersisterSettings(_Section):
 
 
 class TierSettings(_Section):
-    """One table of [tiers]."""
+    """One table of [tiers]. The bounds of single requests, which the relay keeps by itself, are not in `limits`."""
 
     lifetime: Whole | None = None
     monthly: Whole | None = None
     gemini_cap: Whole | None = None
     max_in_flight: Whole | None = None
+    max_n: Whole = Field(default=4, ge=0, le=1_000_000)
+    max_inputs: Whole = Field(default=256, ge=0, le=4096)
+    max_output_tokens: Whole = Field(default=32_768, ge=0, le=1_000_000_000)
 
 
 class Settings(BaseSettings):
@@ -207,7 +215,7 @@ class Settings(BaseSettings):
 
     def limits(self) -> Tiers:
         """Return the tiers in the form that the limiter takes."""
-        return Tiers.from_mapping({name: tier.model_dump() for name, tier in self.tiers.items()})
+        return Tiers.from_mapping({name: tier.model_dump(exclude=_OF_A_REQUEST) for name, tier in self.tiers.items()})
 
     @classmethod
     def settings_customise_sources(

@@ -35,6 +35,7 @@ from limiter.relay.middleware.access_log import add_access_log
 from limiter.relay.middleware.cors import add_cors
 from limiter.relay.middleware.errors import add_request_id, error_middleware
 from limiter.relay.requests.body_reader import BodyPace
+from limiter.relay.requests.bounds import Bounds, TierBounds
 from limiter.relay.requests.memory_budget import MemoryBudget
 from limiter.relay.requests.upload import UploadLimits
 from limiter.relay.telemetry.metrics import METRICS, Metrics, show_metrics
@@ -117,6 +118,7 @@ def _relay(
         licences=Licences(settings.licence.public_keys, revoked),
         backends=backends,
         costs=settings.costs,
+        bounds=_bounds(settings, metrics),
         uploads=UploadLimits(limits.upload_limit_mb * _MIB, limits.replay_limit_kb * _KIB, _pace(limits)),
         memory=MemoryBudget(limits.bodies_in_memory_mb * _MIB),
         admission=Admission(
@@ -139,6 +141,14 @@ def _relay(
         retries=retries,
         settlements=Settlements(limiter, retries, metrics),
     )
+
+
+def _bounds(settings: Settings, metrics: Metrics) -> Bounds:
+    tiers = {
+        name: TierBounds(each.max_n, each.max_inputs, each.max_output_tokens) for name, each in settings.tiers.items()
+    }
+    models = settings.models if settings.relay.models == "listed" else None
+    return Bounds(tiers, models, refuses=settings.relay.bounds == "enforce", counted=metrics.over_bound)
 
 
 def _pace(limits: RelaySettings) -> BodyPace:

@@ -107,6 +107,7 @@ def exposed() -> dict[str, set[str]]:
     metrics.settled("commit", "COMMITTED", backend="gemini", credits_=1)
     metrics.backend_called("gemini", "served")
     metrics.recorded("kept")
+    metrics.over_bound("max_n")
     metrics.connection_refused("all")
     metrics.watch_breaker("gemini", lambda: "open")
     metrics.watch_connections("gemini", lambda: 1)

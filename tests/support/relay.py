@@ -18,7 +18,15 @@ from pydantic import BaseModel
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, Tiers
-from limiter.config.settings import IdempotencySettings, LicenceSettings, RedisSettings, RelaySettings, Settings
+from limiter.config.settings import (
+    IdempotencySettings,
+    LicenceSettings,
+    ModelNames,
+    RedisSettings,
+    RelaySettings,
+    Settings,
+    TierSettings,
+)
 from limiter.credits.models import Backend as BackendName
 from limiter.relay.app import create_app, make_runner
 from limiter.relay.handlers.context import RELAY
@@ -188,6 +196,8 @@ async def relays_on(redis: Redis) -> AsyncIterator[StartRelay]:
             public_keys: Sequence[str] = (),
             costs: Mapping[str, int] | None = None,
             reports: Mapping[str, Report] | None = None,
+            listed: Sequence[str] = (),
+            tier_settings: Mapping[str, TierSettings] | None = None,
             **options: Any,
         ) -> RunningRelay:
             for client in clients:
@@ -195,6 +205,8 @@ async def relays_on(redis: Redis) -> AsyncIterator[StartRelay]:
             limiter = on or CreditLimiter(redis, tiers)
             settings = Settings.model_construct(  # without the environment
                 costs={"default": 1, **(costs or {})},
+                models={name: ModelNames() for name in listed},
+                tiers=dict(tier_settings or {}),
                 licence=LicenceSettings(public_keys=list(public_keys)),
                 **_sections({"mint_per_ip": 0, "mint_overall": 0, **options}),
             )

@@ -14,6 +14,7 @@ from limiter.relay.metering.availability import RedisAvailability, WatchedLimite
 from limiter.relay.metering.background_retries import BackgroundRetries
 from limiter.relay.metering.idempotency import Idempotency
 from limiter.relay.metering.settlement import Settlements
+from limiter.relay.requests.bounds import Bounds
 from limiter.relay.requests.identity import Identity, identify
 from limiter.relay.requests.memory_budget import MemoryBudget
 from limiter.relay.requests.upload import UploadLimits
@@ -30,6 +31,7 @@ class Relay:
     licences: Licences
     backends: Mapping[Backend, BackendClient]
     costs: Mapping[str, int]
+    bounds: Bounds
     uploads: UploadLimits
     memory: MemoryBudget
     admission: Admission

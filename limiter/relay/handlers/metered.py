@@ -66,6 +66,7 @@ async def serve_json(request: web.Request) -> web.StreamResponse:
             request, reservation, relay.uploads.pace, before_large=lambda: _know(relay, request, identity)
         )
         request_record(request).model = json.model
+        relay.bounds.check(request, identity.tier, json.members)
         backends = relay.served_by(request, json.model)
         return await _serve(_Call(relay, request, identity, json, json.body, backends))
 
@@ -97,10 +98,13 @@ async def serve_upload(request: web.Request) -> web.StreamResponse:
 
     def record_model(model: str) -> None:
         record.model = model
+        relay.bounds.check_model(request, model)
 
     with (
         relay.memory.reservation() as reservation,
-        closing(Upload(request, relay.uploads, reservation, record_model)) as upload,
+        closing(
+            Upload(request, relay.uploads, reservation, record_model, must_name_model=relay.bounds.every_model_counts)
+        ) as upload,
     ):
         return await _serve(_Call(relay, request, identity, upload, None, backends))
 

@@ -68,18 +68,20 @@ MODELS = web.AppKey("models", Models)
 
 async def show_models(request: web.Request) -> web.Response:
     """Serve the list of models in OpenAI's format."""
-    identity = request.app[RELAY].identify(request)
+    relay = request.app[RELAY]
+    identity = relay.identify(request)
     models = await request.app[MODELS].current()
-    document = {"object": "list", "data": [model.as_dict() for model in models]}
+    document = {"object": "list", "data": [model.as_dict() for model in models if relay.bounds.serves(model.id)]}
     return json_response(document, headers=_headers(identity))
 
 
 async def show_model(request: web.Request) -> web.Response:
     """Serve one entry of the list. Raises ProblemRaised (404)."""
-    identity = request.app[RELAY].identify(request)
+    relay = request.app[RELAY]
+    identity = relay.identify(request)
     name = request.match_info["id"]
     model = next((model for model in await request.app[MODELS].current() if model.id == name), None)
-    if model is None:
+    if model is None or not relay.bounds.serves(name):
         fail(404, "model_not_found", "Model not found", "No backend here lists a model of this name.", param="model")
     return json_response(model.as_dict(), headers=_headers(identity))
 

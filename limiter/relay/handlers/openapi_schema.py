@@ -23,6 +23,7 @@ CODES: Mapping[int, tuple[str, ...]] = {
         "invalid_body",
         "invalid_json",
         "missing_model",
+        "request_over_bound",
         "upgrade_not_offered",
         "unsupported_http_version",
         "malformed_request",

@@ -20,6 +20,10 @@ class TooManyParts(Exception):  # noqa: N818  names the thing
     """The form has more than MAX_PARTS parts."""
 
 
+class UnreadableForm(Exception):  # noqa: N818  names the thing
+    """The form cannot be read, or its model cannot, and another reader may find one in it."""
+
+
 class _Place(Enum):
     BODY = auto()  # in a part that passes unchanged, or before the first boundary
     HEAD = auto()  # just after a boundary
@@ -28,9 +32,13 @@ class _Place(Enum):
 
 
 class ModelField:
-    """Rewrites the model of one form. rename: returns the name to send in place of the client's."""
+    """Rewrites the model of one form.
 
-    def __init__(self, boundary: str, rename: Callable[[str], str]) -> None:
+    rename: returns the name to send in place of the client's. is_strict: whether no model may pass that is not seen.
+    """
+
+    def __init__(self, boundary: str, rename: Callable[[str], str], *, is_strict: bool = False) -> None:
+        self._is_strict = is_strict
         self._delimiter = b"\r\n--" + boundary.encode("ascii", "surrogateescape")
         self._rename = rename
         self._held = b"\r\n"  # the first boundary has no line break before it
@@ -42,7 +50,7 @@ class ModelField:
     def feed(self, chunk: bytes) -> bytes:
         """Process the next bytes and return those that can be forwarded; `rest` returns the last ones.
 
-        Raises TooManyParts.
+        Raises TooManyParts, and UnreadableForm if it is strict.
         """
         self._held += chunk
         self._at = 0
@@ -82,7 +90,7 @@ class ModelField:
         end = self._held.find(b"\r\n\r\n", self._at)
         length = (end if end >= 0 else len(self._held) - 4) - self._at
         if length > _MAX_HEAD_LENGTH:
-            return self._take(len(self._held), _Place.END)
+            return self._unread(len(self._held), _Place.END)
         if end < 0:
             return None
         return self._take(end + 4, _Place.MODEL if _names_model(self._held[self._at : end]) else _Place.BODY)
@@ -91,17 +99,23 @@ class ModelField:
         end = self._held.find(self._delimiter, self._at)
         length = (end if end >= 0 else len(self._held) - len(self._delimiter)) - self._at
         if length > _MAX_NAME_LENGTH:
-            return self._take(self._at, _Place.BODY)
+            return self._unread(self._at, _Place.BODY)
         if end < 0:
             return None
-        value = self._take(end, _Place.BODY)
         try:
-            return self._rename(value.decode()).encode()
+            name = self._held[self._at : end].decode()
         except UnicodeDecodeError:
-            return value
+            return self._unread(end, _Place.BODY)
+        self._take(end, _Place.BODY)
+        return self._rename(name).encode()
 
     def _end(self) -> bytes | None:
         return self._take(len(self._held), _Place.END) if self._at < len(self._held) else None
+
+    def _unread(self, end: int, place: _Place) -> bytes:
+        if self._is_strict:
+            raise UnreadableForm
+        return self._take(end, place)
 
     def _take(self, end: int, place: _Place) -> bytes:
         taken = self._held[self._at : end]

@@ -13,7 +13,7 @@ from aiohttp import hdrs, web
 from limiter.relay.http.problems import Problem, ProblemRaised, fail
 from limiter.relay.requests.body_reader import BodyPace, BodyReader
 from limiter.relay.requests.memory_budget import Reservation
-from limiter.relay.requests.multipart_rewriter import MAX_PARTS, ModelField, TooManyParts
+from limiter.relay.requests.multipart_rewriter import MAX_PARTS, ModelField, TooManyParts, UnreadableForm
 from limiter.relay.upstream.client import BackendClient, Streamed
 
 _MAX_BOUNDARY_LENGTH = 70  # RFC 2046
@@ -42,14 +42,22 @@ class Upload:
         request: its body is read here.
         limits: those of one upload.
         reservation: for the memory of the kept bytes.
-        on_model: called with each model name that passes.
+        on_model: called with each model name that passes; what it raises ends the upload.
+        must_name_model: whether a form is refused in which a reader might find another model than those.
 
     End it with `close`.
     """
 
     def __init__(
-        self, request: web.Request, limits: UploadLimits, reservation: Reservation, on_model: Callable[[str], None]
+        self,
+        request: web.Request,
+        limits: UploadLimits,
+        reservation: Reservation,
+        on_model: Callable[[str], None],
+        *,
+        must_name_model: bool = False,
     ) -> None:
+        self._is_strict = must_name_model
         self.path = request.path.removeprefix("/v1/")
         self.stream = False  # what the form asks for is not read: its answer's Content-Type says it
         self.headers: Mapping[str, str] = request.headers
@@ -78,7 +86,7 @@ class Upload:
             self._on_model(name)
             return client.model(name)
 
-        chunks = self._renamed(ModelField(self._boundary, rename))
+        chunks = self._renamed(ModelField(self._boundary, rename, is_strict=self._is_strict))
         return Streamed(chunks, None if client.models else self._length, lambda: self._fault)
 
     def close(self) -> None:
@@ -99,9 +107,12 @@ class Upload:
     def _feed(self, field: ModelField, piece: bytes) -> bytes:
         try:
             return field.feed(piece)
-        except TooManyParts:
-            detail = f"The form has more than {MAX_PARTS} parts."
-            self._fault = ProblemRaised(Problem(400, "invalid_body", "Invalid body", detail))
+        except ProblemRaised as fault:
+            self._fault = fault
+            raise
+        except (TooManyParts, UnreadableForm) as error:
+            has = f"has more than {MAX_PARTS} parts" if isinstance(error, TooManyParts) else "names a model unreadably"
+            self._fault = ProblemRaised(Problem(400, "invalid_body", "Invalid body", f"The form {has}."))
             raise self._fault from None
 
     async def _next(self) -> bytes:

@@ -89,6 +89,12 @@ class Metrics:
         self._recorded = FastCounter(
             "limiter_recorded_answers", "Answers that were to be kept for repeats.", ["outcome"], registry=registry
         )
+        self._over_bound = FastCounter(
+            "limiter_requests_over_bound",
+            "Requests over a bound, refused or, with relay.bounds set to log, only counted.",
+            ["bound"],
+            registry=registry,
+        )
         self._settling = Gauge(
             "limiter_settlements_in_flight",
             "Commits and releases under way, including those that wait for Redis.",
@@ -187,6 +193,10 @@ class Metrics:
     def recorded(self, outcome: KeepOutcome) -> None:
         """Count an answer that was to be kept for repeats."""
         self._recorded.add(outcome)
+
+    def over_bound(self, bound: str) -> None:
+        """Count a request that is over a bound."""
+        self._over_bound.add(bound)
 
     def backend_called(self, backend: Backend, outcome: Outcome) -> None:
         """Count a call to a backend; `refused` is an error answer that is passed to the client."""
