@@ -2,12 +2,13 @@
 -- Claims an idempotency key for one attempt, or returns the outcome of an earlier attempt. One step, so that of
 -- attempts on any number of nodes at once only one goes on. Where clients number their attempts instead of naming the
 -- request, the outcome of one request is returned once to each attempt number, in rising order: another request that
--- looks the same has numbers of its own.
--- Reply: {status, answer}
+-- looks the same has numbers of its own. An answer is returned to five attempts at once, then to one every 12 s (GCRA).
+-- Reply: {status, answer, wait_ms}
 --   status: CLAIMED | RUNNING (another attempt has it) | KEPT (it was served: answer is what it got) | SPENT (it was
---   served, and its answer not kept) | BUSY (another attempt has it, for another request) | REUSED (it was served, for
---   another request); answer is "" but for KEPT
-local claim_key   = KEYS[1]            -- hash: owner, fingerprint, begun_ms, busy_until_ms, answer, attempt, taker; has a TTL
+--   served, and its answer not kept) | LIMITED (its answer was returned too often: again in wait_ms) | BUSY (another
+--   attempt has it, for another request) | REUSED (it was served, for another request); answer is "" but for KEPT, and
+--   wait_ms 0 but for LIMITED
+local claim_key   = KEYS[1]            -- hash: owner, fingerprint, begun_ms, busy_until_ms, answer, attempt, taker, replays_ms
 local owner       = ARGV[1]            -- string, 1..64 bytes: this attempt
 local fingerprint = ARGV[2]            -- string, 1..64 bytes: what is requested
 local claim_ms    = tonumber(ARGV[3])  -- int > 0, milliseconds until the claim expires
@@ -20,7 +21,7 @@ if owner == "" or fingerprint == "" or not (claim_ms and claim_ms > 0) then
 end
 --@include clock -> now_ms
 local number = attempt and string.format("%.0f", attempt) or ""
-local f = redis.call("HMGET", claim_key, "owner", "fingerprint", "busy_until_ms", "answer", "attempt", "taker", "begun_ms")
+local f = redis.call("HMGET", claim_key, "owner", "fingerprint", "busy_until_ms", "replays_ms", "attempt", "taker", "begun_ms")
 local theirs = f[1] and f[1] ~= owner
 if theirs and attempt and f[6] ~= owner then -- the taker retries when its reply was lost
   local taken = attempt <= (tonumber(f[5]) or 0)
@@ -29,13 +30,18 @@ if theirs and attempt and f[6] ~= owner then -- the taker retries when its reply
 end
 if theirs then
   local runs = (tonumber(f[3]) or 0) > now_ms
-  if f[2] ~= fingerprint then return { runs and "BUSY" or "REUSED", "" } end
-  if runs then return { "RUNNING", "" } end
+  if f[2] ~= fingerprint then return { runs and "BUSY" or "REUSED", "", 0 } end
+  if runs then return { "RUNNING", "", 0 } end
+  local replays_ms = math.max(tonumber(f[4]) or 0, now_ms) + 12000 -- until then the replays so far use the limit up
+  if replays_ms > now_ms + 60000 then return { "LIMITED", "", replays_ms - now_ms - 60000 } end
   if attempt then redis.call("HSET", claim_key, "attempt", number, "taker", owner) end
-  if (f[4] or "") ~= "" then return { "KEPT", f[4] } end
-  return { "SPENT", "" }
+  local answer = redis.call("HMGET", claim_key, "answer")[1] or ""
+  if answer == "" then return { "SPENT", "", 0 } end
+  redis.call("HSET", claim_key, "replays_ms", string.format("%.0f", replays_ms))
+  return { "KEPT", answer, 0 }
 end
 redis.call("HSET", claim_key, "owner", owner, "fingerprint", fingerprint, "begun_ms", string.format("%.0f", now_ms),
-  "busy_until_ms", string.format("%.0f", now_ms + claim_ms), "answer", "", "attempt", number, "taker", "")
+  "busy_until_ms", string.format("%.0f", now_ms + claim_ms), "answer", "", "attempt", number, "taker", "",
+  "replays_ms", "")
 redis.call("PEXPIRE", claim_key, claim_ms)
-return { "CLAIMED", "" }
+return { "CLAIMED", "", 0 }

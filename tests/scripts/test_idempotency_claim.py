@@ -38,6 +38,7 @@ async def test_claim_when_the_key_is_free_then_it_is_held_for_its_time(
         "answer": "",
         "attempt": "",
         "taker": "",
+        "replays_ms": "",
     }
     assert 50_000 < await redis.pttl(KEY) <= 60_000
 
@@ -134,6 +135,43 @@ async def test_claim_when_a_key_names_the_request_then_every_repeat_gets_the_ans
     await claims.keep(KEY, "one", "f", keep_ms=60_000, answer=b"x")
     for owner in ("two", "three", "four"):
         assert await claim(claims, owner) == Claimed(ClaimStatus.KEPT, b"x")
+
+
+async def test_claim_when_the_answer_was_returned_five_times_in_a_minute_then_it_is_limited_to_one_in_twelve_seconds(
+    claims: Claims, clock: Clock
+) -> None:
+    await claim(claims, "one")
+    await claims.keep(KEY, "one", "f", keep_ms=600_000, answer=b"x")
+    for number in range(5):
+        clock.now_ms += 100
+        assert (await claim(claims, f"repeat {number}")).status is ClaimStatus.KEPT
+    for _ in range(2):
+        assert await claim(claims, "one more") == Claimed(ClaimStatus.LIMITED, NOTHING, 11_600)
+    assert (await claim(claims, "one more", "another request")).status is ClaimStatus.REUSED
+    clock.now_ms += 11_600
+    assert (await claim(claims, "one more")).status is ClaimStatus.KEPT
+    assert (await claim(claims, "and another")).status is ClaimStatus.LIMITED
+    clock.now_ms += 60_000
+    assert [(await claim(claims, "later")).status for _ in range(6)] == [ClaimStatus.KEPT] * 5 + [ClaimStatus.LIMITED]
+
+
+async def test_claim_when_attempts_are_counted_then_the_limit_takes_no_number_and_a_new_request_has_its_own(
+    claims: Claims, clock: Clock
+) -> None:
+    await served(claims, "A0", 0)
+    for number in range(1, 6):
+        assert (await claim(claims, f"A{number}", attempt=number)).status is ClaimStatus.KEPT
+    assert (await claim(claims, "A6", attempt=6)).status is ClaimStatus.LIMITED
+    clock.now_ms += 12_000
+    assert await claim(claims, "A6", attempt=6) == Claimed(ClaimStatus.KEPT, b"A0")
+    await served(claims, "B0", 0)
+    assert await claim(claims, "B1", attempt=1) == Claimed(ClaimStatus.KEPT, b"B0")
+
+
+async def test_claim_when_only_the_mark_was_kept_then_asking_is_not_limited(claims: Claims) -> None:
+    await claim(claims, "one")
+    await claims.record(KEY, "one", "f", keep_ms=60_000)
+    assert {(await claim(claims, "two")).status for _ in range(10)} == {ClaimStatus.SPENT}
 
 
 async def test_record_when_the_claim_has_expired_then_it_is_stored_all_the_same(claims: Claims, redis: Redis) -> None:

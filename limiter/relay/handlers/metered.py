@@ -133,7 +133,7 @@ async def _serve_metered(call: _Call) -> web.StreamResponse:
     await relay.admission.seat(identity.install_id, identity.licence)
     attempt = await relay.idempotency.begin(request, identity.install_id, call.body)
     if attempt.replay is not None:
-        return attempt.replay
+        return await _send_replay(relay, request, attempt.replay)
     with attempt:
         decision = await _reserve(relay, request, identity, call.backends, attempt.hold_id)
         with (
@@ -143,6 +143,15 @@ async def _serve_metered(call: _Call) -> web.StreamResponse:
             headers = _answer_headers(answer, identity, ratelimit_headers(decision.balance))
             billing = Metered(hold, relay.cost(request), decision.balance, attempt.recorder)
             return await pass_answer(request, answer, headers, billing)
+
+
+async def _send_replay(relay: Relay, request: web.Request, replay: web.Response) -> web.Response:
+    """Send a kept answer here, as its memory is reserved until the client has read it. Raises ProblemRaised (503)."""
+    with relay.memory.reservation() as reservation, suppress(ConnectionError):
+        reservation.add(replay.content_length or 0)
+        await replay.prepare(request)
+        await replay.write_eof()
+    return replay
 
 
 async def _serve_unmetered(call: _Call) -> web.StreamResponse:

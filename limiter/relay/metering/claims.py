@@ -16,6 +16,7 @@ class ClaimStatus(StrEnum):
     RUNNING = "RUNNING"
     KEPT = "KEPT"
     SPENT = "SPENT"
+    LIMITED = "LIMITED"
     BUSY = "BUSY"
     REUSED = "REUSED"
     LOST = "LOST"
@@ -27,10 +28,17 @@ class ClaimStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """The reply of idempotency_claim.lua; `answer` is the recorded one if the status is KEPT, else empty."""
+    """The reply of idempotency_claim.lua.
+
+    Attributes:
+        status: what became of the claim.
+        answer: the recorded one if the status is KEPT, else empty.
+        wait_ms: how long the answer is not returned any more if the status is LIMITED, in milliseconds.
+    """
 
     status: ClaimStatus
     answer: bytes
+    wait_ms: int = 0
 
 
 class Claims:
@@ -68,7 +76,7 @@ class Claims:
                 "idempotency_claim", claim_key, owner, fingerprint, claim_ms, attempt, missed_ms, self._session.now_ms()
             )
         )
-        return Claimed(ClaimStatus(reply[0].decode()), reply[1])
+        return Claimed(ClaimStatus(reply[0].decode()), *reply[1:])
 
     async def record(
         self, claim_key: str, owner: str, fingerprint: str, *, keep_ms: int, busy_ms: int = 0

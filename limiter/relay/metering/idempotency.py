@@ -16,6 +16,7 @@ would release the hold of the second one. Nothing here reserves or settles.
 
 import asyncio
 import hashlib
+import math
 import re
 import string
 import time
@@ -137,7 +138,8 @@ class Idempotency:
         are not recognised without a key.
 
         Raises ProblemRaised: 400 for an invalid key, 409 while another attempt runs or if its answer was not kept, 422
-        for a key that was used for another request; and LimiterUnavailable.
+        for a key that was used for another request, 429 for an answer that was returned too often; and
+        LimiterUnavailable.
         """
         owner = request[REQUEST_ID]
         slot = await self._slot(request, install_id, body)
@@ -316,6 +318,15 @@ def _replayed(request: web.Request, claimed: Claimed) -> web.Response:
         raise ProblemRaised(problem)
     if claimed.status in (ClaimStatus.BUSY, ClaimStatus.REUSED):
         _fail_reused()
+    if claimed.status is ClaimStatus.LIMITED:
+        problem = Problem(
+            429,
+            "rate_limited",
+            "Too many repeats",
+            "This request was served, and its answer was sent again several times within a minute.",
+            retry_after_s=math.ceil(claimed.wait_ms / 1000),
+        )
+        raise ProblemRaised(problem)
     answer = Answer.unpacked(claimed.answer) if claimed.status is ClaimStatus.KEPT else None
     if answer is None:
         problem = Problem(

@@ -1,7 +1,9 @@
 """Answers that are kept for repeats never cost anybody a request: each install and all together have a budget."""
 
 import asyncio
+import json
 import re
+import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
 
@@ -13,7 +15,17 @@ from limiter.relay.handlers.context import RELAY
 from limiter.relay.metering.kept_answers import KeptAnswers
 from tests.support.openai_backend import Backend, running_backend
 from tests.support.redis_servers import Server
-from tests.support.relay import ONE_SERVER, Answer, RunningRelay, StartRelay, client_of, new_install, relays_on, tiers
+from tests.support.relay import (
+    CHAT,
+    ONE_SERVER,
+    Answer,
+    RunningRelay,
+    StartRelay,
+    client_of,
+    new_install,
+    relays_on,
+    tiers,
+)
 from tests.support.wait import eventually
 
 _MIB = 1 << 20
@@ -199,3 +211,61 @@ async def test_answer_when_redis_has_no_memory_for_it_then_the_mark_is_recorded_
     repeat = await relay.ask("wait", headers=of(relay.install_id, "k"))
     assert (repeat.status, repeat.code) == (409, "idempotency_answer_not_kept")
     assert (await relay.spent())[0] == 1
+
+
+# What repeats may cost: they are free, and the client may not read them
+
+
+async def slow_reader(relay: RunningRelay, model: str, headers: Mapping[str, str]) -> socket.socket:
+    """Send a request over a connection with little room, and read nothing."""
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hi"}]}).encode()
+    lines = [f"{name}: {value}" for name, value in headers.items()]
+    head = "\r\n".join([f"POST {CHAT} HTTP/1.1", "Host: relay", "Content-Type: application/json", *lines])
+    reader = socket.socket()
+    reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    reader.setblocking(False)
+    loop = asyncio.get_running_loop()
+    await loop.sock_connect(reader, ("127.0.0.1", relay.port))
+    await loop.sock_sendall(reader, f"{head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+    return reader
+
+
+@ONE_SERVER
+async def test_attack_when_repeats_are_not_read_then_few_are_sent_and_their_memory_is_counted_until_the_client_leaves(
+    start_relay: StartRelay, hardware: Backend
+) -> None:
+    """600 connections that read nothing used to take 635 MB for one credit."""
+    big, answer_b = "huge:6000000", 6_000_000  # more than the system buffers for a connection
+    relay = await start_relay(client_of("hardware", hardware.url), tiers=tiers(lifetime=9), answer_limit_kb=8192)
+    headers = of(relay.install_id, "k")
+    assert (await relay.ask(big, headers=headers)).status == 200
+    await relay.settled()
+    memory = relay.app[RELAY].memory
+    readers = [await slow_reader(relay, big, headers) for _ in range(60)]
+    try:
+        await eventually(lambda: memory.held_b > 5 * answer_b, what="the replays")
+        refused = await relay.ask(big, headers=headers)
+        assert (refused.status, refused.code) == (429, "rate_limited")
+        assert 1 <= int(refused.headers["Retry-After"]) <= 12
+        assert memory.held_b < 5.1 * answer_b
+    finally:
+        for reader in readers:
+            reader.close()
+    await eventually(lambda: memory.held_b == 0, what="the release of their memory")
+    assert (await relay.spent())[0] == 1
+
+
+@ONE_SERVER
+async def test_repeat_when_there_is_no_memory_to_hold_it_then_503_and_it_is_sent_later(
+    start_relay: StartRelay, hardware: Backend
+) -> None:
+    relay = await start_relay(client_of("hardware", hardware.url), tiers=tiers(lifetime=9), bodies_in_memory_mb=1)
+    headers = of(relay.install_id, "k")
+    first = await relay.ask(BIG, headers=headers)
+    await relay.settled()
+    with relay.app[RELAY].memory.reservation() as others:
+        others.add(500_000)
+        refused = await relay.ask(BIG, headers=headers)
+        assert (refused.status, refused.code) == (503, "relay_busy")
+    again = await relay.ask(BIG, headers=headers)
+    assert (again.status, again.body, again.headers["Idempotency-Replayed"]) == (200, first.body, "true")
