@@ -80,8 +80,7 @@ async def test_user_of_the_line_when_all_of_limiter_runs_then_nothing_is_refused
     seats, new_installs = Seats(limiter.session), InstallRateLimit(limiter.session)
     assert await seats.list("alice")
     assert await seats.free("alice", INSTALL)
-    assert (await new_installs.mint("network", limit=1, period_ms=1000)).status is MintStatus.MINTED
-    await new_installs.return_mint("network", limit=1, period_ms=1000)
+    assert (await new_installs.mint({"network": 1}, period_ms=1000)).status is MintStatus.MINTED
 
     execute(server, "SET", "credits:install:broken", "no hash")  # one that cannot be read is taken along as it is
     async with Persister(limiter.session, tmp_path / "credits.json", interval_s=60):

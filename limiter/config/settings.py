@@ -94,6 +94,9 @@ class RelaySettings(_Section):
     cors_origins: list[Origin] = []
     trusted_proxies: list[str] = []
     mint_per_ip: Whole = Field(default=20, ge=0, le=50_000)
+    mint_per_ipv4_24: Whole = Field(default=200, ge=0, le=50_000)
+    mint_per_ipv6_48: Whole = Field(default=100, ge=0, le=50_000)
+    mint_per_ipv6_32: Whole = Field(default=1000, ge=0, le=50_000)
     mint_overall: Whole = Field(default=10_000, ge=0, le=50_000)
     hold_s: Whole = Field(default=900, ge=1, le=86_400)
     first_event_s: Seconds = Field(default=15, gt=0, le=3600)

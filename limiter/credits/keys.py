@@ -84,8 +84,8 @@ class Keys:
         return f"{self.prefix}:doctor"
 
     def mint(self, network: str | None) -> str:
-        """Return the key that counts the new installs of a network, or of all."""
-        return f"{self.prefix}:mint:{network or 'all'}"
+        """Return the key that counts the new installs of a network, or of all; in a cluster they share a slot."""
+        return f"{self.prefix}:{{mint}}:{network or 'all'}"
 
     def lease(self) -> str:
         """Return the key of the persisters' lease."""

@@ -142,13 +142,16 @@ class Scripts:
         evalsha = encode("EVALSHA", compose("create_rows").sha, len(row_keys), *row_keys, *texts)
         return self._run("create_rows", row_keys[0], evalsha, _statuses)
 
-    async def call(self, name: str, row_key: str, *arguments: Argument) -> Any:
-        """Run one script on one key, loading it if the server does not have it (restart, SCRIPT FLUSH, failover).
+    async def call(self, name: str, keys: str | Sequence[str], *arguments: Argument) -> Any:
+        """Run one script on one key, or on several of one slot.
+
+        It is loaded if the server does not have it (restart, SCRIPT FLUSH, failover).
 
         Raises LimiterUnavailable, BrokenRow, ScriptContractError.
         """
-        evalsha = encode("EVALSHA", compose(name).sha, 1, row_key, *arguments)
-        return await self._run(name, row_key, evalsha, _as_it_is)
+        keys = [keys] if isinstance(keys, str) else keys
+        evalsha = encode("EVALSHA", compose(name).sha, len(keys), *keys, *arguments)
+        return await self._run(name, keys[0], evalsha, _as_it_is)
 
     async def _run(self, name: str, row_key: str, evalsha: bytes, read: Callable[..., T], *more: Tier | str) -> T:
         """Send a call, and read its reply; more: further arguments of `read`."""

@@ -124,7 +124,14 @@ def _relay(
         admission=Admission(
             watched,
             Seats(watched.session),
-            InstallRateLimit(watched.session, per_ip=limits.mint_per_ip, overall=limits.mint_overall),
+            InstallRateLimit(
+                watched.session,
+                per_ip=limits.mint_per_ip,
+                per_ipv4_24=limits.mint_per_ipv4_24,
+                per_ipv6_48=limits.mint_per_ipv6_48,
+                per_ipv6_32=limits.mint_per_ipv6_32,
+                overall=limits.mint_overall,
+            ),
             trusted_proxies=parse_networks("relay.trusted_proxies", limits.trusted_proxies),
         ),
         idempotency=Idempotency(

@@ -25,6 +25,7 @@ from tests.support.redis_proxy import Proxy, proxy_of
 
 ALL_NAMES = sorted(path.stem for path in LUA.glob("*.lua"))
 NAMES = [name for name in ALL_NAMES if name != "create_rows"]  # it alone takes a list of keys, and binds whole tables
+OF_SEVERAL_KEYS = {"install_mint"}  # all with one hash tag
 INCLUDES = sorted(path.stem for path in (LUA / "include").glob("*.lua"))
 BINDING = re.compile(
     r"^local (?P<name>\w+) += (?:ARGV\[(?P<optional>\d+)\] ~= \"\" and )?(?P<call>tonumber\()?"
@@ -181,8 +182,8 @@ CALLS: dict[str, tuple[Callable[[CreditLimiter], Awaitable[object]], dict[str, s
         },
     ),
     "install_mint": (
-        lambda limiter: InstallRateLimit(limiter.session).return_mint("203.0.113.9", limit=708, period_ms=709),
-        NOW | {"limit": "708", "period_ms": "709", "returns": "1"},
+        lambda limiter: InstallRateLimit(limiter.session).mint({"203.0.113.9": 708}, period_ms=709),
+        NOW | {"limits_arg": "708", "period_ms": "709", "share": "0"},
     ),
 }
 # Of whom the first key is not that of a row.
@@ -192,7 +193,7 @@ KEYS = {
     "licence_seat": Keys().seats("b"),
     "licence_revoke": "credits:revoked",
     "lease": "credits:persister",
-    "install_mint": "credits:mint:203.0.113.9",
+    "install_mint": "credits:{mint}:203.0.113.9",
 }
 
 
@@ -255,7 +256,8 @@ def test_script_when_its_bindings_are_over_then_it_names_no_argument_any_more(na
     lines = (LUA / f"{name}.lua").read_text().splitlines()
     bound = [number for number, line in enumerate(lines) if BINDING.match(line)]
     assert bound == list(range(bound[0], bound[0] + len(bound))), "the bindings stand together"
-    assert [binding.index for binding in bindings(name) if binding.table == "KEYS"] == [1], "one key, one slot"
+    keys = [binding.index for binding in bindings(name) if binding.table == "KEYS"]
+    assert keys == ([] if name in OF_SEVERAL_KEYS else [1]), "one key, one slot"
     for line in lines[bound[-1] + 1 :] + [line for include in INCLUDES for line in _include(include).splitlines()]:
         assert "KEYS[" not in line
         assert "ARGV[" not in line
@@ -335,7 +337,8 @@ def test_includes_when_pasted_then_what_each_takes_is_above_it_and_what_it_gives
             ("licence_revoke", "limit", "0"),
         ],
         *[("lease", "owner", ""), ("lease", "least_epoch", "-1"), ("lease", "lease_ms", "-1")],
-        *[("install_mint", "limit", "0"), ("install_mint", "period_ms", "0")],
+        *[("install_mint", "limits_arg", value) for value in ("", "0", "708,708", "x")],
+        *[("install_mint", "period_ms", "0"), ("install_mint", "share", "-1"), ("install_mint", "share", "1")],
     ],
 )
 async def test_script_when_an_argument_breaks_its_bound_then_it_is_refused_and_nothing_is_written(

@@ -20,7 +20,7 @@ def new_installs(limiter: CreditLimiter) -> InstallRateLimit:
 
 
 async def mint(new_installs: InstallRateLimit, limit: int, network: str | None = None) -> Mint:
-    return await new_installs.mint(network, limit=limit, period_ms=HOUR_MS)
+    return await new_installs.mint({network: limit}, period_ms=HOUR_MS)
 
 
 @pytest.mark.parametrize("limit", [1, 3, 7, 20, 5400, 10_000])
@@ -42,11 +42,11 @@ async def test_mint_when_limited_then_the_next_comes_exactly_after_the_wait(
     for _ in range(3):
         await mint(new_installs, 3)
     limited = await mint(new_installs, 3)
-    assert limited == Mint(MintStatus.LIMITED, HOUR_MS // 3)
+    assert limited == Mint(MintStatus.LIMITED, HOUR_MS // 3, 1)
     clock.now_ms += limited.wait_ms - 1
-    assert await mint(new_installs, 3) == Mint(MintStatus.LIMITED, 1)
+    assert await mint(new_installs, 3) == Mint(MintStatus.LIMITED, 1, 1)
     clock.now_ms += 1
-    assert await mint(new_installs, 3) == Mint(MintStatus.MINTED, 0)
+    assert await mint(new_installs, 3) == Mint(MintStatus.MINTED, 0, 0)
 
 
 async def test_mint_when_limited_then_nothing_is_counted(new_installs: InstallRateLimit, redis: Redis) -> None:
@@ -57,17 +57,46 @@ async def test_mint_when_limited_then_nothing_is_counted(new_installs: InstallRa
     assert await redis.get(Keys().mint(None)) == before
 
 
-async def test_mint_when_given_back_then_another_comes_and_the_last_leaves_no_key(
+async def test_mint_when_one_limit_refuses_then_none_counts_and_the_longest_wait_is_told(
     new_installs: InstallRateLimit, redis: Redis
 ) -> None:
-    for _ in range(2):
-        await mint(new_installs, 2)
-    assert (await new_installs.return_mint(None, limit=2, period_ms=HOUR_MS)).status is MintStatus.RETURNED
-    assert (await mint(new_installs, 2)).status is MintStatus.MINTED
-    assert (await mint(new_installs, 2)).status is MintStatus.LIMITED
-    for _ in range(3):  # once more than was counted
-        await new_installs.return_mint(None, limit=2, period_ms=HOUR_MS)
-    assert await redis.keys("*") == []
+    limits: dict[str | None, int] = {"203.0.113.9": 1, "203.0.113.0/24": 5, None: 1000}
+    assert (await new_installs.mint(limits)).status is MintStatus.MINTED
+    before = [await redis.get(Keys().mint(network)) for network in limits]
+    assert await new_installs.mint(limits) == Mint(MintStatus.LIMITED, HOUR_MS, 1)
+    assert [await redis.get(Keys().mint(network)) for network in limits] == before
+    for number in range(4):
+        assert (await new_installs.mint({f"203.0.113.{number}": 1, "203.0.113.0/24": 5})).status is MintStatus.MINTED
+    assert await new_installs.mint({"203.0.113.8": 1, "203.0.113.0/24": 5}) == Mint(MintStatus.LIMITED, HOUR_MS // 5, 2)
+
+
+async def minted(new_installs: InstallRateLimit, network: str, tries: int, *, overall: int) -> int:
+    """How many of so many new installs of a network, which has no limit to speak of, are let through."""
+    answers = [(await new_installs.mint({network: 50_000, None: overall})).status for _ in range(tries)]
+    return answers.count(MintStatus.MINTED)
+
+
+async def test_overall_when_few_networks_take_what_they_can_then_half_is_left_and_shared(
+    new_installs: InstallRateLimit,
+) -> None:
+    assert await minted(new_installs, "2001:db8::/32", 300, overall=200) == 100
+    assert await minted(new_installs, "2001:db9::/32", 300, overall=200) == 10  # a tenth of what is free
+    for number in range(20):
+        assert await minted(new_installs, f"2001:{number:x}::/32", 300, overall=200) >= 1
+    assert await minted(new_installs, "198.51.100.0/24", 1, overall=200) == 1  # there is always some for a newcomer
+
+
+async def test_overall_when_a_network_has_used_its_share_then_the_next_comes_exactly_after_the_wait(
+    new_installs: InstallRateLimit, clock: Clock
+) -> None:
+    limits: dict[str | None, int] = {"2001:db8::/32": 1000, None: 40}
+    while (limited := await new_installs.mint(limits)).status is MintStatus.MINTED:
+        pass
+    assert (limited.place, 0 < limited.wait_ms <= HOUR_MS // 40) == (2, True)
+    clock.now_ms += limited.wait_ms - 1
+    assert (await new_installs.mint(limits)).status is MintStatus.LIMITED
+    clock.now_ms += 1
+    assert (await new_installs.mint(limits)).status is MintStatus.MINTED
 
 
 async def test_mints_when_of_two_networks_then_they_do_not_touch_and_live_a_period_at_most(

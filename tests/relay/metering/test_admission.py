@@ -82,6 +82,7 @@ async def start(redis: Redis, redis_url: str) -> AsyncIterator[StartNode]:
             timeout_ms: int = 5000,
             mint_per_ip: int = 20,
             mint_overall: int = 50,
+            **wider: int,
         ) -> Node:
             client = await connect(url, timeout_ms=timeout_ms)
             stack.push_async_callback(client.aclose)
@@ -89,7 +90,13 @@ async def start(redis: Redis, redis_url: str) -> AsyncIterator[StartNode]:
             admission = Admission(
                 limiter,
                 Seats(limiter.session),
-                InstallRateLimit(limiter.session, per_ip=mint_per_ip, overall=mint_overall, limit_loopback=True),
+                InstallRateLimit(
+                    limiter.session,
+                    per_ip=mint_per_ip,
+                    overall=mint_overall,
+                    limit_loopback=True,
+                    **{"per_ipv4_24": 0, "per_ipv6_48": 0, "per_ipv6_32": 0, **wider},
+                ),
                 trusted_proxies=parse_networks("relay.trusted_proxies", PROXIES if trusted is None else trusted),
             )
             session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
@@ -175,6 +182,30 @@ async def test_addresses_when_of_one_56_then_they_are_one_and_ipv4_ones_are_each
     assert (await node.ask(forwarded="203.0.113.2")).status == 200
     assert (await node.ask(forwarded="::ffff:203.0.113.2")).status == 429
     assert (await node.ask(forwarded="203.0.113.2:4711")).status == 429
+
+
+async def test_networks_when_of_one_48_or_24_or_32_then_they_share_its_limit(start: StartNode) -> None:
+    node = await start(mint_per_ip=1, mint_overall=0, per_ipv4_24=2, per_ipv6_48=2, per_ipv6_32=3)
+
+    async def statuses(*addresses: str) -> list[int]:
+        return [(await node.ask(forwarded=address)).status for address in addresses]
+
+    assert await statuses("203.0.113.1", "203.0.113.2", "203.0.113.3", "203.0.114.1") == [200, 200, 429, 200]
+    of_one_48 = [f"2001:db8:0:{number}00::1" for number in (1, 2, 3)]
+    assert await statuses(*of_one_48) == [200, 200, 429]
+    assert await statuses("2001:db8:1::1", "2001:db8:2::1", "2001:db9::1") == [200, 429, 200]
+
+
+async def test_installs_when_two_48_flood_then_a_client_from_elsewhere_is_still_admitted(
+    start: StartNode, redis: Redis
+) -> None:
+    node = await start(mint_per_ip=5, mint_overall=40, per_ipv6_48=30, per_ipv6_32=30)
+    flood = [f"2001:db8:{site}:{block:x}00::1" for site in (1, 2) for block in range(16) for _ in range(5)]
+    answers = await asyncio.gather(*(node.ask(forwarded=address) for address in flood))
+    assert sorted({answer.status for answer in answers}) == [200, 429]
+    assert await rows(redis) <= 20 + 2  # half of all, and what has come back meanwhile
+    for address in ("2001:db9::1", "198.51.100.7", "192.0.3.1"):
+        assert (await node.ask(forwarded=address)).status == 200
 
 
 async def test_address_when_the_peer_is_not_trusted_then_its_headers_are_worth_nothing(start: StartNode) -> None:
