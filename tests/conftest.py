@@ -19,7 +19,7 @@ from tests.support.redis_topologies import ClusterSetUp, SentinelSetUp
 from tests.support.vectors import Vectors
 
 SYSTEM = Path(__file__).parent / "system"  # whole deployments, other programs, minutes of load
-ON_EVERY_TOPOLOGY = ("test_licence_seat", "test_install_mint", "test_dump")
+ON_EVERY_TOPOLOGY = ("test_licence_seat", "test_licence_revoke", "test_install_mint", "test_dump", "test_prune")
 
 
 QUICK = "--quick"

@@ -15,7 +15,8 @@ from redis.exceptions import RedisError
 from limiter._util.atomic_file import in_thread
 from limiter._util.cancellation import CancelWatch
 from limiter._util.timestamps import iso_from_ms
-from limiter.backup.publish import Publication, Writer
+from limiter.backup.prune import pruned_since
+from limiter.backup.publish import Publication, Writer, may_lack_rows
 from limiter.credits.models import STORED_FIELDS
 from limiter.credits.rows import read_fields, read_values, row_or_error, scan_keys
 from limiter.credits.session import Session
@@ -110,9 +111,12 @@ async def dump(
         kept, is_set_aside = None, False
         unchanged = found is not None and _is_unchanged(found, rows_digest, broken_file.count)
         if found is None or not unchanged:
+            known = file.rows  # and those of the last file that were deleted on purpose
+            if found is not None and found.trailer is not None and file.rows < found.trailer.rows:
+                known += await pruned_since(session, found.trailer.time)
             if not file.rows:
-                await _refuse_loss(publication, found, scan)
-            kept, is_set_aside = await publication.backup_name(found, file.rows, last)
+                await _refuse_loss(publication, found, scan, known)
+            kept, is_set_aside = await publication.backup_name(found, known, last)
             published = await publication.publish(file, rows_digest, found, kept=kept, broken=broken_file.count)
             with suppress(OSError):  # a good dump does not fail because of too many files
                 await in_thread(prune, publication.path, keep)
@@ -195,15 +199,16 @@ class _Scan:
         return kept
 
 
-async def _refuse_loss(publication: Publication, found: DumpedFile | None, scan: _Scan) -> None:
-    """Refuse to replace a file that has rows by one without."""
+async def _refuse_loss(publication: Publication, found: DumpedFile | None, scan: _Scan, known: int) -> None:
+    """Refuse to replace a file that has rows by one without, unless its rows were pruned. known: those that were."""
     path = publication.path
     if scan.broken_file.count:
         raise LedgerFileError(
             f"{path} was not written: not one of the {scan.broken_file.count} rows in Redis can be read; "
             f"the first: {scan.first_broken[0]}"
         )
-    if found is not None and await publication.has_rows():
+    was_pruned = found is not None and found.trailer is not None and not may_lack_rows(found.trailer, known)
+    if found is not None and not was_pruned and await publication.has_rows():
         raise LedgerFileError(
             f"{path} was not written: it has rows and Redis has none. Import it first "
             f"(limiter import {path}), or move it elsewhere if its rows are not wanted"

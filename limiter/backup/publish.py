@@ -2,7 +2,8 @@
 
 A file is replaced only by one that was scanned after it: a writer that was paused finds another file there, or
 another writer's lease, and stops. A replaced file stays: as a generation, or set aside if it may have rows that Redis
-does not have. Rows never expire, so a file with more rows was not imported, or Redis has lost its data.
+does not have. Rows never expire, so a file with more rows than Redis has, and than were pruned, was not imported, or
+Redis has lost its data.
 """
 
 import errno
@@ -59,14 +60,17 @@ class Publication:
     async def backup_name(
         self, found: DumpedFile | None, rows: int, last: DumpedFile | None
     ) -> tuple[Path | None, bool]:
-        """Return the name under which the replaced file stays, and whether it is set aside for good."""
+        """Return the name under which the replaced file stays, and whether it is set aside for good.
+
+        rows: of the dump, and those that were pruned since the file.
+        """
         if found is None:
             return None, False
         if found.trailer is None or not found.is_intact:
             is_foreign = await self.has_rows()
             return (set_aside_name(self.path, self._time), True) if is_foreign else (None, False)
         is_own = found is last or self._writer is None or found.trailer.checksum == self._writer.leased.checksum
-        if is_own and rows >= found.trailer.rows * _MIN_SHARE:
+        if is_own and not may_lack_rows(found.trailer, rows):
             return generation_name(self.path, found.trailer), False
         return set_aside_name(self.path, self._time), True
 
@@ -129,6 +133,11 @@ class Publication:
             there = read_trailer(self.path)
             what = f"a dump of epoch {there.epoch}, number {there.sequence}" if there else "another file"
             raise LedgerFileError(f"{self.path} was not written: {what} was put there during this dump")
+
+
+def may_lack_rows(trailer: Trailer, rows: int) -> bool:
+    """Return whether so many rows are far fewer than a file has."""
+    return rows < trailer.rows * _MIN_SHARE
 
 
 def _has_rows(path: Path) -> bool:

@@ -6,7 +6,7 @@ import typer
 
 from limiter import __version__
 from limiter.cli import config as settings
-from limiter.cli import doctor, dump, licence, persist, restore, serve, verify
+from limiter.cli import doctor, dump, licence, persist, prune, restore, serve, verify
 from limiter.cli import import_ as import_file
 from limiter.cli import lua as scripts
 from limiter.cli import row as rows
@@ -40,6 +40,7 @@ app.command("dump")(dump.dump)
 app.command("verify")(verify.verify)
 app.command("restore")(restore.restore)
 app.command("row")(rows.row)
+app.command("prune")(prune.prune)
 app.command("doctor")(doctor.doctor)
 app.command("config")(settings.config)
 app.add_typer(licence.app, name="licence")

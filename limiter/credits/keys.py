@@ -87,6 +87,10 @@ class Keys:
         """Return the key that counts the new installs of a network, or of all; in a cluster they share a slot."""
         return f"{self.prefix}:{{mint}}:{network or 'all'}"
 
+    def pruned(self) -> str:
+        """Return the key of the notes of how many rows were pruned lately."""
+        return f"{self.prefix}:pruned"
+
     def lease(self) -> str:
         """Return the key of the persisters' lease."""
         return f"{self.prefix}:persister"

@@ -12,7 +12,7 @@ from limiter.redis.lua_source import compose, script_names
 from tests.support.cli import limiter
 from tests.support.credits import TIERS
 
-COMMANDS = ["serve", "persist", "import", "dump", "verify", "restore", "row", "config"]
+COMMANDS = ["serve", "persist", "import", "dump", "verify", "restore", "row", "prune", "config"]
 GROUPS = {
     "licence": ["keygen", "issue", "show", "revoke", "restore", "revoked", "seats"],
     "lua": ["names", "show", "sha"],

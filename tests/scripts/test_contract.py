@@ -13,6 +13,7 @@ from redis.exceptions import ResponseError
 
 from limiter import CreditLimiter, DecisionStatus, PutStatus, Row, SettlementStatus, Tiers, connect
 from limiter.backup.lease import Lease, LeaseStatus
+from limiter.backup.prune import NoteStatus, PruneNotes, Pruner, PruneStatus
 from limiter.credits.keys import Keys
 from limiter.licences.revocations import Revocations, RevocationStatus
 from limiter.licences.seats import Seats, SeatStatus
@@ -47,6 +48,8 @@ STATUSES = (
     ClaimStatus,
     SeatStatus,
     RevocationStatus,
+    PruneStatus,
+    NoteStatus,
     MintStatus,
     LeaseStatus,
 )
@@ -168,6 +171,14 @@ CALLS: dict[str, tuple[Callable[[CreditLimiter], Awaitable[object]], dict[str, s
         lambda limiter: Revocations(limiter.session).change("alice", 2_002_592_000_000, version="v-1"),
         NOW | {"name": "alice", "expires_ms": "2002592000000", "version": "v-1", "limit": "10000"},
     ),
+    "prune_row": (
+        lambda limiter: Pruner(limiter.session).prune("credits:install:a", unused_ms=709, dry_run=True),
+        NOW | {"unused_ms": "709", "dry_run": "1"},
+    ),
+    "prune_note": (
+        lambda limiter: PruneNotes(limiter.session).note("part", 710, keep_ms=711),
+        NOW | {"part": "part", "rows": "710", "keep_ms": "711"},
+    ),
     "lease": (
         lambda limiter: Lease(limiter.session, lease_s=0.71, owner="o").take(
             least_epoch=711, checksum="sha256:x", good_at=ROW.last_active_at
@@ -192,6 +203,7 @@ KEYS = {
     "idempotency_budget": "credits:kept:a",
     "licence_seat": Keys().seats("b"),
     "licence_revoke": "credits:revoked",
+    "prune_note": "credits:pruned",
     "lease": "credits:persister",
     "install_mint": "credits:{mint}:203.0.113.9",
 }
@@ -331,6 +343,10 @@ def test_includes_when_pasted_then_what_each_takes_is_above_it_and_what_it_gives
             ("licence_seat", "install_id", ""),
             ("licence_seat", "seats", "0"),
             ("licence_seat", "expires_ms", "0"),
+            ("prune_row", "unused_ms", "0"),
+            ("prune_note", "part", ""),
+            ("prune_note", "rows", "-1"),
+            ("prune_note", "keep_ms", "0"),
             ("licence_revoke", "name", ""),
             ("licence_revoke", "version", ""),
             ("licence_revoke", "expires_ms", "-1"),
