@@ -87,6 +87,7 @@ class RelaySettings(_Section):
     head_s: Seconds = Field(default=15, gt=0, le=3600)
     max_connections: Whole = Field(default=0, ge=0, le=1_000_000)
     max_connections_per_address: Whole = Field(default=256, ge=0, le=1_000_000)
+    rate_per_min_per_address: Whole = Field(default=1200, ge=0, le=1_000_000)
     exempt_networks: list[str] = ["127.0.0.0/8", "::1"]
     replay_limit_kb: Whole = Field(default=1024, ge=0, le=1_048_576)
     bounds: BoundsMode = "enforce"

@@ -24,6 +24,7 @@ from limiter.relay.http.acceptor import ConnectionLimits
 from limiter.relay.http.client_address import parse_networks
 from limiter.relay.http.connection import RelayRunner, close_after_unframed, close_without_body, expect_later
 from limiter.relay.http.handler import Handler
+from limiter.relay.metering.address_rate_limit import AddressRateLimit
 from limiter.relay.metering.admission import Admission
 from limiter.relay.metering.availability import RedisAvailability, WatchedLimiter
 from limiter.relay.metering.background_retries import BackgroundRetries
@@ -33,7 +34,7 @@ from limiter.relay.metering.install_rate_limit import InstallRateLimit
 from limiter.relay.metering.settlement import Settlements
 from limiter.relay.middleware.access_log import add_access_log
 from limiter.relay.middleware.cors import add_cors
-from limiter.relay.middleware.errors import add_request_id, error_middleware
+from limiter.relay.middleware.errors import ADDRESS_RATE_LIMIT, add_request_id, error_middleware
 from limiter.relay.requests.body_reader import BodyPace
 from limiter.relay.requests.bounds import Bounds, TierBounds
 from limiter.relay.requests.memory_budget import MemoryBudget
@@ -65,6 +66,13 @@ def create_app(
     availability = RedisAvailability(limiter, on_redis_down=settings.redis.on_redis_down, timed=metrics.decision_took)
     revoked = RevokedNames(limiter.session)
     app[RELAY] = relay = _relay(limiter, backends, settings, availability, metrics, revoked=revoked)
+    limits = settings.relay
+    app[ADDRESS_RATE_LIMIT] = AddressRateLimit(
+        limits.rate_per_min_per_address,
+        exempt=parse_networks("relay.exempt_networks", limits.exempt_networks),
+        trusted_proxies=parse_networks("relay.trusted_proxies", limits.trusted_proxies),
+        on_limited=metrics.address_limited,
+    )
     app[MODELS] = Models(backends)
     app[REPORTS] = {"redis_mode": availability.report, **(reports or {})}
     for method, path, handler in _ROUTES:

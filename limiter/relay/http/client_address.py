@@ -42,6 +42,8 @@ def client_address(request: web.Request, trusted_proxies: Sequence[Network]) -> 
     trusted proxy. Addresses before that one were written by the client or by unknown proxies.
     """
     address = parse_address(request.remote or "") or _NO_ADDRESS
+    if not trusted_proxies:
+        return address
     hops = [hop for line in request.headers.getall("X-Forwarded-For", []) for hop in line.split(",")]
     while hops and is_within(address, trusted_proxies):
         before = parse_address(hops.pop())

@@ -342,6 +342,9 @@ def _reject_unknown_expect(make: Callable[..., Any]) -> Callable[..., web.Reques
     """Refuse an `Expect` other than 100-continue before aiohttp does, and ignore any of HTTP/1.0, which has none."""
 
     def make_request(message: RawRequestMessage, *rest: Any) -> web.Request:
+        given: object = message.headers
+        if not isinstance(given, CIMultiDictProxy):  # aiohttp's stand-in for what it could not parse
+            message = message._replace(headers=CIMultiDictProxy(CIMultiDict()))
         expected, is_old = message.headers.get(hdrs.EXPECT, "").lower(), message.version < HttpVersion11
         if expected and (is_old or expected != _CONTINUE):
             headers = CIMultiDict(message.headers)

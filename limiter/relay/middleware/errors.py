@@ -11,9 +11,11 @@ from limiter.log_events import event
 from limiter.relay.http.connection import REFUSED
 from limiter.relay.http.handler import Handler
 from limiter.relay.http.problems import REQUEST_ID, Problem, ProblemRaised, fail, problem_from, problem_response
+from limiter.relay.metering.address_rate_limit import AddressRateLimit
 from limiter.relay.metering.availability import RedisUnavailable
 from limiter.relay.middleware.cors import preflight
 
+ADDRESS_RATE_LIMIT = web.AppKey("address_rate_limit", AddressRateLimit)
 _LOG = logging.getLogger("limiter.relay")
 _WORTH_READING = 64 << 10  # bytes that a refused client still sends
 _SERVER_ERROR = 500
@@ -24,12 +26,7 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
     """Assign the request id, refuse unsupported requests, and turn every exception into the error object."""
     request[REQUEST_ID] = random_id()
     try:
-        if refused := request.get(REFUSED):
-            return _respond(request, refused)
-        if request.version < HttpVersion10:
-            fail(400, "unsupported_http_version", "Unsupported HTTP version", "This relay speaks HTTP/1.0 and 1.1.")
-        if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
-            fail(415, "packed_body", "Packed body", "Send the body uncompressed, without a Content-Encoding.")
+        _check(request)
         if _wants_upgrade(request):
             return _refuse_upgrade(request)
         return preflight(request) or await handler(request)
@@ -49,6 +46,18 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
             "An error of this program ended a request", extra=event("unexpected_error", request_id=request[REQUEST_ID])
         )
         return _respond(request, problem_from(error))
+
+
+def _check(request: web.Request) -> None:
+    """Refuse what is refused whatever it asks for. Raises ProblemRaised."""
+    if (rate_limit := request.app.get(ADDRESS_RATE_LIMIT)) is not None:
+        rate_limit.count(request)
+    if refused := request.get(REFUSED):
+        raise ProblemRaised(refused)
+    if request.version < HttpVersion10:
+        fail(400, "unsupported_http_version", "Unsupported HTTP version", "This relay speaks HTTP/1.0 and 1.1.")
+    if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
+        fail(415, "packed_body", "Packed body", "Send the body uncompressed, without a Content-Encoding.")
 
 
 def _respond(request: web.Request, problem: Problem, headers: Mapping[str, str] | None = None) -> web.Response:

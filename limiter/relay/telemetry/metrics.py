@@ -116,6 +116,11 @@ class Metrics:
             ["limit"],
             registry=registry,
         )
+        self._address_limited = Counter(
+            "limiter_address_rate_limited",
+            "Requests that were refused as their address made too many.",
+            registry=registry,
+        )
         self._to_backends = Gauge(
             "limiter_backend_connections", "Open connections to a backend.", ["backend"], registry=registry
         )
@@ -222,6 +227,10 @@ class Metrics:
     def connection_refused(self, limit: Limit) -> None:
         """Count a connection that was refused."""
         self._refused_connections.add(limit)
+
+    def address_limited(self) -> None:
+        """Count a request of an address that made too many."""
+        self._address_limited.inc()
 
     def watch_connections(self, backend: Backend, connections: Callable[[], int]) -> None:
         """Show how many connections to a backend are open."""
