@@ -98,6 +98,8 @@ async def _server(node: Any, settings: Settings, where: str) -> AsyncIterator[Fi
         yield finding
     for finding in inspect_health(info, subject=where, kind=kind, wait_replicas=settings.redis.wait_replicas):
         yield finding
+    for finding in _kept_answers(info, settings, where):
+        yield finding
     if missing or absent:
         return
     yield Finding("ok", where, "this user may do all that limiter does")
@@ -129,6 +131,14 @@ async def _missing(node: Any, settings: Settings, absent: list[str]) -> str:
                 absent.append(command.replace("|", " ").upper())
             continue  # it is permitted: the server refuses it for another reason
     return f"run {', '.join(missing)}" if missing else ""
+
+
+def _kept_answers(info: Mapping[str, Any], settings: Settings, where: str) -> Iterator[Finding]:
+    """Compare the budget of the answers that are kept for repeats with the memory of a server that may hold them."""
+    maximum, keep_mb = int(info.get("maxmemory", 0)) >> 20, settings.idempotency.keep_mb
+    if maximum and keep_mb > maximum // 2:
+        text = f"has a maxmemory of {maximum} MiB, of which idempotency.keep_mb allows {keep_mb} for kept answers"
+        yield Finding("warning", where, text, "raise maxmemory, or lower the setting to half of it: rows need the rest")
 
 
 async def _appendfsync(node: Any, info: Mapping[str, Any], where: str) -> Finding:

@@ -218,8 +218,10 @@ def worst(findings: list[Finding]) -> dict[str, str]:
 
 
 async def test_doctor_when_redis_is_set_up_badly_then_it_says_what_to_do(own_server: MakeServer) -> None:
-    server = own_server("valkey", "--maxmemory", "100mb")
+    server = own_server("valkey", "--maxmemory", "600mb")
     assert worst(await found(server.url)) == {}
+    execute(server, "CONFIG", "SET", "maxmemory", "500mb")
+    assert "warning has a maxmemory of 500 MiB, of which" in worst(await found(server.url))["redis"]
     execute(server, "CONFIG", "SET", "maxmemory", "0")
     assert "warning has no maxmemory" in worst(await found(server.url))["redis"]
     execute(server, "CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
