@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from limiter.credits.models import Reason
+from limiter.relay.requests.json_members import MAX_MODEL_LENGTH
 
 Schema: TypeAlias = dict[str, object]
 Content: TypeAlias = dict[str, Schema]  # a schema by media type
@@ -138,7 +139,12 @@ def _json_body(**described: str) -> Content:
 _TEXT: Schema = {"type": "string"}
 _COUNT: Schema = {"type": "integer", "minimum": 0}
 _COUNT_OR_NONE: Schema = {"type": ["integer", "null"], "minimum": 0}
-_MODEL: Schema = {"type": "string", "description": "A model that `/v1/models` lists."}
+_MODEL: Schema = {
+    "type": "string",
+    "minLength": 1,
+    "maxLength": MAX_MODEL_LENGTH,
+    "description": "A model that `/v1/models` lists.",
+}
 _STREAM = "true: the answer is sent as server-sent events."
 _FIELD_NAME = r"^[^\x00-\x1f\x7f]*$"  # the only names that a form can contain
 _TRANSCRIPTION: Content = {
