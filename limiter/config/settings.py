@@ -89,6 +89,7 @@ class RelaySettings(_Section):
     max_connections_per_address: Whole = Field(default=256, ge=0, le=1_000_000)
     rate_per_min_per_address: Whole = Field(default=1200, ge=0, le=1_000_000)
     exempt_networks: list[str] = ["127.0.0.0/8", "::1"]
+    inside_networks: list[str] = ["127.0.0.0/8", "::1", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7"]
     replay_limit_kb: Whole = Field(default=1024, ge=0, le=1_048_576)
     bounds: BoundsMode = "enforce"
     models: ServedModels = "any"

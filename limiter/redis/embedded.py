@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import os
 import socket
+import stat
 import subprocess
 import tempfile
 import threading
@@ -90,6 +91,7 @@ def start_or_join(folder: Path, *, maxmemory_mb: int = MAXMEMORY_MB) -> ServerLe
     """
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _close_to_others(folder)
         with _lock(folder), contextlib.ExitStack() as undo:
             users = undo.enter_context((folder / "users").open("a"))
             fcntl.flock(users, fcntl.LOCK_SH)
@@ -98,6 +100,20 @@ def start_or_join(folder: Path, *, maxmemory_mb: int = MAXMEMORY_MB) -> ServerLe
     except OSError as error:
         raise SettingsError(f"the data folder {folder} cannot be used: {error.strerror}") from error
     return ServerLease(folder, path, users, maxmemory_mb)
+
+
+def _close_to_others(folder: Path) -> None:
+    """Take all rights on a folder from other users: its files hold install ids and answers. Raises SettingsError."""
+    status = folder.stat()
+    if not status.st_mode & 0o077:
+        return
+    is_shared = status.st_mode & stat.S_ISVTX
+    if is_shared or status.st_uid != os.geteuid():
+        raise SettingsError(
+            f"the data folder {folder} is open to other users, and {'shared' if is_shared else 'not yours'}: "
+            "give [redis] url one that does not exist yet, as a folder within it"
+        )
+    folder.chmod(0o700)
 
 
 def revive(lease: ServerLease) -> None:
@@ -203,6 +219,7 @@ def _start(folder: Path, path: Path, held: IO[str], maxmemory_mb: int) -> "subpr
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        umask=0o077,
         pass_fds=(held.fileno(),),  # the server keeps the lock when we close our end
     )
     # The last client stops it, which may be another process; this thread reaps it, whenever it exits.

@@ -16,7 +16,15 @@ from limiter.licences.tokens import Licences
 from limiter.log_config import short_names
 from limiter.relay.handlers.context import RELAY, Relay
 from limiter.relay.handlers.credits import show_credits
-from limiter.relay.handlers.health import REPORTS, Report, show_health, show_readiness
+from limiter.relay.handlers.health import (
+    INSIDE_NETWORKS,
+    REPORTS,
+    TRUSTED_PROXIES,
+    Report,
+    show_health,
+    show_metrics_inside,
+    show_readiness,
+)
 from limiter.relay.handlers.metered import serve_json, serve_upload
 from limiter.relay.handlers.models import MODELS, Models, show_model, show_models
 from limiter.relay.handlers.openapi import show_openapi
@@ -39,7 +47,7 @@ from limiter.relay.requests.body_reader import BodyPace
 from limiter.relay.requests.bounds import Bounds, TierBounds
 from limiter.relay.requests.memory_budget import MemoryBudget
 from limiter.relay.requests.upload import UploadLimits
-from limiter.relay.telemetry.metrics import METRICS, Metrics, show_metrics
+from limiter.relay.telemetry.metrics import METRICS, Metrics
 from limiter.relay.upstream.client import BackendClient
 
 _MIB = 1 << 20
@@ -67,10 +75,12 @@ def create_app(
     revoked = RevokedNames(limiter.session)
     app[RELAY] = relay = _relay(limiter, backends, settings, availability, metrics, revoked=revoked)
     limits = settings.relay
+    app[TRUSTED_PROXIES] = trusted_proxies = parse_networks("relay.trusted_proxies", limits.trusted_proxies)
+    app[INSIDE_NETWORKS] = parse_networks("relay.inside_networks", limits.inside_networks)
     app[ADDRESS_RATE_LIMIT] = AddressRateLimit(
         limits.rate_per_min_per_address,
         exempt=parse_networks("relay.exempt_networks", limits.exempt_networks),
-        trusted_proxies=parse_networks("relay.trusted_proxies", limits.trusted_proxies),
+        trusted_proxies=trusted_proxies,
         on_limited=metrics.address_limited,
     )
     app[MODELS] = Models(backends)
@@ -212,6 +222,6 @@ _ROUTES: list[tuple[str, str, Handler]] = [
     ("GET", "/v1/credits", show_credits),
     ("GET", "/healthz", show_health),
     ("GET", "/readyz", show_readiness),
-    ("GET", "/metrics", show_metrics),
+    ("GET", "/metrics", show_metrics_inside),
     ("GET", "/openapi.json", show_openapi),
 ]

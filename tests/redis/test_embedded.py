@@ -213,3 +213,33 @@ async def test_embedded_when_its_aof_is_damaged_then_the_error_shows_the_end_of_
         await connect(f"embedded:{folder}")
     with suppress(FileNotFoundError):
         aof.unlink()
+
+
+def test_folder_when_it_exists_and_is_open_to_others_then_it_is_closed_and_so_is_all_that_is_written(
+    folder: Path,
+) -> None:
+    folder.mkdir()
+    folder.chmod(0o755)
+    lease = embedded.start_or_join(folder)
+    embedded.stop_if_last(lease)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    written = list((folder / "appendonlydir").rglob("*"))
+    assert written
+    assert not [path for path in (folder / "appendonlydir", *written) if path.stat().st_mode & 0o077]
+
+
+def test_folder_when_it_is_shared_with_other_users_then_it_is_refused_and_stays_as_it_is(folder: Path) -> None:
+    folder.mkdir()
+    folder.chmod(0o1777)
+    with pytest.raises(SettingsError, match="open to other users, and shared"):
+        embedded.start_or_join(folder)
+    assert folder.stat().st_mode & 0o7777 == 0o1777
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to somebody else")
+def test_folder_when_it_is_another_users_then_it_is_refused(folder: Path) -> None:
+    folder.mkdir()
+    folder.chmod(0o755)
+    os.chown(folder, 65534, 65534)
+    with pytest.raises(SettingsError, match="open to other users, and not yours"):
+        embedded.start_or_join(folder)

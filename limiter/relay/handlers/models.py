@@ -17,6 +17,7 @@ from limiter.relay.upstream.client import BackendClient
 from limiter.relay.upstream.response import BackendFailed
 
 _FRESH_S = 30  # a client that polls must not make the relay poll with the operator's key
+_FAILED_S = 5  # the same while no backend lists any
 _TIMEOUT_S = 10
 _MAX_LIST_BYTES = 4 << 20
 
@@ -35,12 +36,12 @@ class Model:
 
 
 class Models:
-    """The available models, cached for a short time. Concurrent requests share one query of the backends."""
+    """The available models, or their absence, cached for a short time. Concurrent requests share one query."""
 
     def __init__(self, backends: Mapping[Backend, BackendClient]) -> None:
         self._backends = backends
         self._lock = asyncio.Lock()
-        self._list: Sequence[Model] = ()
+        self._list: Sequence[Model] | None = None
         self._fresh_until_s = 0.0
 
     async def current(self) -> Sequence[Model]:
@@ -48,14 +49,18 @@ class Models:
         async with self._lock:
             if time.monotonic() >= self._fresh_until_s:
                 self._list = await self._query()
-                self._fresh_until_s = time.monotonic() + _FRESH_S
-            return self._list
+                self._fresh_until_s = time.monotonic() + (_FAILED_S if self._list is None else _FRESH_S)
+        if self._list is None:
+            detail = "No backend lists its models at the moment."
+            problem = Problem(502, "backend_unavailable", "Backend unavailable", detail, retry_after_s=_FAILED_S)
+            raise ProblemRaised(problem)
+        return self._list
 
-    async def _query(self) -> Sequence[Model]:
+    async def _query(self) -> Sequence[Model] | None:
+        """Return the models of all backends; None if all fail."""
         lists = await asyncio.gather(*(_query_models(client) for client in self._backends.values()))
         if all(models is None for models in lists):
-            detail = "No backend lists its models at the moment."
-            raise ProblemRaised(Problem(502, "backend_unavailable", "Backend unavailable", detail, retry_after_s=1))
+            return None
         mapped = [Model(name, 0, "operator") for client in self._backends.values() for name in client.models]
         merged: dict[str, Model] = {}
         for model in [*mapped, *(model for models in lists for model in models or ())]:

@@ -187,7 +187,8 @@ SCHEMAS: dict[str, Schema] = {
     "Models": _object({"object": {"const": "list"}, "data": {"type": "array", "items": ref("Model")}}),
     "Health": _object({"status": {"const": "ok"}}),
     "Readiness": _object(
-        {"status": {"enum": ["ready", "unmetered", "not ready"]}, "redis": _TEXT, "backends": {"type": "object"}}
+        {"status": {"enum": ["ready", "unmetered", "not ready"]}, "redis": _TEXT, "backends": {"type": "object"}},
+        required=["status"],
     ),
 }
 HEADERS: Schema = {

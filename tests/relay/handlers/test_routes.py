@@ -2,17 +2,20 @@
 
 import asyncio
 import gzip
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
 from typing import Any
 
 import openai
 import orjson
 import pytest
 
+from limiter import CreditLimiter, connect
 from limiter.config.loader import load_settings
 from limiter.relay.process.relay_process import open_backends
 from tests.support.openai_backend import CHUNK, Backend
-from tests.support.redis_servers import free_port
+from tests.support.redis_servers import Server, free_port
 from tests.support.relay import CHAT, ONE_SERVER, Answer, RunningRelay, StartRelay, client_of, new_install, tiers
 from tests.support.wait import eventually
 
@@ -85,15 +88,36 @@ async def test_models_when_a_backend_fails_then_it_is_left_out(
     assert ids(await models_of(relay)) == ["here"]
 
 
-async def test_models_when_all_backends_fail_then_502_and_the_next_request_queries_them_again(
-    start_relay: StartRelay, gemini: Backend
+async def test_models_when_all_backends_fail_then_502_and_they_are_queried_again_after_seconds(
+    start_relay: StartRelay, gemini: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("limiter.relay.handlers.models._FAILED_S", 1)
     relay = await start_relay(client_of("gemini", gemini.url, models={"recap": "x"}))
     gemini.always = "status:500"
     answer = await models_of(relay)
     assert (answer.status, answer.code, answer.headers["Retry-After"]) == (502, "backend_unavailable", "1")
     gemini.always = ""
+    assert (await models_of(relay)).status == 502
+
+    async def are_listed() -> bool:
+        return (await models_of(relay)).status == 200
+
+    await eventually(are_listed)
     assert ids(await models_of(relay)) == ["recap", "m"]
+    assert len(gemini.seen) == 2
+
+
+async def test_models_when_backends_hang_then_all_who_wait_share_one_failure(
+    start_relay: StartRelay, gemini: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("limiter.relay.handlers.models._TIMEOUT_S", 0.5)
+    gemini.always = "wait"
+    relay = await start_relay(client_of("gemini", gemini.url))
+    began_s = time.monotonic()
+    answers = await asyncio.gather(*(models_of(relay) for _ in range(6)))
+    assert {answer.status for answer in answers} == {502}
+    assert time.monotonic() - began_s < 2
+    assert len(gemini.seen) == 1
 
 
 async def test_models_when_requested_often_then_the_backend_is_queried_once(
@@ -391,3 +415,36 @@ async def test_fallback_when_gemini_cannot_be_reached_then_every_route_is_served
 
     assert [backend async for backend in each()] == ["hardware"] * 3
     assert await relay.spent() == (3, 0)
+
+
+# What only the operator's networks see
+
+
+@pytest.mark.parametrize(
+    ("client", "sees"),
+    [("203.0.113.5", False), ("2001:db8::1", False), ("10.1.2.3", True), ("192.168.7.8", True), ("fd00::1", True)],
+)
+async def test_metrics_and_readiness_when_a_client_asks_then_only_one_inside_sees_more_than_a_status(
+    start_relay: StartRelay, gemini: Backend, client: str, sees: bool
+) -> None:
+    relay = await start_relay(client_of("gemini", gemini.url), trusted_proxies=["127.0.0.1"])
+    metrics = await relay.send("GET", "/metrics", X_Forwarded_For=client)
+    assert (metrics.status, b"limiter_" in metrics.body) == ((200, True) if sees else (404, False))
+    ready = await relay.send("GET", "/readyz", X_Forwarded_For=client)
+    assert ready.status == 200
+    assert sees or ready.document == {"status": "ready"}
+    assert ("backends" in ready.document) == sees
+
+
+async def test_readiness_when_a_client_outside_asks_during_an_outage_then_it_is_a_bare_503(
+    start_relay: StartRelay, gemini: Backend, own_server: Callable[..., Server], closing: AsyncExitStack
+) -> None:
+    server = own_server()
+    redis = await connect(server.url, timeout_ms=200)
+    closing.push_async_callback(redis.aclose)
+    relay = await start_relay(
+        client_of("gemini", gemini.url), on=CreditLimiter(redis, tiers(lifetime=9), timeout_ms=200), inside_networks=[]
+    )
+    server.kill()
+    ready = await relay.send("GET", "/readyz")
+    assert (ready.status, ready.document) == (503, {"status": "not ready"})
