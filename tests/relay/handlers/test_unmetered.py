@@ -208,7 +208,7 @@ async def test_hardware_when_it_fails_too_then_502_and_the_relay_is_not_ready(no
     relay = node.relay
     await node.lose_redis()
     for _ in range(3):
-        answer = await relay.ask("status:500")
+        answer = await relay.ask("status:500", headers={"X-Install-Id": new_install()})  # one alone opens no breaker
         assert (answer.status, answer.code) == (502, "backend_unavailable")
     ready = await relay.send("GET", "/readyz?unmetered=1")
     assert (ready.status, ready.document["status"]) == (503, "not ready")

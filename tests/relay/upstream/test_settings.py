@@ -370,9 +370,9 @@ async def test_backends_when_their_settings_say_so_then_they_have_timeouts_break
         assert client.model("recap") == "hang"
         for _ in range(2):
             with pytest.raises(BackendFailed, match="in time"):
-                await client.send("embeddings", {}, b'{"model": "hang"}')
+                await client.send("embeddings", {}, b'{"model": "hang"}', install_id="one")
         with pytest.raises(BackendFailed, match="is not called for now") as raised:
-            await client.send("embeddings", {}, b'{"model": "m"}')
+            await client.send("embeddings", {}, b'{"model": "m"}', install_id="one")
         assert raised.value.problem.retry_after_s in (76, 77)
 
 
