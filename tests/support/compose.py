@@ -95,7 +95,7 @@ class Fleet:
         value = value.replace("/data/", f"{self.folder / name}/")
         if name in self.ports and value == "8080":
             return str(self.ports[name])
-        return value.replace("172.30.77.0/24", "127.0.0.1/32")
+        return value.replace("172.30.77.250", "127.0.0.1")
 
     def _server(self, service: Service) -> list[str]:
         shell, option, script = service["command"]
@@ -124,7 +124,7 @@ class Fleet:
         paths = "".join(f"{kind}_temp_path {place / kind};\n" for kind in _TEMP_FOLDERS)
         (place / "nginx.conf").write_text(
             f"daemon off; pid {place / 'pid'}; error_log stderr;\n"
-            f"events {{}}\nhttp {{ access_log off;\n{paths}include {place / 'default.conf'};\n}}\n"
+            f"events {{ worker_connections 1024; }}\nhttp {{ access_log off;\n{paths}include {place / 'default.conf'};\n}}\n"
         )
         assert _NGINX
         return [_NGINX, "-p", str(place), "-e", "stderr", "-c", str(place / "nginx.conf")]

@@ -193,3 +193,36 @@ async def test_the_persister_writes_what_the_relays_debited_and_every_service_st
     assert codes == dict.fromkeys(codes, 0), running.log("persister")
     rows = json.loads((running.folder / "persister" / "credits.json").read_text())["rows"]
     assert rows[install_id]["lifetime_consumed"] == 1
+
+
+async def test_nginx_refuses_the_requests_of_an_address_that_has_too_many_under_way(
+    fleet: tuple[Fleet, Backend],
+) -> None:
+    running, backend = fleet
+    install_ids = [str(uuid.uuid4()) for _ in range(60)]  # each runs as many as its tier allows
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+
+        async def ask(install_id: str) -> tuple[int, dict[str, str], bytes]:
+            url, headers = f"{running.url}/v1/chat/completions", {"X-Install-Id": install_id}
+            async with session.post(url, json=_question("wait"), headers=headers) as answer:
+                return answer.status, dict(answer.headers), await answer.read()
+
+        asked = [asyncio.create_task(ask(install_id)) for install_id in install_ids * 4]
+        await eventually(lambda: sum(task.done() for task in asked) >= 240 - 128, what="refusals")
+        await eventually(lambda: len(backend.seen) == 128, what="what is not refused")
+        backend.go_on.set()
+        answers = await asyncio.gather(*asked)
+    assert sorted(status for status, _, _ in answers) == [200] * 128 + [429] * 112
+    _, headers, body = next(answer for answer in answers if answer[0] == 429)
+    assert headers["Retry-After"] == "1"
+    assert json.loads(body)["error"]["code"] == "rate_limited"
+
+
+def test_every_service_of_the_file_has_no_rights_that_it_does_not_need_and_a_limit_of_memory() -> None:
+    services = yaml.safe_load(compose_config({"REDIS_PASSWORD": PASSWORD}, "--profile", "cluster").stdout)["services"]
+    for name, service in services.items():
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["read_only"], name
+        assert service["mem_limit"], name
+    assert "127.0.0.1" in str(services["load-balancer"]["ports"])
