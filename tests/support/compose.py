@@ -124,7 +124,8 @@ class Fleet:
         paths = "".join(f"{kind}_temp_path {place / kind};\n" for kind in _TEMP_FOLDERS)
         (place / "nginx.conf").write_text(
             f"daemon off; pid {place / 'pid'}; error_log stderr;\n"
-            f"events {{ worker_connections 1024; }}\nhttp {{ access_log off;\n{paths}include {place / 'default.conf'};\n}}\n"
+            f"events {{ worker_connections 1024; }}\n"
+            f"http {{ access_log off;\n{paths}include {place / 'default.conf'};\n}}\n"
         )
         assert _NGINX
         return [_NGINX, "-p", str(place), "-e", "stderr", "-c", str(place / "nginx.conf")]
