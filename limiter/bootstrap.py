@@ -29,6 +29,7 @@ async def open_limiter(settings: Settings) -> AsyncIterator[CreditLimiter]:
             timeout_ms=settings.redis.timeout_ms,
             deadline_ms=_ATTEMPTS_IN_A_DEADLINE * settings.redis.timeout_ms,
             deny_cache_ms=settings.redis.deny_cache_ms,
+            enforces_bounds=settings.relay.bounds == "enforce",
         )
     finally:
         await redis.aclose()

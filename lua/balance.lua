@@ -1,6 +1,6 @@
 #!lua flags=no-writes
 -- Returns what a tier has left on a row, as if it were rolled over now. It writes nothing and creates nothing.
--- Reply: {status, reason, backend, remaining, gemini_remaining, held, renews_ms, last_renewal_at, now_ms}
+-- Reply: {status, reason, backend, remaining, gemini_remaining, held, renews_ms, last_renewal_at, now_ms, 0}
 --   status: KNOWN | UNKNOWN_INSTALL (no row: what a new one would have); reason and backend are ""
 local KEYS, ARGV = KEYS, ARGV -- to look up a global costs as much as three sums
 local row_key    = KEYS[1]            -- hash; its fields are listed in include/row.lua
@@ -11,11 +11,11 @@ local now_arg    = ARGV[4]            -- int, epoch milliseconds; "" for the ser
 if counter ~= "lifetime" and counter ~= "monthly" then
   return redis.error_reply("BADARG balance wants a counter, lifetime or monthly")
 end
-local hold_field, status, backend, reason = "hold:", "KNOWN", "", ""
+local hold_field, status, backend, reason, rate_wait = "hold:", "KNOWN", "", "", 0
 --@include clock -> now_ms
 --@include bad_row -> bad_row
---@include row -> f, lifetime, lifetime_gemini, monthly, monthly_gemini, began, anniversary_day, held, hold, renews_ms,
---  created, changes
+--@include row -> f, lifetime, lifetime_gemini, monthly, monthly_gemini, began, anniversary_day, held, hold, flow,
+--  renews_ms, created, changes
 if not renews_ms then
 --@include now_iso -> now_iso
 --@include calendar -> civil, renewal_ms

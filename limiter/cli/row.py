@@ -1,6 +1,7 @@
 """`limiter row`: shows the row of one install."""
 
 import time
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -12,6 +13,8 @@ from limiter.cli._console import OUT, ConfigOption, JsonOption, RedisOption, pri
 from limiter.config.settings import Settings
 from limiter.credits.models import Balance, Row
 from limiter.errors import LimiterError
+
+_LEAVE_MS = 60 * 60 * 1000  # a free leave is there again after it
 
 
 def row(
@@ -62,6 +65,11 @@ def _document(row: Row, balances: list[Balance]) -> dict[str, object]:
             }
             for hold in row.holds
         ],
+        "flow": None if row.flow is None else asdict(row.flow),
+        "streams": [{"hold_id": mark.name, "lease_ends_at": iso_from_ms(mark.until_ms)} for mark in row.streams],
+        "left": [
+            {"request": mark.name, "until": iso_from_ms(mark.until_ms), "retries": mark.retries} for mark in row.left
+        ],
     }
 
 
@@ -84,6 +92,15 @@ def _print(row: Row, balances: list[Balance]) -> None:
         left_s = (hold.expires_ms - now_ms) / 1000
         state = f"expires in {left_s:.0f} s" if left_s > 0 else "expired: it can still be committed for an hour"
         OUT.print(f"\nhold {hold.hold_id}: {hold.cost} of {hold.tier} on {hold.backend}, {state}", markup=False)
+    for mark in row.streams:
+        left_s = (mark.until_ms - now_ms) / 1000
+        state = f"in flight, its lease ends in {left_s:.0f} s" if left_s > 0 else "not in flight: its lease has ended"
+        OUT.print(f"\nstream {mark.name}: {state}", markup=False)
+    if row.flow is not None and row.flow.rate_until_ms > now_ms:
+        OUT.print(f"\nrate: used up to {(row.flow.rate_until_ms - now_ms) / 1000:.1f} s ahead", markup=False)
+    if row.flow is not None and row.flow.left_until_ms > now_ms:
+        leaves = -(-(row.flow.left_until_ms - now_ms) // _LEAVE_MS)
+        OUT.print(f"\nfree leaves: {leaves} used", markup=False)
 
 
 def _count(left: int | None, limit: int | None) -> str:

@@ -22,9 +22,9 @@ Values = dict[str, Any]  # a TOML document
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9.-]+(:[0-9]{1,5})?|[a-z]+://\[[0-9a-f:]+\](:[0-9]{1,5})?")
 
 DEFAULT_TIERS: Values = {
-    "core": {"lifetime": 50, "gemini_cap": 20, "max_in_flight": 4},
-    "pro": {"monthly": 1000, "gemini_cap": 400, "max_in_flight": 16},
-    "max": {"gemini_cap": 2000, "max_in_flight": 32},
+    "core": {"lifetime": 50, "gemini_cap": 20, "max_in_flight": 4, "rate_per_min": 60, "burst": 60},
+    "pro": {"monthly": 1000, "gemini_cap": 400, "max_in_flight": 16, "rate_per_min": 240, "burst": 120},
+    "max": {"gemini_cap": 2000, "max_in_flight": 32, "rate_per_min": 600, "burst": 300},
 }
 
 
@@ -194,6 +194,9 @@ class TierSettings(_Section):
     max_n: Whole = Field(default=4, ge=0, le=1_000_000)
     max_inputs: Whole = Field(default=256, ge=0, le=4096)
     max_output_tokens: Whole = Field(default=32_768, ge=0, le=1_000_000_000)
+    rate_per_min: Whole | None = None
+    burst: Whole | None = None
+    free_leaves: Whole | None = 5
 
 
 class Settings(BaseSettings):

@@ -19,10 +19,12 @@ from limiter.credits.models import (
     Backend,
     Balance,
     Decision,
+    Leave,
     PutStatus,
     Row,
     Settlement,
     SettlementStatus,
+    StreamStatus,
     Tiers,
 )
 from limiter.credits.rows import read_row
@@ -46,6 +48,8 @@ class CreditLimiter:
         deadline_ms: bounds a whole call with its retries.
         deny_cache_ms: how long a refusal for lack of credits is repeated without a call to Redis. A change made through
             this limiter is seen at once, one made elsewhere up to this much later.
+        enforces_bounds: whether a tier's rate refuses, and leaves that are not free are debited. If not, only
+            `Decision.rate_wait_ms` and `Settlement.is_beyond` say what would have been.
     """
 
     def __init__(
@@ -59,9 +63,11 @@ class CreditLimiter:
         timeout_ms: int = 1000,
         deadline_ms: int = 3000,
         deny_cache_ms: int = 0,
+        enforces_bounds: bool = True,
     ) -> None:
         self.tiers = tiers
         self.hold_ms = hold_ms
+        self.enforces_bounds = enforces_bounds
         self.session = Session(redis, prefix=prefix, clock=clock, timeout_ms=timeout_ms, deadline_ms=deadline_ms)
         self._scripts = self.session.scripts()
         self._denial_cache = DenialCache(deny_cache_ms, clock)
@@ -103,15 +109,24 @@ class CreditLimiter:
                 cost=cost,
                 hold_ms=self.hold_ms,
                 may_create=may_create,
+                enforces_rate=self.enforces_bounds,
                 now_ms=self.session.now_ms(),
             ),
             hold_id=hold,
         )
 
     async def commit(
-        self, install_id: str, hold_id: str, *, backend: Backend | None = None, cost: int | None = None
+        self,
+        install_id: str,
+        hold_id: str,
+        *,
+        backend: Backend | None = None,
+        cost: int | None = None,
+        stream_ms: int | None = None,
     ) -> Settlement:
         """Turn a hold into a debit, with the backend and cost passed or else with those held.
+
+        stream_ms: for a stream that still runs, the lease for which it stays in flight; end it with `end_stream`.
 
         Returns COMMITTED; LATE if the hold had expired, debited all the same; or GONE if there is no such hold, as for
         the second of two commits. Raises InvalidInstallId, BrokenRow, LimiterUnavailable.
@@ -129,6 +144,51 @@ class CreditLimiter:
                     hold_id=hold,
                     backend=backend,
                     cost=cost,
+                    lifetime_tiers=self.tiers.lifetime_names,
+                    mark_ms=stream_ms,
+                    now_ms=self.session.now_ms(),
+                ),
+                when_overloaded=True,
+            )
+        finally:
+            self._denial_cache.invalidate(key)
+
+    async def renew_stream(self, install_id: str, hold_id: str, *, stream_ms: int) -> StreamStatus:
+        """Renew the lease of a stream that still runs. Return RENEWED, or GONE if it is in flight no more.
+
+        Raises as `commit`.
+        """
+        key = self.session.keys.install(install_id)
+        hold = _checked_hold_id(hold_id)
+        return await self.session.retry(
+            lambda: self._scripts.stream(key, hold_id=hold, lease_ms=stream_ms, now_ms=self.session.now_ms())
+        )
+
+    async def end_stream(self, install_id: str, hold_id: str) -> StreamStatus:
+        """End a stream, which is then in flight no more. Return ENDED, or GONE. Raises as `commit`."""
+        key = self.session.keys.install(install_id)
+        hold = _checked_hold_id(hold_id)
+        return await self.session.retry(
+            lambda: self._scripts.stream(key, hold_id=hold, lease_ms=0, now_ms=self.session.now_ms()),
+            when_overloaded=True,
+        )
+
+    async def leave(self, install_id: str, hold_id: str, *, tier: str, leave: Leave) -> Settlement:
+        """Release the hold of a request that its client left while a backend worked for it, or debit it.
+
+        Returns RELEASED for one of the tier's free leaves; else COMMITTED or LATE; or GONE. Raises as `commit`.
+        """
+        limits = self.tiers[tier]
+        key = self.session.keys.install(install_id)
+        hold = _checked_hold_id(hold_id)
+        try:
+            return await self.session.retry(
+                lambda: self._scripts.leave(
+                    key,
+                    hold_id=hold,
+                    leave=leave,
+                    tier=limits,
+                    enforces=self.enforces_bounds,
                     lifetime_tiers=self.tiers.lifetime_names,
                     now_ms=self.session.now_ms(),
                 ),
@@ -178,6 +238,7 @@ class CreditLimiter:
                 cost=cost,
                 lifetime_tiers=self.tiers.lifetime_names,
                 may_create=may_create,
+                enforces_rate=self.enforces_bounds,
                 now_ms=self.session.now_ms(),
             ),
             when_unknown=False,

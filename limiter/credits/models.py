@@ -20,7 +20,10 @@ MAX_COUNT = 2**53 - 1  # the largest integer that Lua counts to
 MAX_COST = 1_000_000  # keeps a hold's text within a listpack's 64 bytes
 CORE = "core"  # the tier of installs without a licence, and of every new row
 TIER_NAME = re.compile(r"[A-Za-z0-9_-]{1,20}", re.ASCII)
-_TIER_KEYS = frozenset({"lifetime", "monthly", "gemini_cap", "max_in_flight"})
+MAX_RATE_PER_MIN = 60_000  # a rate counts in whole milliseconds
+MAX_BURST = 1_000_000
+MAX_FREE_LEAVES = 100_000
+_TIER_KEYS = frozenset({"lifetime", "monthly", "gemini_cap", "max_in_flight", "rate_per_min", "burst", "free_leaves"})
 
 
 class DecisionStatus(StrEnum):
@@ -42,6 +45,14 @@ class SettlementStatus(StrEnum):
     GONE = "GONE"
 
 
+class StreamStatus(StrEnum):
+    """The result of renewing or ending the mark of a stream."""
+
+    RENEWED = "RENEWED"
+    ENDED = "ENDED"
+    GONE = "GONE"
+
+
 class PutStatus(StrEnum):
     """The result of put_row or create_rows for a row."""
 
@@ -53,23 +64,49 @@ class PutStatus(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why a request is DENIED. The first two reasons last; the others pass when a hold is settled."""
+    """Why a request is DENIED. The first two reasons last; the others pass with time, or when a hold is settled."""
 
     OUT_OF_CREDITS = "out_of_credits"
     GEMINI_CAP = "gemini_cap_exceeded_no_hardware"
     CREDITS_IN_FLIGHT = "credits_in_flight"
     TOO_MANY_IN_FLIGHT = "too_many_in_flight"
+    RATE_LIMITED = "rate_limited"
 
 
 @dataclass(frozen=True, slots=True)
 class Tier:
-    """One tier's limits, in credits; None means no limit."""
+    """One tier's limits; None means no limit.
+
+    Args:
+        name: the tier's.
+        counter: what the quota counts.
+        quota: credits.
+        gemini_cap: those of them that may be spent on Gemini.
+        max_in_flight: requests under way at once: live holds, and streams that still run.
+        rate_per_min: requests a minute.
+        burst: how many of them may come at once; as many as in a minute by default.
+        free_leaves: requests that a client may leave while a backend works for them, before leaves are debited; one
+            more is free each hour.
+    """
 
     name: str
     counter: Counter
     quota: int | None
     gemini_cap: int | None
     max_in_flight: int | None
+    rate_per_min: int | None = None
+    burst: int | None = None
+    free_leaves: int | None = None
+
+    @property
+    def rate_ms(self) -> int | None:
+        """What a request takes of the rate, in milliseconds, rounded up; None without a rate."""
+        return -(-60_000 // self.rate_per_min) if self.rate_per_min else None
+
+    @property
+    def burst_ms(self) -> int | None:
+        """What a burst takes of the rate, in milliseconds; None without a rate."""
+        return None if self.rate_ms is None else self.rate_ms * (self.burst or self.rate_per_min or 1)
 
 
 class Tiers(Mapping[str, Tier]):
@@ -125,15 +162,19 @@ def _tier(name: str, limits: Mapping[str, object]) -> Tier:
         quota=monthly if lifetime is None else lifetime,
         gemini_cap=_limit(name, limits, "gemini_cap"),
         max_in_flight=_limit(name, limits, "max_in_flight", least=1),
+        rate_per_min=_limit(name, limits, "rate_per_min", most=MAX_RATE_PER_MIN) or None,
+        burst=_limit(name, limits, "burst", most=MAX_BURST) or None,
+        free_leaves=_limit(name, limits, "free_leaves", most=MAX_FREE_LEAVES),
     )
 
 
-def _limit(name: str, limits: Mapping[str, object], key: str, least: int = 0) -> int | None:
+def _limit(name: str, limits: Mapping[str, object], key: str, *, least: int = 0, most: int = MAX_COUNT) -> int | None:
     value = limits.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MAX_COUNT:
-        raise SettingsError(f"tier {name!r}: {key} is {value!r}, want an integer of {least} or more")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        want = f"of {least} or more" if most == MAX_COUNT else f"from {least} to {most:,}"
+        raise SettingsError(f"tier {name!r}: {key} is {value!r}, want an integer {want}")
     return value
 
 
@@ -185,7 +226,8 @@ class Balance(NamedTuple):
 class Decision(NamedTuple):
     """The answer to reserve or debit. `backend` is set if allowed, `reason` if denied.
 
-    from_memory: decided by the denial cache, without a call to Redis.
+    from_memory: decided by the denial cache, without a call to Redis. rate_wait_ms: how long until the tier's rate has
+    room for this request; above 0 if it was refused for that, or would have been if the rate was enforced.
     """
 
     status: DecisionStatus
@@ -194,6 +236,7 @@ class Decision(NamedTuple):
     hold_id: str
     balance: Balance
     from_memory: bool = False
+    rate_wait_ms: int = 0
 
     @property
     def allowed(self) -> bool:
@@ -205,12 +248,59 @@ _ALLOWING = frozenset({DecisionStatus.ALLOWED, DecisionStatus.REPLAY, DecisionSt
 
 
 class Settlement(NamedTuple):
-    """The result of commit: COMMITTED, LATE or GONE, and what was debited (`cost` is 0 if GONE)."""
+    """The result of commit or leave: its status, and what was debited (`cost` is 0 if nothing was).
+
+    is_beyond: it is a leave that is not free, whether or not it was debited.
+    """
 
     status: SettlementStatus
     tier: str | None = None
     backend: Backend | None = None
     cost: int = 0
+    is_beyond: bool = False
+
+
+class Leave(NamedTuple):
+    """What is known of a request whose client left while a backend worked for it.
+
+    Args:
+        backend: the one that did.
+        request: what the retries of the request have in common, of 1 to 40 characters; None if they are not recognised.
+        is_retry: whether it may itself be such a retry.
+    """
+
+    backend: Backend | None = None
+    request: str | None = None
+    is_retry: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """What bounds an install beside its credits, as the row sums it up. Times are epoch milliseconds.
+
+    Args:
+        rate_until_ms: until when its rate is used up.
+        left_until_ms: until when its free leaves are used up.
+        marks: streams that run.
+        recount_ms: when these are counted again; 0: there is nothing to count.
+    """
+
+    rate_until_ms: int
+    left_until_ms: int = 0
+    marks: int = 0
+    recount_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A committed stream that still runs, or a request that its client left, until `until_ms` (epoch milliseconds).
+
+    retries: how many retries of a left request were left, too.
+    """
+
+    name: str
+    until_ms: int
+    retries: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +351,9 @@ class Row:
     last_active_at: IsoTime
     extra: JsonObject = field(default="", kw_only=True)  # the last one: it alone may have line ends
     holds: tuple[HeldCredits, ...] = field(default=(), compare=False, kw_only=True)
+    flow: Flow | None = field(default=None, compare=False, kw_only=True)
+    streams: tuple[Mark, ...] = field(default=(), compare=False, kw_only=True)
+    left: tuple[Mark, ...] = field(default=(), compare=False, kw_only=True)
 
     def as_dict(self) -> dict[str, object]:
         """Return the row as credits.json has it, in the old ledger's order of members; other members come last."""

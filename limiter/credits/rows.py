@@ -11,7 +11,7 @@ from redis.exceptions import RedisError
 
 from limiter._util.timestamps import is_canonical, ms_from_iso
 from limiter.credits.keys import Keys
-from limiter.credits.models import CORE, FIELDS, MAX_COUNT, FieldKind, HeldCredits, Row
+from limiter.credits.models import CORE, FIELDS, MAX_COUNT, FieldKind, Flow, HeldCredits, Mark, Row
 from limiter.credits.session import Session
 from limiter.errors import BrokenRow, LimiterUnavailable
 from limiter.redis.errors import translate_error
@@ -24,6 +24,8 @@ Values = list[bytes | None]  # of some of its fields
 _READ_S = 5.0
 _INTEGER = re.compile(r"\d{1,20}", re.ASCII)  # a bound, for Python does not convert thousands of digits
 _HOLD = re.compile(r"(gemini|hardware) (\S+) (lifetime|monthly) (\d{1,20}) (\d{1,20})", re.ASCII)
+_FLOW = re.compile(r"(\d{1,20})(?: (\d{1,20}) (\d{1,20}) (\d{1,20}))?", re.ASCII)
+_MARK = re.compile(r"(\d{1,20})(?: (\d{1,20}))?", re.ASCII)
 _COUNTS = range(MAX_COUNT + 1)
 _DAYS = range(1, 32)
 
@@ -103,7 +105,14 @@ def decode_row(keys: Keys, key: str, fields: Fields) -> Row:
     }
     values = {name: stored.value(name, kind, implied[kind]) for name, kind, _ in FIELDS}
     holds = tuple(stored.hold(name) for name in text if name.startswith("hold:"))
-    return Row(install_id=keys.install_id(key), **values, holds=holds)
+    return Row(
+        install_id=keys.install_id(key),
+        **values,
+        holds=holds,
+        flow=stored.flow(),
+        streams=tuple(stored.mark(name) for name in text if name.startswith("run:")),
+        left=tuple(stored.mark(name) for name in text if name.startswith("left:")),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +135,21 @@ class _RowFields:
             raise self._broken(name, "text like 'gemini pro monthly 1 1780000000000'")
         backend, tier, counter, cost, expires_ms = parts.groups()
         return HeldCredits(name.removeprefix("hold:"), backend, tier, counter, int(cost), int(expires_ms))
+
+    def flow(self) -> Flow | None:
+        if "flow" not in self.text:
+            return None
+        parts = _FLOW.fullmatch(self.text["flow"])
+        if parts is None:
+            raise self._broken("flow", "text like '1780000000000' or '1780000000000 1780000000000 2 1780000000000'")
+        return Flow(*(int(part or 0) for part in parts.groups()))
+
+    def mark(self, name: str) -> Mark:
+        parts = _MARK.fullmatch(self.text[name])
+        if parts is None:
+            raise self._broken(name, "text like '1780000000000'")
+        until_ms, retries = parts.groups()
+        return Mark(name.partition(":")[2], int(until_ms), int(retries or 0))
 
     def _broken(self, name: str, want: str) -> BrokenRow:
         return BrokenRow(self.key, f"field {name} is {self.text.get(name, '')[:80]!r}, want {want}")

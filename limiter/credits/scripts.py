@@ -17,11 +17,13 @@ from limiter.credits.models import (
     Balance,
     Decision,
     DecisionStatus,
+    Leave,
     PutStatus,
     Reason,
     Row,
     Settlement,
     SettlementStatus,
+    StreamStatus,
     Tier,
 )
 from limiter.redis.errors import translate_error
@@ -33,6 +35,7 @@ T = TypeVar("T")
 PutMode = Literal["create", "replace", "merge"]
 _DECIDED = {status.value.encode(): status for status in DecisionStatus}
 _SETTLED = {status.value.encode(): status for status in SettlementStatus}
+_STREAM = {status.value.encode(): status for status in StreamStatus}
 _PUT = {status.value.encode(): status for status in PutStatus}
 _REASON = {reason.value.encode(): reason for reason in Reason}
 _VALUES = attrgetter(*STORED_FIELDS)
@@ -61,6 +64,7 @@ class Scripts:
         cost: int,
         hold_ms: int,
         may_create: bool,
+        enforces_rate: bool,
         now_ms: int | None,
     ) -> Awaitable[Decision]:
         """Run reserve.lua."""
@@ -76,6 +80,9 @@ class Scripts:
             cost,
             hold_ms,
             int(may_create),
+            tier.rate_ms,
+            tier.burst_ms,
+            int(enforces_rate),
             now_ms,
         )
         return self._run("reserve", row_key, template.fill(row_key, hold_id), _decision, tier, hold_id)
@@ -90,6 +97,7 @@ class Scripts:
         cost: int,
         lifetime_tiers: str,
         may_create: bool,
+        enforces_rate: bool,
         now_ms: int | None,
     ) -> Awaitable[Decision]:
         """Run debit.lua."""
@@ -104,13 +112,16 @@ class Scripts:
             cost,
             lifetime_tiers,
             int(may_create),
+            tier.rate_ms,
+            tier.burst_ms,
+            int(enforces_rate),
             now_ms,
         )
         return self._run("debit", row_key, template.fill(row_key), _decision, tier, "")
 
     async def balance(self, row_key: str, *, tier: Tier, now_ms: int | None) -> Balance:
         """Run balance.lua."""
-        _, _, _, *left = await self.call("balance", row_key, tier.counter, tier.quota, tier.gemini_cap, now_ms)
+        _, _, _, *left, _ = await self.call("balance", row_key, tier.counter, tier.quota, tier.gemini_cap, now_ms)
         return _balance(tier, *left)
 
     def commit(
@@ -121,16 +132,49 @@ class Scripts:
         backend: Backend | None,
         cost: int | None,
         lifetime_tiers: str,
+        mark_ms: int | None,
         now_ms: int | None,
     ) -> Awaitable[Settlement]:
         """Run commit.lua."""
-        template = _template("commit", backend, cost, lifetime_tiers, now_ms)
+        template = _template("commit", backend, cost, lifetime_tiers, mark_ms, now_ms)
         return self._run("commit", row_key, template.fill(row_key, hold_id), _settlement)
 
     async def release(self, row_key: str, *, hold_id: str, now_ms: int | None) -> SettlementStatus:
         """Run release.lua."""
-        status, *_ = await self.call("release", row_key, hold_id, now_ms)
+        status, *_ = await self.call("release", row_key, hold_id, 0, None, None, 0, 0, None, None, now_ms)
         return _SETTLED[status]
+
+    async def leave(
+        self,
+        row_key: str,
+        *,
+        hold_id: str,
+        leave: Leave,
+        tier: Tier,
+        enforces: bool,
+        lifetime_tiers: str,
+        now_ms: int | None,
+    ) -> Settlement:
+        """Run release.lua for a leave."""
+        *settled, is_beyond = await self.call(
+            "release",
+            row_key,
+            hold_id,
+            1,
+            tier.free_leaves,
+            leave.request,
+            int(leave.is_retry),
+            int(enforces),
+            leave.backend,
+            lifetime_tiers,
+            now_ms,
+        )
+        return _settlement(settled)._replace(is_beyond=is_beyond == 1)
+
+    async def stream(self, row_key: str, *, hold_id: str, lease_ms: int, now_ms: int | None) -> StreamStatus:
+        """Run stream.lua. lease_ms: 0 ends the mark."""
+        status, *_ = await self.call("stream", row_key, hold_id, lease_ms, now_ms)
+        return _STREAM[status]
 
     async def put_row(self, row_key: str, row: Row, *, mode: PutMode, dry_run: bool = False) -> PutStatus:
         """Run put_row.lua. dry_run: only return what it would do."""
@@ -203,9 +247,11 @@ def _settlement(reply: list[Any]) -> Settlement:
 
 
 def _decision(reply: list[Any], tier: Tier, hold_id: str) -> Decision:
-    status, reason, backend, remaining, gemini_remaining, held, renews_ms, began_at, now_ms = reply
+    status, reason, backend, remaining, gemini_remaining, held, renews_ms, began_at, now_ms, rate_wait_ms = reply
     balance = _balance(tier, remaining, gemini_remaining, held, renews_ms, began_at, now_ms)
-    return Decision(_DECIDED[status], _REASON.get(reason), _BACKEND[backend], hold_id, balance)
+    return Decision(
+        _DECIDED[status], _REASON.get(reason), _BACKEND[backend], hold_id, balance, rate_wait_ms=rate_wait_ms
+    )
 
 
 def _balance(  # noqa: PLR0917  all that a reply says of it, in its order

@@ -36,6 +36,7 @@ from limiter.relay.metering.address_rate_limit import AddressRateLimit
 from limiter.relay.metering.admission import Admission
 from limiter.relay.metering.availability import RedisAvailability, WatchedLimiter
 from limiter.relay.metering.background_retries import BackgroundRetries
+from limiter.relay.metering.bounds import OverBounds
 from limiter.relay.metering.claims import Claims
 from limiter.relay.metering.idempotency import Idempotency
 from limiter.relay.metering.install_rate_limit import InstallRateLimit
@@ -103,6 +104,13 @@ def create_app(
         async with availability:
             yield
 
+    async def renew_streams(_app: web.Application) -> AsyncIterator[None]:
+        async with relay.settlements.renewing():
+            yield
+
+    async def end_no_leaves(_app: web.Application) -> None:
+        relay.settlements.stops = True  # what is cancelled from now on was not left by its client
+
     async def drain_settlements(_app: web.Application) -> AsyncIterator[None]:
         yield
         await relay.retries.drain(settings.relay.drain_s)
@@ -113,7 +121,8 @@ def create_app(
 
     if settings.licence.public_keys:  # without keys no licence is valid
         app.cleanup_ctx.append(watch_revoked)
-    app.cleanup_ctx.extend([watch_redis, drain_settlements])  # they end in reverse order
+    app.on_shutdown.append(end_no_leaves)
+    app.cleanup_ctx.extend([watch_redis, drain_settlements, renew_streams])  # they end in reverse order
     return app
 
 
@@ -128,6 +137,7 @@ def _relay(
 ) -> Relay:
     limits, idempotency = settings.relay, settings.idempotency
     watched = WatchedLimiter(limiter, availability)
+    over_bounds = OverBounds(metrics, enforces=limits.bounds == "enforce")
     retries = BackgroundRetries(availability, give_up_s=limiter.hold_ms / 1000)
     return Relay(
         tiers=limiter.tiers,
@@ -164,7 +174,8 @@ def _relay(
             counted=metrics.recorded,
         ),
         retries=retries,
-        settlements=Settlements(limiter, retries, metrics),
+        settlements=Settlements(limiter, retries, metrics, over_bounds),
+        over_bounds=over_bounds,
     )
 
 

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from redis.asyncio import Redis
 
 from limiter import CreditLimiter, DecisionStatus, Row, SettlementStatus, Tiers, connect
-from limiter.credits.models import Backend
+from limiter.credits.models import Backend, Leave
 from limiter.credits.scripts import PutMode
 from tests.support.credits import PATIENCE_MS, Clock, fields_of
 from tests.support.reference_model import ReferenceLimiter, iso, moment
@@ -45,6 +45,11 @@ small = st.integers(0, 12)
 quotas = st.sampled_from([0, 1, 3, 6, 9, 12, 20])
 caps = st.sampled_from([None, 0, 1, 2, 3, 5, 8])
 in_flight = st.one_of(st.none(), st.integers(1, 4))
+rates = st.sampled_from([None, None, 1, 7, 600])  # a minute
+bursts = st.sampled_from([None, 1, 2, 5])
+free_leaves = st.sampled_from([None, 0, 1, 2])
+leases = st.sampled_from([None, None, 90_000, HOLD_MS])
+leaves = st.builds(Leave, st.one_of(st.none(), backends), st.sampled_from([None, "r1", "r2"]), st.booleans())
 starts = st.sampled_from(
     [
         1_706_702_399_123,  # 2024-01-31T11:59:59.123Z: a 31st before a leap February
@@ -68,10 +73,10 @@ jumps = st.one_of(
 def limits(draw: st.DrawFn) -> Tiers:
     return Tiers.from_mapping(
         {
-            "core": {"lifetime": draw(quotas), "gemini_cap": draw(caps)},
+            "core": {"lifetime": draw(quotas), "gemini_cap": draw(caps), "free_leaves": draw(free_leaves)},
             "trial": {"lifetime": draw(quotas), "gemini_cap": draw(caps), "max_in_flight": draw(in_flight)},
             "pro": {"monthly": draw(quotas), "gemini_cap": draw(caps), "max_in_flight": draw(in_flight)},
-            "max": {"monthly": None, "gemini_cap": draw(caps)},
+            "max": {"gemini_cap": draw(caps), "rate_per_min": draw(rates), "burst": draw(bursts), "max_in_flight": 3},
         }
     )
 
@@ -149,21 +154,52 @@ class Credits(RuleBasedStateMachine):
         hold_id=hold_ids,
         backend=st.one_of(st.none(), backends),
         cost=st.one_of(st.none(), st.none(), costs),
+        stream_ms=leases,
     )
-    def commit(self, install: str, hold_id: str, backend: Backend | None, cost: int | None) -> None:
+    def commit(
+        self, *, install: str, hold_id: str, backend: Backend | None, cost: int | None, stream_ms: int | None
+    ) -> None:
         before = self.stored(install)
-        answer = self.run(self.limiter.commit(install, hold_id, backend=backend, cost=cost))
-        assert answer == self.reference.commit(install, hold_id, backend=backend, cost=cost)
+        settled = {"backend": backend, "cost": cost, "stream_ms": stream_ms}
+        answer = self.run(self.limiter.commit(install, hold_id, **settled))  # type: ignore[arg-type]  # each of its kind
+        assert answer == self.reference.commit(install, hold_id, **settled)  # type: ignore[arg-type]  # likewise
         if answer.status is SettlementStatus.GONE:
             assert self.stored(install) == before
         else:
             self.debited[install, before[f"hold:{hold_id}"].split()[2]] = answer.cost
 
-    @rule(install=installs, number=st.integers(0, 5), backend=st.one_of(st.none(), backends))
-    def commit_one_that_is_there(self, install: str, number: int, backend: Backend | None) -> None:
+    @rule(install=installs, number=st.integers(0, 5), backend=st.one_of(st.none(), backends), stream_ms=leases)
+    def commit_one_that_is_there(
+        self, install: str, number: int, backend: Backend | None, stream_ms: int | None
+    ) -> None:
+        hold_id = self.one_that_is_there(install, number)
+        self.commit(install=install, hold_id=hold_id, backend=backend, cost=None, stream_ms=stream_ms)
+
+    def one_that_is_there(self, install: str, number: int) -> str:
         account = self.reference.rows.get(install)
         there = sorted(account.holds) if account else []
-        self.commit(install, there[number % len(there)] if there else HOLD_IDS[0], backend=backend, cost=None)
+        return there[number % len(there)] if there else HOLD_IDS[0]
+
+    @rule(install=installs, number=st.integers(0, 5), tier=tier_names, leave=leaves)
+    def leave(self, install: str, number: int, tier: str, leave: Leave) -> None:
+        hold_id = self.one_that_is_there(install, number)
+        before = self.stored(install)
+        answer = self.run(self.limiter.leave(install, hold_id, tier=tier, leave=leave))
+        assert answer == self.reference.leave(install, hold_id, tier=tier, leave=leave)
+        if answer.status is SettlementStatus.GONE:
+            assert self.stored(install) == before
+        elif answer.status is not SettlementStatus.RELEASED:
+            self.debited[install, before[f"hold:{hold_id}"].split()[2]] = answer.cost
+
+    @rule(install=installs, hold_id=hold_ids, stream_ms=st.sampled_from([90_000, HOLD_MS]))
+    def renew_stream(self, install: str, hold_id: str, stream_ms: int) -> None:
+        answer = self.run(self.limiter.renew_stream(install, hold_id, stream_ms=stream_ms))
+        assert answer == self.reference.renew_stream(install, hold_id, stream_ms=stream_ms)
+
+    @rule(install=installs, hold_id=hold_ids)
+    def end_stream(self, install: str, hold_id: str) -> None:
+        answer = self.run(self.limiter.end_stream(install, hold_id))
+        assert answer == self.reference.end_stream(install, hold_id)
 
     @rule(install=installs, hold_id=hold_ids)
     def release(self, install: str, hold_id: str) -> None:
@@ -235,11 +271,12 @@ class Credits(RuleBasedStateMachine):
             return
         for install in INSTALLS:
             fields = self.stored(install)
-            held = fields.pop("held", None)
+            held, flow = fields.pop("held", None), fields.pop("flow", None)
             account = self.reference.rows.get(install)
             assert fields == (account.fields() if account else {})
             if account:
                 self.assert_held_sums_up(install, held)
+                self.assert_flow_sums_up(install, flow)
                 self.assert_conserved(install, fields)
 
     def assert_held_sums_up(self, install: str, text: str | None) -> None:
@@ -258,6 +295,16 @@ class Credits(RuleBasedStateMachine):
                 sum(held.cost for held in live if held.counter == "monthly"),
                 sum(held.cost for held in live if held.counter == "monthly" and held.backend == "gemini"),
             ]
+
+    def assert_flow_sums_up(self, install: str, text: str | None) -> None:
+        account, now_ms = self.reference.rows[install], self.clock.now_ms
+        rate_until_ms, left_until_ms, marks, recount_ms = map(int, [*(text or "0").split(), "0", "0", "0"][:4])
+        assert rate_until_ms == account.rate_until_ms
+        assert max(left_until_ms, now_ms) == max(account.left_until_ms, now_ms)
+        if recount_ms == 0 or recount_ms > now_ms:  # else the next reserve counts them
+            assert marks == sum(now_ms < until_ms for until_ms in account.streams.values())
+        if account.streams or account.left:
+            assert recount_ms > 0
 
     def assert_conserved(self, install: str, fields: dict[str, str]) -> None:
         """What a row has consumed is what was debited: ever, and in this billing period."""

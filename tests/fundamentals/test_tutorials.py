@@ -19,6 +19,7 @@ VARYING = (
     (r"\b[0-9a-f]{32}\b", "ID"),
     (r'"created":\d+', '"created":0'),
     (r"(anniversary_day\s+)\d+", r"\1DAY"),
+    (r"(flow\s+)\d+", r"\1UNTIL"),
     (r"127\.0\.0\.1:\d+", "RELAY"),
     (r"data in \S+", "data in FOLDER"),
 )

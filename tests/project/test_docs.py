@@ -84,7 +84,15 @@ def test_row_table_names_every_field_that_a_row_has() -> None:
     from limiter.credits.models import ROW_MEMBERS  # noqa: PLC0415  a table of the module
 
     documented = {field for row in table("row.md", "field") for field in words(row[0])}
-    assert documented == {*ROW_MEMBERS, "held", "hold:<hold_id>", "extra"} - {"install_id"}
+    assert documented == {
+        *ROW_MEMBERS,
+        "held",
+        "hold:<hold_id>",
+        "flow",
+        "run:<hold_id>",
+        "left:<request>",
+        "extra",
+    } - {"install_id"}
 
 
 def test_ledger_page_names_every_member_of_a_row() -> None:
@@ -105,6 +113,7 @@ def exposed() -> dict[str, set[str]]:
     metrics.answered(Answered("GET", "/", 200, 0.1, 0.1))
     metrics.decided("ALLOWED", None, "core")
     metrics.settled("commit", "COMMITTED", backend="gemini", credits_=1)
+    metrics.released("left")
     metrics.backend_called("gemini", "served")
     metrics.recorded("kept")
     metrics.over_bound("max_n")

@@ -15,6 +15,7 @@ from limiter import CreditLimiter, DecisionStatus, PutStatus, Row, SettlementSta
 from limiter.backup.lease import Lease, LeaseStatus
 from limiter.backup.prune import NoteStatus, PruneNotes, Pruner, PruneStatus
 from limiter.credits.keys import Keys
+from limiter.credits.models import Leave, StreamStatus
 from limiter.licences.revocations import Revocations, RevocationStatus
 from limiter.licences.seats import Seats, SeatStatus
 from limiter.redis.lua_source import compose, script_names
@@ -44,6 +45,7 @@ LUA_WORDS = frozenset(
 STATUSES = (
     DecisionStatus,
     SettlementStatus,
+    StreamStatus,
     PutStatus,
     ClaimStatus,
     SeatStatus,
@@ -92,9 +94,22 @@ def bindings(name: str) -> Iterator[Binding]:
             )
 
 
-TIERS = Tiers.from_mapping({"core": {"lifetime": 9}, "pro": {"monthly": 701, "gemini_cap": 702, "max_in_flight": 703}})
+TIERS = Tiers.from_mapping(
+    {
+        "core": {"lifetime": 9},
+        "pro": {
+            "monthly": 701,
+            "gemini_cap": 702,
+            "max_in_flight": 703,
+            "rate_per_min": 84,  # 715 ms each
+            "burst": 2,
+            "free_leaves": 7,
+        },
+    }
+)
 ROW = Row("a", "pro", 11, 12, "2026-05-01T08:00:00.000Z", 14, 15, 16, "2026-05-10T09:30:00.000Z", extra='{"x":1}')
 PRO = {"tier_name": "pro", "counter": "monthly", "quota": "701", "gemini_cap": "702"}
+RATE = {"rate_ms": "715", "burst_ms": "1430", "enforces_rate": "1"}
 NOW = {"now_arg": "1778540577123"}
 CALLS: dict[str, tuple[Callable[[CreditLimiter], Awaitable[object]], dict[str, str]]] = {
     "reserve": (
@@ -102,6 +117,7 @@ CALLS: dict[str, tuple[Callable[[CreditLimiter], Awaitable[object]], dict[str, s
             "a", tier="pro", has_hardware=True, has_gemini=False, cost=704, hold_id="h-1", may_create=False
         ),
         PRO
+        | RATE
         | NOW
         | {
             "hold_id": "h-1",
@@ -116,14 +132,33 @@ CALLS: dict[str, tuple[Callable[[CreditLimiter], Awaitable[object]], dict[str, s
     "debit": (
         lambda limiter: limiter.debit("a", tier="pro", has_hardware=False, cost=704, may_create=True),
         PRO
+        | RATE
         | NOW
         | {"has_hardware": "0", "has_gemini": "1", "cost": "704", "lifetime_tiers": "core", "may_create": "1"},
     ),
     "commit": (
-        lambda limiter: limiter.commit("a", "h-1", backend="hardware", cost=704),
-        {"hold_id": "h-1", "used_backend": "hardware", "used_cost": "704", "lifetime_tiers": "core"} | NOW,
+        lambda limiter: limiter.commit("a", "h-1", backend="hardware", cost=704, stream_ms=716),
+        {"hold_id": "h-1", "used_backend": "hardware", "used_cost": "704", "lifetime_tiers": "core", "mark_ms": "716"}
+        | NOW,
     ),
-    "release": (lambda limiter: limiter.release("a", "h-1"), {"hold_id": "h-1"} | NOW),
+    "release": (
+        lambda limiter: limiter.leave("a", "h-1", tier="pro", leave=Leave("hardware", "r-1", is_retry=True)),
+        NOW
+        | {
+            "hold_id": "h-1",
+            "is_leave": "1",
+            "free_leaves": "7",
+            "request": "r-1",
+            "is_retry": "1",
+            "enforces": "1",
+            "used_backend": "hardware",
+            "lifetime_tiers": "core",
+        },
+    ),
+    "stream": (
+        lambda limiter: limiter.renew_stream("a", "h-1", stream_ms=716),
+        {"hold_id": "h-1", "lease_ms": "716"} | NOW,
+    ),
     "balance": (
         lambda limiter: limiter.balance("a", tier="pro"),
         {"counter": "monthly", "quota": "701", "gemini_cap": "702"} | NOW,
@@ -325,7 +360,14 @@ def test_includes_when_pasted_then_what_each_takes_is_above_it_and_what_it_gives
         *[("reserve", "hold_id", ""), ("reserve", "hold_ms", "0")],
         *[("debit", "cost", value) for value in ("0", "-1", "1.5")],
         *[("commit", "used_cost", value) for value in ("0", "-1", "1.5")],
-        *[("commit", "hold_id", ""), ("release", "hold_id", ""), ("balance", "counter", "weekly")],
+        *[
+            ("commit", "hold_id", ""),
+            ("release", "hold_id", ""),
+            ("release", "free_leaves", "-1"),
+            ("stream", "hold_id", ""),
+            ("stream", "lease_ms", "-1"),
+            ("balance", "counter", "weekly"),
+        ],
         *[("put_row", "mode", value) for value in ("", "erase", "create?", "create??")],
         *[
             ("idempotency_claim", "owner", ""),
@@ -370,7 +412,9 @@ async def test_script_when_an_argument_breaks_its_bound_then_it_is_refused_and_n
     assert await redis.dbsize() == 0
 
 
-@pytest.mark.parametrize("name", ["calendar", "counters", "held_credits", "held_text", "now_iso", "plan"])
+@pytest.mark.parametrize(
+    "name", ["calendar", "counters", "flow", "flow_text", "held_credits", "held_text", "now_iso", "plan", "rate"]
+)
 def test_include_when_it_is_to_be_pure_then_it_calls_no_redis(name: str) -> None:
     assert "redis." not in _include(name)
 

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from limiter import Balance, Decision, DecisionStatus, PutStatus, Reason, Row, Settlement, SettlementStatus, Tier, Tiers
-from limiter.credits.models import MAX_COUNT, Backend, Counter
+from limiter.credits.models import MAX_COUNT, Backend, Counter, Leave, StreamStatus
 from limiter.credits.scripts import PutMode
 
 GRACE_MS = 60 * 60 * 1000  # in which a lapsed hold still shows in the row
+HOUR_MS = 60 * 60 * 1000
+RETRIES = 20  # of a request that was left, in which it is the same leave
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -68,6 +70,10 @@ class Account:
     on_gemini: dict[Counter, int] = field(default_factory=lambda: {"lifetime": 0, "monthly": 0})
     extra: str = ""
     holds: dict[str, Held] = field(default_factory=dict)
+    rate_until_ms: int = 0
+    left_until_ms: int = 0
+    streams: dict[str, int] = field(default_factory=dict)
+    left: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def rolled_over(self, now: datetime) -> "Account":
         """This row as it stands at that time; a copy."""
@@ -82,6 +88,34 @@ class Account:
 
     def drop_dead(self, now_ms: int) -> None:
         self.holds = {hold_id: held for hold_id, held in self.holds.items() if not held.is_dead(now_ms)}
+
+    def drop_dead_marks(self, now_ms: int) -> None:
+        self.streams = {name: until_ms for name, until_ms in self.streams.items() if now_ms < until_ms + GRACE_MS}
+        self.left = {request: mark for request, mark in self.left.items() if now_ms < mark[0]}
+
+    def in_flight(self, now_ms: int) -> int:
+        return len(self.live(now_ms)) + sum(now_ms < until_ms for until_ms in self.streams.values())
+
+    def rate_wait_ms(self, tier: Tier, now_ms: int) -> int:
+        """How long until there is room for one more request in the rate; it is clamped to what a burst may use."""
+        if tier.rate_ms is None or tier.burst_ms is None:
+            return 0
+        used = min(max(self.rate_until_ms - now_ms, 0), tier.burst_ms)
+        return max(0, used + tier.rate_ms - tier.burst_ms)
+
+    def use_rate(self, tier: Tier, now_ms: int) -> None:
+        if tier.rate_ms is not None and self.rate_wait_ms(tier, now_ms) == 0:
+            self.rate_until_ms = max(self.rate_until_ms, now_ms) + tier.rate_ms
+
+    def is_beyond(self, free_leaves: int | None, now_ms: int) -> bool:
+        """Take one of the free leaves; return whether there is none."""
+        used = max(self.left_until_ms - now_ms, 0)
+        if free_leaves is not None:
+            used = min(used, free_leaves * HOUR_MS)
+            if used + HOUR_MS > free_leaves * HOUR_MS:
+                return True
+        self.left_until_ms = now_ms + used + HOUR_MS
+        return False
 
     def debit(self, held: Held, *, backend: Backend, cost: int, now: datetime, tiers: Tiers) -> None:
         was_lifetime = self.tier_snapshot in tiers and tiers[self.tier_snapshot].counter == "lifetime"
@@ -110,6 +144,8 @@ class Account:
         for hold_id, held in self.holds.items():
             words = (held.backend, held.tier, held.counter, str(held.cost), str(held.expires_ms))
             fields[f"hold:{hold_id}"] = " ".join(words)
+        fields |= {f"run:{hold_id}": str(until_ms) for hold_id, until_ms in self.streams.items()}
+        fields |= {f"left:{request}": f"{until_ms} {retries}" for request, (until_ms, retries) in self.left.items()}
         return fields
 
     @classmethod
@@ -154,16 +190,26 @@ class ReferenceLimiter:
         if held and held.is_live(self.now_ms):
             return self._decision(DecisionStatus.REPLAY, account, limits, hold_id, backend=held.backend)
         can = [name for name, there in (("gemini", has_gemini), ("hardware", has_hardware)) if there]
+        wait_ms = account.rate_wait_ms(limits, self.now_ms)
         backend, reason = self._plan(account, limits, cost, can=can, in_flight=limits.max_in_flight)
         if backend:
+            account.use_rate(limits, self.now_ms)
+            account.drop_dead_marks(self.now_ms)
             account.drop_dead(self.now_ms)
             account.holds[hold_id] = Held(backend, tier, limits.counter, cost, self.now_ms + self.hold_ms)
         self.rows[install_id] = account
         status = DecisionStatus.ALLOWED if backend else DecisionStatus.DENIED
-        return self._decision(status, account, limits, hold_id, backend=backend, reason=reason)
+        decision = self._decision(status, account, limits, hold_id, backend=backend, reason=reason)
+        return decision._replace(rate_wait_ms=wait_ms)
 
     def commit(
-        self, install_id: str, hold_id: str, *, backend: Backend | None = None, cost: int | None = None
+        self,
+        install_id: str,
+        hold_id: str,
+        *,
+        backend: Backend | None = None,
+        cost: int | None = None,
+        stream_ms: int | None = None,
     ) -> Settlement:
         account = self._account(install_id)
         held = account.holds.pop(hold_id, None)
@@ -172,9 +218,39 @@ class ReferenceLimiter:
         backend, cost = backend or held.backend, cost or held.cost
         account.drop_dead(self.now_ms)
         account.debit(held, backend=backend, cost=cost, now=self.now, tiers=self.tiers)
+        if stream_ms is not None:
+            account.streams[hold_id] = self.now_ms + stream_ms
         self.rows[install_id] = account
         status = SettlementStatus.COMMITTED if held.is_live(self.now_ms) else SettlementStatus.LATE
         return Settlement(status, held.tier, backend, cost)
+
+    def renew_stream(self, install_id: str, hold_id: str, *, stream_ms: int) -> StreamStatus:
+        streams = self.rows[install_id].streams if install_id in self.rows else {}
+        if hold_id not in streams:
+            return StreamStatus.GONE
+        streams[hold_id] = self.now_ms + stream_ms
+        return StreamStatus.RENEWED
+
+    def end_stream(self, install_id: str, hold_id: str) -> StreamStatus:
+        streams = self.rows[install_id].streams if install_id in self.rows else {}
+        return StreamStatus.GONE if streams.pop(hold_id, None) is None else StreamStatus.ENDED
+
+    def leave(self, install_id: str, hold_id: str, *, tier: str, leave: Leave) -> Settlement:
+        account = self._account(install_id)
+        if hold_id not in account.holds:
+            return Settlement(SettlementStatus.GONE)
+        until_ms, retries = account.left.get(leave.request or "", (0, 0)) if leave.is_retry else (0, 0)
+        is_same = until_ms > self.now_ms and retries < RETRIES
+        if not is_same and account.is_beyond(self.tiers[tier].free_leaves, self.now_ms):
+            return self.commit(install_id, hold_id, backend=leave.backend)._replace(is_beyond=True)
+        account = self.rows[install_id]
+        if not is_same:
+            account.is_beyond(self.tiers[tier].free_leaves, self.now_ms)
+            until_ms, retries = self.now_ms + HOUR_MS, -1
+        if leave.request:
+            account.left[leave.request] = until_ms, retries + 1
+        self.release(install_id, hold_id)
+        return Settlement(SettlementStatus.RELEASED)
 
     def release(self, install_id: str, hold_id: str) -> SettlementStatus:
         account = self.rows.get(install_id)
@@ -197,8 +273,10 @@ class ReferenceLimiter:
         if install_id not in self.rows and not may_create:
             return self._decision(DecisionStatus.UNKNOWN_INSTALL, account, limits)
         can = [name for name, there in (("gemini", has_gemini), ("hardware", has_hardware)) if there]
+        wait_ms = account.rate_wait_ms(limits, self.now_ms)
         backend, reason = self._plan(account, limits, cost, can=can, in_flight=None)
         if backend:
+            account.use_rate(limits, self.now_ms)
             wanted = Held(backend, tier, limits.counter, cost, self.now_ms)
             account.debit(wanted, backend=backend, cost=cost, now=self.now, tiers=self.tiers)
         self.rows[install_id] = account
@@ -208,7 +286,7 @@ class ReferenceLimiter:
             limits,
             backend=backend,
             reason=reason,
-        )
+        )._replace(rate_wait_ms=wait_ms)
 
     def balance(self, install_id: str, *, tier: str) -> Balance:
         return self._balance(self._account(install_id), self.tiers[tier])
@@ -220,7 +298,8 @@ class ReferenceLimiter:
             return PutStatus.CREATED
         if mode == "merge":
             self._merge(old, new)
-        new.holds = old.holds
+        new.holds, new.streams, new.left = old.holds, old.streams, old.left
+        new.rate_until_ms, new.left_until_ms = old.rate_until_ms, old.left_until_ms
         if new == old:
             return PutStatus.SAME
         if mode == "create":
@@ -246,7 +325,7 @@ class ReferenceLimiter:
         account = self.rows.get(install_id) or Account(self.now, self.now.day, self.now)
         return account.rolled_over(self.now)
 
-    def _plan(
+    def _plan(  # noqa: PLR0911  one for each answer
         self, account: Account, tier: Tier, cost: int, *, can: list[str], in_flight: int | None
     ) -> tuple[Backend | None, Reason | None]:
         def left(limit: int | None, used: int) -> float:
@@ -260,7 +339,9 @@ class ReferenceLimiter:
             return None, Reason.OUT_OF_CREDITS
         if on_gemini < cost and can == ["gemini"]:
             return None, Reason.GEMINI_CAP
-        if in_flight is not None and len(live) >= in_flight:
+        if account.rate_wait_ms(tier, self.now_ms) > 0:
+            return None, Reason.RATE_LIMITED
+        if in_flight is not None and account.in_flight(self.now_ms) >= in_flight:
             return None, Reason.TOO_MANY_IN_FLIGHT
         if in_total - sum(held.cost for held in mine) < cost:
             return None, Reason.CREDITS_IN_FLIGHT

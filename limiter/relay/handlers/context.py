@@ -12,6 +12,7 @@ from limiter.relay.http.request_record import request_record
 from limiter.relay.metering.admission import Admission
 from limiter.relay.metering.availability import RedisAvailability, WatchedLimiter
 from limiter.relay.metering.background_retries import BackgroundRetries
+from limiter.relay.metering.bounds import OverBounds
 from limiter.relay.metering.idempotency import Idempotency
 from limiter.relay.metering.settlement import Settlements
 from limiter.relay.requests.bounds import Bounds
@@ -38,6 +39,7 @@ class Relay:
     idempotency: Idempotency
     retries: BackgroundRetries
     settlements: Settlements
+    over_bounds: OverBounds
 
     def served_by(self, request: web.Request, model: str | None) -> Mapping[Backend, BackendClient]:
         """Return the backends that can serve a request: those with its route, and its model unless it is None.

@@ -27,6 +27,8 @@ class Billing(Protocol):
     @property
     def recorder(self) -> AnswerRecorder: ...  # noqa: D102  documented by the class
     def commit(self, upstream: BackendResponse) -> None: ...  # noqa: D102
+    def left(self) -> None: ...  # noqa: D102
+    def failed(self) -> None: ...  # noqa: D102
     def summary(self, upstream: BackendResponse) -> Mapping[str, object]: ...  # noqa: D102  charge and balance, for X-Credits-Event
 
 
@@ -40,8 +42,16 @@ class Metered(NamedTuple):
 
     def commit(self, upstream: BackendResponse) -> None:
         """Debit the request, so that no repeat of it is debited again."""
-        self.hold.commit(upstream.backend)
+        self.hold.commit(upstream.backend, streams=upstream.streams)
         self.recorder.debited()
+
+    def left(self) -> None:
+        """Note that the client left; a request that was debited stays so."""
+        self.hold.leave()
+
+    def failed(self) -> None:
+        """Note that the backend failed; a request that was debited stays so."""
+        self.hold.release("failed")
 
     def summary(self, upstream: BackendResponse) -> Mapping[str, object]:
         """Return the cost, and the credits that no live hold covers; None where there is no limit.
@@ -64,6 +74,12 @@ class Unmetered(NamedTuple):
     recorder: AnswerRecorder
 
     def commit(self, upstream: BackendResponse) -> None:
+        """Debit nothing."""
+
+    def left(self) -> None:
+        """Debit nothing."""
+
+    def failed(self) -> None:
         """Debit nothing."""
 
     def summary(self, upstream: BackendResponse) -> Mapping[str, object]:
@@ -89,12 +105,13 @@ async def _pass_stream(
     lines = HeldLine() if upstream.is_sse else None
     if upstream.delivered:
         billing.commit(upstream)
-    with suppress(ConnectionError):  # the client left: leaving the caller's block stops the backend
+    try:
         await response.prepare(request)
         try:
             await response.write(lines.feed(upstream.begun) if lines else upstream.begun)
             await _splice(request, upstream, lines, billing)
         except BackendFailed as failure:
+            billing.failed()
             if lines is None:
                 billing.recorder.discard()
                 return broken_off(request, response)  # whatever is said among such bytes would be taken for damage
@@ -105,6 +122,8 @@ async def _pass_stream(
         if lines is not None and (end := _end(request, upstream, lines, billing)):
             await response.write(end)
         await response.write_eof()
+    except ConnectionError:
+        billing.left()  # and leaving the caller's block stops the backend
     return response
 
 

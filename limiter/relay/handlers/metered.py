@@ -1,13 +1,14 @@
 """The life of a metered request: identify, admit, idempotency, reserve, forward, settle, record.
 
 A hold is committed at a complete 2xx body that is no error, or at the first event of a 2xx stream that carries
-something. It is released if, before that, the backend refuses, fails or times out, or the client leaves. After it the
-debit stands. While Redis is unavailable, a request is refused, or served from hardware without any of these steps.
+something. It is released if, before that, the backend refuses, fails or times out, or the client leaves; but of those
+that a client leaves while a backend works for them, only so many are free. After it the debit stands. While Redis is
+unavailable, a request is refused, or served from hardware without any of these steps.
 """
 
 import asyncio
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from limiter._util.ids import random_id
-from limiter.credits.models import Backend, Decision
+from limiter.credits.models import Backend, Decision, Reason
 from limiter.errors import Execution, LimiterUnavailable, OutOfMemory
 from limiter.log_events import event
 from limiter.relay.handlers.context import RELAY, Relay
@@ -26,6 +27,7 @@ from limiter.relay.http.request_record import request_record
 from limiter.relay.metering.admission import CreditRequest
 from limiter.relay.metering.answer_recorder import AnswerRecorder
 from limiter.relay.metering.refusals import refuse
+from limiter.relay.metering.settlement import OpenHold
 from limiter.relay.requests.identity import Identity
 from limiter.relay.requests.json_body import ForwardableRequest, read_json
 from limiter.relay.requests.upload import Upload
@@ -85,8 +87,7 @@ async def _know(relay: Relay, request: web.Request, identity: Identity) -> None:
         if await relay.limiter.knows(identity.install_id):
             return
         decision = await _reserve(relay, request, identity, relay.served_by(request, None), random_id())
-        with relay.settlements.open(identity.install_id, decision.hold_id):
-            pass  # its release
+        relay.settlements.release(identity.install_id, decision.hold_id, "unsent")
 
 
 async def serve_upload(request: web.Request) -> web.StreamResponse:
@@ -137,8 +138,8 @@ async def _serve_metered(call: _Call) -> web.StreamResponse:
     with attempt:
         decision = await _reserve(relay, request, identity, call.backends, attempt.hold_id)
         with (
-            relay.settlements.open(identity.install_id, decision.hold_id) as hold,
-            await _forward(call, decision) as answer,
+            relay.settlements.open(identity.install_id, decision.hold_id, identity.tier, attempt) as hold,
+            await _forward(call, decision, hold) as answer,
         ):
             headers = _answer_headers(answer, identity, ratelimit_headers(decision.balance))
             billing = Metered(hold, relay.cost(request), decision.balance, attempt.recorder)
@@ -186,12 +187,14 @@ async def _reserve(
             relay.settlements.undo(identity.install_id, hold_id)
         raise
     record.status, record.reason, record.from_memory = decision.status, decision.reason, decision.from_memory
+    if decision.rate_wait_ms and decision.reason in (None, Reason.RATE_LIMITED):
+        relay.over_bounds.note("rate", hold_id)
     if not decision.allowed:
-        refuse(decision, identity.headers())
+        refuse(decision, relay.tiers[identity.tier], identity.headers())
     return decision
 
 
-async def _forward(call: _Call, decision: Decision) -> BackendResponse:
+async def _forward(call: _Call, decision: Decision, hold: OpenHold) -> BackendResponse:
     """Send a request to the planned backend; if Gemini fails before it delivers, fall back to hardware.
 
     So it does if Gemini has not got what is asked for, as its list of models is known to nobody here.
@@ -202,7 +205,7 @@ async def _forward(call: _Call, decision: Decision) -> BackendResponse:
     record.backend = planned
     falls_back = planned == "gemini" and "hardware" in call.backends
     try:
-        answer = await _send(call.backends[planned], call)
+        answer = await _send(call.backends[planned], call, hold.called)
     except BackendFailed as failure:
         if not falls_back or not call.forwardable.replayable:
             raise
@@ -212,10 +215,10 @@ async def _forward(call: _Call, decision: Decision) -> BackendResponse:
             return answer
         answer.end(None)
     record.backend, record.fell_back = "hardware", True
-    return await _send(call.backends["hardware"], call)
+    return await _send(call.backends["hardware"], call, hold.called)
 
 
-async def _send(client: BackendClient, call: _Call) -> BackendResponse:
+async def _send(client: BackendClient, call: _Call, sent: Callable[[Backend], None] | None = None) -> BackendResponse:
     request = call.forwardable
     return await client.send(
         request.path,
@@ -223,6 +226,7 @@ async def _send(client: BackendClient, call: _Call) -> BackendResponse:
         request.body_for(client),
         stream=request.stream,
         install_id=call.identity.install_id,
+        on_sent=sent,
     )
 
 

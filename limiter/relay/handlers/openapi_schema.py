@@ -43,8 +43,8 @@ CODES: Mapping[int, tuple[str, ...]] = {
     429: (
         Reason.CREDITS_IN_FLIGHT,
         Reason.TOO_MANY_IN_FLIGHT,
+        Reason.RATE_LIMITED,
         "install_mint_limited",
-        "rate_limited",
         "too_many_connections",
     ),
     431: ("head_too_large",),

@@ -1,6 +1,8 @@
 """The RateLimit headers of a balance, and the part of it that can be spent."""
 
-from limiter.credits.models import Balance
+from collections.abc import Mapping
+
+from limiter.credits.models import Balance, Tier
 
 
 def ratelimit_headers(balance: Balance) -> dict[str, str]:
@@ -19,6 +21,20 @@ def ratelimit_headers(balance: Balance) -> dict[str, str]:
         policy.append(f'"gemini";q={balance.gemini_cap}{window}')
         left.append(f'"gemini";r={gemini_left}{reset}')
     return {"RateLimit-Policy": ", ".join(policy), "RateLimit": ", ".join(left)} if policy else {}
+
+
+def with_rate(headers: Mapping[str, str], tier: Tier, wait_s: int) -> dict[str, str]:
+    """Return RateLimit headers with the item of a tier's rate, which is used up for so many seconds.
+
+    Its window is the time in which a whole burst is there again.
+    """
+    if tier.rate_ms is None or tier.burst_ms is None:
+        return dict(headers)
+    rate = {
+        "RateLimit-Policy": f'"rate";q={tier.burst_ms // tier.rate_ms};w={-(-tier.burst_ms // 1000)}',
+        "RateLimit": f'"rate";r=0;t={wait_s}',
+    }
+    return {name: ", ".join(filter(None, (headers.get(name), item))) for name, item in rate.items()}
 
 
 def spendable(balance: Balance) -> tuple[int | None, int | None]:

@@ -69,17 +69,22 @@ class Attempt:
         hold_id: the id for its hold, which is also the request's id.
         recorder: records its answer.
         replay: the answer of an earlier attempt, which is to be sent instead of serving the request.
+        identity: what the attempts at one request have in common; None if they are not recognised.
+        is_retry: whether it may be a repeat of an earlier attempt.
     """
 
-    __slots__ = ("_on_end", "hold_id", "recorder", "replay")
+    __slots__ = ("_on_end", "hold_id", "identity", "is_retry", "recorder", "replay")
 
     def __init__(
         self,
         recorder: AnswerRecorder,
         *,
         replay: web.Response | None = None,
+        identity: str | None = None,
+        is_retry: bool = False,
         on_end: Callable[[], None] | None = None,
     ) -> None:
+        self.identity, self.is_retry = identity, is_retry
         self.hold_id, self.recorder, self.replay = recorder.hold_id, recorder, replay
         self._on_end = on_end
 
@@ -91,6 +96,18 @@ class Attempt:
     ) -> None:
         if self._on_end is not None:  # no await, so that it works also when the client has left
             self._on_end()
+
+    def end_later(self) -> Callable[[bool], None]:
+        """Do not end with the block. Return the function that ends it, which takes whether it was debited."""
+        on_end, self._on_end = self._on_end, None
+
+        def end(is_debited: bool) -> None:
+            if is_debited:
+                self.recorder.debited()
+            if on_end is not None:
+                on_end()
+
+        return end
 
 
 class Idempotency:
@@ -150,7 +167,12 @@ class Idempotency:
             return Attempt(AnswerRecorder(owner), replay=_replayed(request, claimed))
         limit = self._keep_bytes if slot.attempt is None else min(self._keep_bytes, _MAX_KEPT_FOR_SDK)
         recorder = AnswerRecorder(owner, limit, lambda: self._record_begin(slot, owner))
-        return Attempt(recorder, on_end=lambda: self._record_end(slot, owner, recorder))
+        return Attempt(
+            recorder,
+            identity=slot.key.rpartition(":")[2],
+            is_retry=slot.attempt != 0,
+            on_end=lambda: self._record_end(slot, owner, recorder),
+        )
 
     async def missed(self, request: web.Request, install_id: str, body: bytes | None) -> None:
         """Remember that a request ends without a claim, as Redis is unavailable; arguments as for `begin`.

@@ -3,16 +3,20 @@
 from collections.abc import Mapping
 from typing import NoReturn
 
-from limiter.credits.models import Balance, Decision, Reason
+from limiter.credits.models import Balance, Decision, Reason, Tier
 from limiter.relay.http.problems import Problem, ProblemRaised
-from limiter.relay.http.ratelimit_headers import ratelimit_headers
+from limiter.relay.http.ratelimit_headers import ratelimit_headers, with_rate
 
 
-def refuse(decision: Decision, headers: Mapping[str, str]) -> NoReturn:
-    """Raise ProblemRaised for a denied decision."""
+def refuse(decision: Decision, tier: Tier, headers: Mapping[str, str]) -> NoReturn:
+    """Raise ProblemRaised for a denied decision. tier: the one that the request was decided for."""
     balance = decision.balance
+    limits = ratelimit_headers(balance)
+    if decision.reason is Reason.RATE_LIMITED:
+        wait_s = max(1, -(-decision.rate_wait_ms // 1000))
+        raise ProblemRaised(_rate_limited(tier, wait_s), {**with_rate(limits, tier, wait_s), **headers})
     problem = _REFUSALS[decision.reason or Reason.OUT_OF_CREDITS](balance)
-    raise ProblemRaised(problem, {**ratelimit_headers(balance), **headers})
+    raise ProblemRaised(problem, {**limits, **headers})
 
 
 def _out_of_credits(balance: Balance) -> Problem:
@@ -57,6 +61,16 @@ def _too_many_in_flight(balance: Balance) -> Problem:
         "Too many requests in flight",
         f"This install already runs as many requests at once as its tier {balance.tier!r} allows.",
         retry_after_s=1,
+    )
+
+
+def _rate_limited(tier: Tier, wait_s: int) -> Problem:
+    return Problem(
+        429,
+        Reason.RATE_LIMITED,
+        "Rate limited",
+        f"This install sends more than the {tier.rate_per_min} requests a minute of its tier {tier.name!r}.",
+        retry_after_s=wait_s,
     )
 
 

@@ -28,7 +28,10 @@ from limiter.relay.telemetry.fast_metrics import FastCounter, FastHistogram
 from limiter.relay.upstream.circuit_breaker import State as BreakerState
 from limiter.relay.upstream.response import Outcome
 
-SettlementKind = Literal["commit", "release", "undo"]  # undo: the release of a hold whose reserve was not answered
+# leave: the release, or debit, of a hold whose client left; undo: the release of one whose reserve was not answered
+SettlementKind = Literal["commit", "release", "leave", "undo"]
+# refused: by the backend; left: by the client, while a backend worked for it; unsent: by the client, before that
+ReleaseCause = Literal["refused", "failed", "left", "unsent"]
 FAILED, GAVE_UP = "FAILED", "GAVE_UP"  # a settlement that failed, or that was not made before its hold expired
 UNMETERED = "UNMETERED"  # served from hardware while Redis is unavailable
 UNAVAILABLE = "UNAVAILABLE"  # not decided, as Redis is unavailable
@@ -84,6 +87,9 @@ class Metrics:
         )
         self._settlements = FastCounter(
             "limiter_settlements", "Finished commits and releases.", ["kind", "outcome"], registry=registry
+        )
+        self._releases = FastCounter(
+            "limiter_releases", "Requests that ended without a commit.", ["cause"], registry=registry
         )
         self._debited = FastCounter("limiter_credits_debited", "Credits debited.", ["backend"], registry=registry)
         self._recorded = FastCounter(
@@ -186,7 +192,7 @@ class Metrics:
         """Count a settlement.
 
         Args:
-            kind: commit, release or undo.
+            kind: commit, release, leave or undo.
             outcome: a `DecisionStatus`, FAILED or GAVE_UP.
             backend: the one that a commit debited.
             credits_: how many credits a commit debited.
@@ -202,6 +208,10 @@ class Metrics:
     def over_bound(self, bound: str) -> None:
         """Count a request that is over a bound."""
         self._over_bound.add(bound)
+
+    def released(self, cause: ReleaseCause) -> None:
+        """Count a request that ended without a commit. Of those that were left some are debited all the same."""
+        self._releases.add(cause)
 
     def backend_called(self, backend: Backend, outcome: Outcome) -> None:
         """Count a call to a backend; `refused` is an error answer that is passed to the client."""

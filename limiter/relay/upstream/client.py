@@ -254,6 +254,7 @@ class BackendClient:
         method: str = hdrs.METH_POST,
         stream: bool = False,
         install_id: str | None = None,
+        on_sent: Callable[[BackendName], None] | None = None,
     ) -> BackendResponse:
         """Send a request to a path below /v1/, and wait for the beginning of the answer. Use it as `with …:`.
 
@@ -266,6 +267,7 @@ class BackendClient:
             method: in capitals.
             stream: whether the client asked for a stream, which then is one whatever its Content-Type.
             install_id: whom it is for, to the breaker; None for a call of the relay's own, which it does not count.
+            on_sent: called with the backend's name once the whole request is written.
 
         Raises BackendFailed, at once when the breaker is open; ProblemRaised when a streamed body broke off.
         """
@@ -276,7 +278,7 @@ class BackendClient:
                 problem = self._problem("has failed repeatedly and is not called for now", circuit.retry_after_s)
                 raise BackendFailed(problem, outcome="breaker_open") from None
             try:
-                return await self._begun(method, path, headers, body, attempt, stream=stream)
+                return await self._begun(method, path, headers, body, attempt, stream=stream, on_sent=on_sent)
             except BaseException as error:
                 if isinstance(error, BackendFailed):
                     self._judged(attempt, error)
@@ -321,6 +323,7 @@ class BackendClient:
         attempt: Attempt,
         *,
         stream: bool,
+        on_sent: Callable[[BackendName], None] | None,
     ) -> BackendResponse:
         """Send a request and read the beginning of its answer."""
         now_s = asyncio.get_running_loop().time
@@ -333,6 +336,7 @@ class BackendClient:
                 self._outgoing(headers, body, stream=stream),
                 body if isinstance(body, bytes) else body.chunks,
                 within_s=min(self._first_s, self._total_s),
+                on_sent=None if on_sent is None else partial(on_sent, self.name),
             )
             self._refuse_redirect(exchange.status)
             exchange.ends_s = min(exchange.deadline_s, now_s() + self._first_s)

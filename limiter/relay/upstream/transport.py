@@ -8,7 +8,7 @@ twice; credits are never debited for it twice.
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from functools import lru_cache
 from math import inf
 from socket import SOCK_STREAM
@@ -75,6 +75,7 @@ class HttpTransport:
         body: "bytes | AsyncIterator[bytes]",
         *,
         within_s: float = inf,
+        on_sent: Callable[[], None] | None = None,
     ) -> Exchange:
         """Send a request to a path below the base, and wait for the head of its answer.
 
@@ -86,16 +87,17 @@ class HttpTransport:
             body: whole, or as it arrives.
             within_s: seconds from here, or from the last byte of an iterator, to the head; `deadline_s` of the exchange
                 goes on counting.
+            on_sent: called once the whole request is written.
 
         Raises TransportError, of which NoConnectionFree is one, TimeoutError, ssl.SSLError and OSError.
         """
         rest = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
         if isinstance(body, bytes):
             head = self._beginning(method, path) + f"{rest}Content-Length: {len(body)}\r\n\r\n".encode("ascii")
-            return await self._send_whole(head, body, within_s)
+            return await self._send_whole(head, body, within_s, on_sent)
         framing = "\r\n" if "Content-Length" in headers else "Transfer-Encoding: chunked\r\n\r\n"
         head = self._beginning(method, path) + f"{rest}{framing}".encode("ascii")
-        return await self._send_stream(head, body, within_s, chunked="Content-Length" not in headers)
+        return await self._send_stream(head, body, within_s, chunked="Content-Length" not in headers, on_sent=on_sent)
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -111,18 +113,28 @@ class HttpTransport:
         """How many connections are open."""
         return len(self._open)
 
-    async def _send_whole(self, head: bytes, body: bytes, within_s: float) -> Exchange:
+    async def _send_whole(
+        self, head: bytes, body: bytes, within_s: float, on_sent: Callable[[], None] | None
+    ) -> Exchange:
         deadline_s = self._loop.time() + within_s
         connection = await self._acquire(deadline_s)
         is_used = connection.used > 0
         try:
-            return await self._exchange(connection, head, body, deadline_s)
+            return await self._exchange(connection, head, body, deadline_s, on_sent)
         except TransportError as error:
             if not (is_used and error.unused):
                 raise
-        return await self._exchange(await self._acquire(deadline_s, new=True), head, body, deadline_s)
+        connection = await self._acquire(deadline_s, new=True)
+        return await self._exchange(connection, head, body, deadline_s, on_sent)
 
-    async def _exchange(self, connection: HttpConnection, head: bytes, body: bytes, deadline_s: float) -> Exchange:
+    async def _exchange(
+        self,
+        connection: HttpConnection,
+        head: bytes,
+        body: bytes,
+        deadline_s: float,
+        on_sent: Callable[[], None] | None,
+    ) -> Exchange:
         exchange = self._begin(connection, deadline_s)
         try:
             if len(body) <= _WRITE_AT_ONCE:
@@ -134,6 +146,8 @@ class HttpTransport:
                     if not await exchange.drain() and at + _WRITE_AT_ONCE < len(body):
                         connection.reusable = False  # it answered before the end of the body
                         break
+            if on_sent is not None:
+                on_sent()
             await exchange.head()
         except BaseException:
             exchange.close()
@@ -141,7 +155,13 @@ class HttpTransport:
         return exchange
 
     async def _send_stream(
-        self, head: bytes, body: AsyncIterator[bytes], within_s: float, *, chunked: bool
+        self,
+        head: bytes,
+        body: AsyncIterator[bytes],
+        within_s: float,
+        *,
+        chunked: bool,
+        on_sent: Callable[[], None] | None,
     ) -> Exchange:
         deadline_s = self._loop.time() + within_s
         connection = await self._acquire(deadline_s, new=True)  # it could not be sent again
@@ -153,6 +173,8 @@ class HttpTransport:
             await exchange.until_sent(sending)
             if not sending.done() or not sending.result():
                 connection.reusable = False  # it answered before the end of the body
+            elif on_sent is not None:
+                on_sent()
             await exchange.head()
         except BaseException:
             exchange.close()

@@ -22,6 +22,7 @@ from limiter.relay.http.problems import REQUEST_ID, Problem, ProblemRaised, prob
 from limiter.relay.metering.answer_recorder import AnswerRecorder
 from limiter.relay.metering.availability import RedisAvailability, RedisUnavailable
 from limiter.relay.metering.background_retries import BackgroundRetries
+from limiter.relay.metering.bounds import OverBounds
 from limiter.relay.metering.claims import Claimed, Claims, ClaimStatus
 from limiter.relay.metering.idempotency import Idempotency
 from limiter.relay.metering.refusals import refuse
@@ -104,8 +105,8 @@ class Node:
                 self.settlements.undo(install_id, recording.hold_id)
                 raise
             if not decision.allowed:
-                refuse(decision, {})
-            hold = self.settlements.open(install_id, recording.hold_id)
+                refuse(decision, self.limiter.tiers["core"], {})
+            hold = self.settlements.open(install_id, recording.hold_id, "core", attempt)
 
             def commit() -> None:
                 hold.commit("gemini")
@@ -205,7 +206,8 @@ async def node_on(
         stack.push_async_callback(redis.aclose)
         limiter = CreditLimiter(redis, tiers, hold_ms=hold_ms, timeout_ms=timeout_ms, deadline_ms=2 * timeout_ms)
         retries = BackgroundRetries(RedisAvailability(limiter), give_up_s=hold_ms / 1000)
-        settlements = Settlements(limiter, retries, Metrics(tiers=TIERS, routes=[]))
+        metrics = Metrics(tiers=TIERS, routes=[])
+        settlements = Settlements(limiter, retries, metrics, OverBounds(metrics, enforces=True))
         stack.push_async_callback(retries.drain, 5)
         idempotency = Idempotency(
             Claims(limiter.session),
