@@ -22,11 +22,12 @@ said = {}
 for path, names in module._REQUIRES.items():
     owner = resolve_name(path)
     for name in names:
-        had = [(each, name, vars(each)[name]) for each in owner.__mro__ if name in vars(each)]
+        had = [(each, name, vars(each)[name]) for each in getattr(owner, "__mro__", (owner,)) if name in vars(each)]
         for each, _, _ in had:
             delattr(each, name)
-        had.append((owner, "__init__", owner.__init__))
-        owner.__init__ = lambda self: None
+        if isinstance(owner, type):
+            had.append((owner, "__init__", owner.__init__))
+            owner.__init__ = lambda self: None
         sys.modules.pop(sys.argv[1], None)
         try:
             importlib.import_module(sys.argv[1])
