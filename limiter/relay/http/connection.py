@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
-from aiohttp import HttpVersion11, hdrs, web
+from aiohttp import HttpVersion11, hdrs, web, web_protocol
 from aiohttp.http import RawRequestMessage
 from aiohttp.http_exceptions import LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
-from aiohttp.web_protocol import _ErrInfo
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from limiter._util.ids import random_id
@@ -288,7 +287,7 @@ class RelayConnection(web.RequestHandler):
     def _refuse_head(self) -> None:
         """Answer that the head is too large, after the requests before it, and read nothing more."""
         self._is_refused = True
-        self._messages.append((_ErrInfo(431, _HeadTooLarge(), ""), EMPTY_PAYLOAD))
+        self._messages.append((web_protocol._ErrInfo(431, _HeadTooLarge(), ""), EMPTY_PAYLOAD))  # noqa: SLF001  as aiohttp does
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
