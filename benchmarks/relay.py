@@ -56,9 +56,12 @@ SETTINGS = {
     "LIMITER_TIERS__CORE__LIFETIME": MANY,
     "LIMITER_TIERS__CORE__GEMINI_CAP": MANY,
     "LIMITER_TIERS__CORE__MAX_IN_FLIGHT": "100000",
+    "LIMITER_TIERS__CORE__RATE_PER_MIN": "60000",  # it is counted, and never reached
+    "LIMITER_TIERS__CORE__BURST": "60000",
     "LIMITER_RELAY__MINT_OVERALL": "0",
     "LIMITER_PERSISTER__FILE": "",
     "LIMITER_LOGS__FORMAT": "json",
+    "LIMITER_LOGS__REQUESTS_PER_S": "0",  # each request has its line
 }
 
 

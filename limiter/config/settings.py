@@ -166,7 +166,7 @@ class LogSettings(_Section):
     format: Literal["auto", "json", "text"] = "auto"
     key: SecretStr = SecretStr("")
     events_per_s: Whole = Field(default=20, ge=0, le=1_000_000)
-    requests_per_s: Whole = Field(default=100, ge=0, le=1_000_000)
+    requests_per_s: Whole = Field(default=1000, ge=0, le=1_000_000)
 
 
 class LicenceSettings(_Section):
