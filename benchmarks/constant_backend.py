@@ -47,6 +47,9 @@ class ConstantBackend(asyncio.Protocol):
         if length and len(body) < int(length[1]):
             return
         self._buffer = b""
+        self._answer(head, body)
+
+    def _answer(self, _head: bytes, body: bytes) -> None:
         if b'"stream": true' in body or b'"stream":true' in body:
             self._streaming = asyncio.get_running_loop().create_task(self._stream())
         else:

@@ -31,7 +31,7 @@ def mixed(mix: str) -> list[str]:
     if mix == "hot":
         return installs[:1]
     weights = [1 if mix == "uniform" else 1 / rank for rank in range(1, INSTALLS + 1)]
-    return random.Random(1).choices(installs, cum_weights=list(accumulate(weights)), k=50_000)  # noqa: S311  no secret
+    return random.Random(1).choices(installs, cum_weights=list(accumulate(weights)), k=50_000)
 
 
 async def ours(url: str, how: str) -> Decide:

@@ -76,7 +76,7 @@ uvloop.run(main(*sys.argv[1:]))
 
 def rows(count: int) -> Iterator[dict[str, object]]:
     """Make rows as a ledger in use has them."""
-    chance = random.Random(count)  # noqa: S311  the same rows each time
+    chance = random.Random(count)
     for _ in range(count):
         yield {
             "install_id": str(uuid.UUID(int=chance.getrandbits(128), version=4)),
@@ -172,7 +172,7 @@ class Bench:
 
         async def decide() -> None:
             began = time.perf_counter()
-            await limiter.debit(f"bench-{random.randrange(1000)}", tier="core", has_hardware=True)  # noqa: S311
+            await limiter.debit(f"bench-{random.randrange(1000)}", tier="core", has_hardware=True)
             took.append(time.perf_counter() - began)
 
         began = time.perf_counter()

@@ -33,7 +33,7 @@ class LossyProxy:
         server_writer.close()
 
     def _is_lost(self) -> bool:
-        return self.cuts and random.random() < _SHARE  # noqa: S311  no secret
+        return self.cuts and random.random() < _SHARE
 
 
 async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
