@@ -141,11 +141,11 @@ def _check_on_redis_down(settings: Settings) -> None:
 
 
 def _check_bodies(relay: RelaySettings) -> None:
-    """Reject a body limit that no body could reach."""
-    if relay.bodies_in_memory_mb < relay.body_limit_mb:
+    """Reject a body limit that no body could reach: a client has a share of at most half of the memory."""
+    if relay.bodies_in_memory_mb < 2 * relay.body_limit_mb:
         raise SettingsError(
-            f"relay.bodies_in_memory_mb is {relay.bodies_in_memory_mb}, want at least relay.body_limit_mb, which is "
-            f"{relay.body_limit_mb}: a larger body could not be read"
+            f"relay.bodies_in_memory_mb is {relay.bodies_in_memory_mb}, want at least twice relay.body_limit_mb, "
+            f"which is {relay.body_limit_mb}: a larger body could not be read"
         )
 
 

@@ -29,7 +29,7 @@ from limiter.relay.handlers.metered import serve_json, serve_upload
 from limiter.relay.handlers.models import MODELS, Models, show_model, show_models
 from limiter.relay.handlers.openapi import show_openapi
 from limiter.relay.http.acceptor import ConnectionLimits
-from limiter.relay.http.client_address import parse_networks
+from limiter.relay.http.client_address import ClientAddresses, parse_networks
 from limiter.relay.http.connection import RelayRunner, close_after_unframed, close_without_body, expect_later
 from limiter.relay.http.handler import Handler
 from limiter.relay.metering.address_rate_limit import AddressRateLimit
@@ -47,6 +47,7 @@ from limiter.relay.middleware.errors import ADDRESS_RATE_LIMIT, add_request_id, 
 from limiter.relay.requests.body_reader import BodyPace
 from limiter.relay.requests.bounds import Bounds, TierBounds
 from limiter.relay.requests.memory_budget import MemoryBudget
+from limiter.relay.requests.places import Places
 from limiter.relay.requests.upload import UploadLimits
 from limiter.relay.telemetry.metrics import METRICS, Metrics
 from limiter.relay.upstream.client import BackendClient
@@ -95,6 +96,7 @@ def create_app(
     add_access_log(app, metrics, short_names(settings.logs.key.get_secret_value()))
     metrics.watch_redis(lambda: availability.state)
     metrics.watch_settlements(relay.retries.under_way)
+    metrics.watch_memory(lambda: relay.memory.held_b)
     for name, client in backends.items():
         client.watch(partial(metrics.backend_called, name))
         metrics.watch_breaker(name, partial(getattr, client.breaker, "state"))
@@ -148,7 +150,12 @@ def _relay(
         costs=settings.costs,
         bounds=_bounds(settings, metrics),
         uploads=UploadLimits(limits.upload_limit_mb * _MIB, limits.replay_limit_kb * _KIB, _pace(limits)),
-        memory=MemoryBudget(limits.bodies_in_memory_mb * _MIB),
+        memory=MemoryBudget(limits.bodies_in_memory_mb * _MIB, partial(metrics.share_used_up, "memory")),
+        places=Places(_clients(limits), partial(metrics.share_used_up, "requests")),
+        addresses=ClientAddresses(
+            parse_networks("relay.trusted_proxies", limits.trusted_proxies),
+            parse_networks("relay.exempt_networks", limits.exempt_networks),
+        ),
         admission=Admission(
             watched,
             Seats(watched.session),
@@ -187,6 +194,11 @@ def _bounds(settings: Settings, metrics: Metrics) -> Bounds:
     return Bounds(tiers, models, refuses=settings.relay.bounds == "enforce", counted=metrics.over_bound)
 
 
+def _clients(limits: RelaySettings) -> int:
+    """Return how many clients there may be at a time; 0 for any number."""
+    return limits.max_connections or clients_within(open_files())
+
+
 def _pace(limits: RelaySettings) -> BodyPace:
     return BodyPace(limits.upload_s, limits.body_idle_s, limits.body_min_rate_kb * _KIB)
 
@@ -205,7 +217,7 @@ def make_runner(app: web.Application, limits: RelaySettings) -> RelayRunner:
         head_s=limits.head_s,
         write_idle_s=limits.write_idle_s,
         limits=ConnectionLimits(
-            overall=limits.max_connections or clients_within(open_files()),
+            overall=_clients(limits),
             per_address=limits.max_connections_per_address,
             # Behind a trusted proxy are many clients, which it tells apart only in their requests.
             exempt=[network for setting, texts in exempt for network in parse_networks(setting, texts)],

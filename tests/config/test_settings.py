@@ -479,8 +479,8 @@ def test_on_redis_down_when_it_is_not_set_then_requests_are_refused_and_another_
 
 
 def test_bodies_in_memory_when_the_largest_body_would_not_fit_then_refused() -> None:
-    message = refused("[relay]\nbodies_in_memory_mb = 31")
-    assert message.startswith("relay.bodies_in_memory_mb is 31, want at least relay.body_limit_mb, which is 32")
+    message = refused("[relay]\nbodies_in_memory_mb = 63")
+    assert message.startswith("relay.bodies_in_memory_mb is 63, want at least twice relay.body_limit_mb, which is 32")
 
 
 # Origins

@@ -117,6 +117,7 @@ def exposed() -> dict[str, set[str]]:
     metrics.backend_called("gemini", "served")
     metrics.recorded("kept")
     metrics.over_bound("max_n")
+    metrics.share_used_up("memory")
     metrics.connection_refused("all")
     metrics.watch_breaker("gemini", lambda: "open")
     metrics.watch_connections("gemini", lambda: 1)

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
+from limiter._util.fair_share import Holders
 from limiter.credits.models import Backend, Tiers
 from limiter.licences.tokens import Licences
+from limiter.relay.http.client_address import ClientAddresses
 from limiter.relay.http.problems import fail
 from limiter.relay.http.request_record import request_record
 from limiter.relay.metering.admission import Admission
@@ -18,6 +20,7 @@ from limiter.relay.metering.settlement import Settlements
 from limiter.relay.requests.bounds import Bounds
 from limiter.relay.requests.identity import Identity, identify
 from limiter.relay.requests.memory_budget import MemoryBudget
+from limiter.relay.requests.places import Places
 from limiter.relay.requests.upload import UploadLimits
 from limiter.relay.upstream.client import BackendClient
 
@@ -35,6 +38,8 @@ class Relay:
     bounds: Bounds
     uploads: UploadLimits
     memory: MemoryBudget
+    places: Places
+    addresses: ClientAddresses
     admission: Admission
     idempotency: Idempotency
     retries: BackgroundRetries
@@ -63,6 +68,11 @@ class Relay:
         record = request_record(request)
         record.install_id, record.tier = identity.install_id, identity.tier
         return identity
+
+    def holders(self, request: web.Request, identity: Identity) -> Holders:
+        """Return who takes what a request needs: its install and, unless it is exempt, its address."""
+        address = self.addresses.limited(request)
+        return (identity.install_id,) if address is None else (identity.install_id, address)
 
     def cost(self, request: web.Request) -> int:
         """Return the cost of a request, in credits."""

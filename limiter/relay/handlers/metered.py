@@ -15,6 +15,7 @@ from typing import NamedTuple
 from aiohttp import web
 from multidict import CIMultiDict
 
+from limiter._util.fair_share import Holders
 from limiter._util.ids import random_id
 from limiter.credits.models import Backend, Decision, Reason
 from limiter.errors import Execution, LimiterUnavailable, OutOfMemory
@@ -30,6 +31,7 @@ from limiter.relay.metering.refusals import refuse
 from limiter.relay.metering.settlement import OpenHold
 from limiter.relay.requests.identity import Identity
 from limiter.relay.requests.json_body import ForwardableRequest, read_json
+from limiter.relay.requests.memory_budget import SMALL_B, Reservation
 from limiter.relay.requests.upload import Upload
 from limiter.relay.telemetry.metrics import OUT_OF_MEMORY, UNAVAILABLE, UNMETERED
 from limiter.relay.upstream.client import BackendClient
@@ -47,6 +49,8 @@ class _Call(NamedTuple):
         request: as it came.
         identity: its client's.
         forwardable: the request to forward.
+        reservation: for the memory that it takes.
+        holders: whose shares it takes.
         body: if that is in memory.
         backends: those that can serve it.
     """
@@ -55,6 +59,8 @@ class _Call(NamedTuple):
     request: web.Request
     identity: Identity
     forwardable: ForwardableRequest
+    reservation: Reservation
+    holders: Holders
     body: bytes | None
     backends: Mapping[Backend, BackendClient]
 
@@ -63,14 +69,16 @@ async def serve_json(request: web.Request) -> web.StreamResponse:
     """Serve one metered request with a JSON body."""
     relay = request.app[RELAY]
     identity = relay.identify(request)
-    with relay.memory.reservation() as reservation:
+    holders = relay.holders(request, identity)
+    with relay.places.take(holders), relay.memory.reservation(holders) as reservation:
         json = await read_json(
             request, reservation, relay.uploads.pace, before_large=lambda: _know(relay, request, identity)
         )
         request_record(request).model = json.model
         relay.bounds.check(request, identity.tier, json.members)
         backends = relay.served_by(request, json.model)
-        return await _serve(_Call(relay, request, identity, json, json.body, backends))
+        call = _Call(relay, request, identity, json, reservation, holders, json.body, backends)
+        return await _sent(request, await _serve(call))
 
 
 async def _know(relay: Relay, request: web.Request, identity: Identity) -> None:
@@ -101,13 +109,27 @@ async def serve_upload(request: web.Request) -> web.StreamResponse:
         record.model = model
         relay.bounds.check_model(request, model)
 
+    holders = relay.holders(request, identity)
     with (
-        relay.memory.reservation() as reservation,
+        relay.places.take(holders),
+        relay.memory.reservation(holders) as reservation,
         closing(
             Upload(request, relay.uploads, reservation, record_model, must_name_model=relay.bounds.every_model_counts)
         ) as upload,
     ):
-        return await _serve(_Call(relay, request, identity, upload, None, backends))
+        call = _Call(relay, request, identity, upload, reservation, holders, None, backends)
+        return await _sent(request, await _serve(call))
+
+
+async def _sent(request: web.Request, response: web.StreamResponse) -> web.StreamResponse:
+    """Send a large answer while its memory is reserved: a client may leave it unread."""
+    if _size(response) > SMALL_B:
+        with suppress(ConnectionError):
+            await response.prepare(request)
+            await response.write_eof()
+            await request.writer.drain()
+        request_record(request).first_byte_s = None  # it was no stream
+    return response
 
 
 async def _serve(call: _Call) -> web.StreamResponse:
@@ -134,25 +156,19 @@ async def _serve_metered(call: _Call) -> web.StreamResponse:
     await relay.admission.seat(identity.install_id, identity.licence)
     attempt = await relay.idempotency.begin(request, identity.install_id, call.body)
     if attempt.replay is not None:
-        return await _send_replay(relay, request, attempt.replay)
+        call.reservation.add(_size(attempt.replay))
+        return attempt.replay
+    attempt.recorder.has_room = call.reservation.try_add
     with attempt:
         decision = await _reserve(relay, request, identity, call.backends, attempt.hold_id)
         with (
             relay.settlements.open(identity.install_id, decision.hold_id, identity.tier, attempt) as hold,
             await _forward(call, decision, hold) as answer,
         ):
+            call.reservation.add(len(answer.begun))
             headers = _answer_headers(answer, identity, ratelimit_headers(decision.balance))
             billing = Metered(hold, relay.cost(request), decision.balance, attempt.recorder)
             return await pass_answer(request, answer, headers, billing)
-
-
-async def _send_replay(relay: Relay, request: web.Request, replay: web.Response) -> web.Response:
-    """Send a kept answer here, as its memory is reserved until the client has read it. Raises ProblemRaised (503)."""
-    with relay.memory.reservation() as reservation, suppress(ConnectionError):
-        reservation.add(replay.content_length or 0)
-        await replay.prepare(request)
-        await replay.write_eof()
-    return replay
 
 
 async def _serve_unmetered(call: _Call) -> web.StreamResponse:
@@ -161,6 +177,7 @@ async def _serve_unmetered(call: _Call) -> web.StreamResponse:
     record = request_record(request)
     record.status, record.cost, record.backend = UNMETERED, None, "hardware"
     with await _send(call.backends["hardware"], call) as answer:
+        call.reservation.add(len(answer.begun))
         headers = _answer_headers(answer, identity, {"X-Credits-Unmetered": "true"})
         return await pass_answer(request, answer, headers, Unmetered(AnswerRecorder(request[REQUEST_ID])))
 
@@ -227,7 +244,13 @@ async def _send(client: BackendClient, call: _Call, sent: Callable[[Backend], No
         stream=request.stream,
         install_id=call.identity.install_id,
         on_sent=sent,
+        holders=call.holders,
     )
+
+
+def _size(response: web.StreamResponse) -> int:
+    """Return how much of an answer is held whole."""
+    return len(response.body) if isinstance(response, web.Response) and isinstance(response.body, bytes) else 0
 
 
 async def _note_missed(call: _Call) -> None:

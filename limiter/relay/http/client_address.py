@@ -53,6 +53,21 @@ def client_address(request: web.Request, trusted_proxies: Sequence[Network]) -> 
     return address
 
 
+class ClientAddresses:
+    """The addresses of clients, as far as they are limited.
+
+    trusted_proxies: whose `X-Forwarded-For` is believed. exempt: networks in which addresses are not limited.
+    """
+
+    def __init__(self, trusted_proxies: Sequence[Network], exempt: Sequence[Network]) -> None:
+        self._trusted_proxies, self._exempt = trusted_proxies, exempt
+
+    def limited(self, request: web.Request) -> str | None:
+        """Return the unit that a request's client belongs to; None if it is exempt."""
+        address = client_address(request, self._trusted_proxies)
+        return None if is_within(address, self._exempt) else network_of(address)
+
+
 @lru_cache(maxsize=4096)
 def parse_address(text: str) -> Address | None:
     """Parse an address as proxies write it: bare, in brackets, or with a port; return None for anything else."""

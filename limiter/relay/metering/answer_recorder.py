@@ -53,13 +53,19 @@ class AnswerRecorder:
         hold_id: the attempt's.
         limit: the largest body that is recorded, in bytes.
         on_begin: called when something of an answer that was debited is sent.
+
+    Attributes:
+        hold_id: the attempt's.
+        debit_stands: whether its hold is committed.
+        has_room: called with the bytes of each further piece that is to be held; nothing is recorded if it says no.
     """
 
-    __slots__ = ("_has_begun", "_limit", "_on_begin", "_tee", "_whole", "debit_stands", "hold_id")
+    __slots__ = ("_has_begun", "_limit", "_on_begin", "_tee", "_whole", "debit_stands", "has_room", "hold_id")
 
     def __init__(self, hold_id: str, limit: int = 0, on_begin: Callable[[], None] | None = None) -> None:
         self.hold_id = hold_id
         self.debit_stands = False
+        self.has_room: Callable[[int], bool] = bool
         self._limit, self._on_begin, self._has_begun = limit, on_begin, False
         self._tee: _Tee | None = None
         self._whole: web.Response | None = None
@@ -135,5 +141,8 @@ class _Tee(LateHeadResponse):
         self._left -= len(data)
         if self._left < 0:
             self.parts = None  # too large to be stored: its memory is released at once
-        elif self.parts is not None:
-            self.parts.append(data)
+        elif self.parts is not None and data:
+            if self._recorder.has_room(len(data)):
+                self.parts.append(data)
+            else:
+                self.parts = None

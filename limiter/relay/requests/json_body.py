@@ -8,10 +8,8 @@ from aiohttp import web
 from limiter.relay.http.problems import fail
 from limiter.relay.requests.body_reader import BodyPace, BodyReader
 from limiter.relay.requests.json_members import InvalidBody, Members, MissingModel, read_members, with_model
-from limiter.relay.requests.memory_budget import Reservation
+from limiter.relay.requests.memory_budget import SMALL_B, Reservation
 from limiter.relay.upstream.client import BackendClient, Streamed
-
-SMALL_B = 1 << 16  # of a larger body no more is read before its install is known
 
 
 class ForwardableRequest(Protocol):

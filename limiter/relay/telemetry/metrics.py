@@ -101,6 +101,15 @@ class Metrics:
             ["bound"],
             registry=registry,
         )
+        self._shares_used_up = FastCounter(
+            "limiter_shares_used_up",
+            "Times that a client's share of a relay was used up.",
+            ["share"],
+            registry=registry,
+        )
+        self._memory = Gauge(
+            "limiter_memory_reserved_bytes", "Memory reserved for bodies and answers.", registry=registry
+        )
         self._settling = Gauge(
             "limiter_settlements_in_flight",
             "Commits and releases under way, including those that wait for Redis.",
@@ -212,6 +221,14 @@ class Metrics:
     def released(self, cause: ReleaseCause) -> None:
         """Count a request that ended without a commit. Of those that were left some are debited all the same."""
         self._releases.add(cause)
+
+    def share_used_up(self, share: Literal["memory", "requests"]) -> None:
+        """Count a request that its client's share has no room for."""
+        self._shares_used_up.add(share)
+
+    def watch_memory(self, reserved_b: Callable[[], int]) -> None:
+        """Show how much memory is reserved for bodies and answers."""
+        self._memory.set_function(reserved_b)
 
     def backend_called(self, backend: Backend, outcome: Outcome) -> None:
         """Count a call to a backend; `refused` is an error answer that is passed to the client."""

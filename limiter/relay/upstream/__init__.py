@@ -2,5 +2,5 @@
 
 Begin with `client.BackendClient`, `response.BackendResponse`, `circuit_breaker.CircuitBreaker`.
 
-May import: relay.http, credits.models, errors, log_events.
+May import: relay.http, credits.models, _util, errors, log_events.
 """

@@ -20,6 +20,7 @@ from aiohttp import hdrs
 from multidict import CIMultiDict
 from yarl import URL
 
+from limiter._util.fair_share import Holders
 from limiter.credits.models import Backend as BackendName
 from limiter.errors import SettingsError
 from limiter.log_events import event
@@ -255,6 +256,7 @@ class BackendClient:
         stream: bool = False,
         install_id: str | None = None,
         on_sent: Callable[[BackendName], None] | None = None,
+        holders: Holders = (),
     ) -> BackendResponse:
         """Send a request to a path below /v1/, and wait for the beginning of the answer. Use it as `with …:`.
 
@@ -268,6 +270,7 @@ class BackendClient:
             stream: whether the client asked for a stream, which then is one whatever its Content-Type.
             install_id: whom it is for, to the breaker; None for a call of the relay's own, which it does not count.
             on_sent: called with the backend's name once the whole request is written.
+            holders: whose share of the connections it takes, where they are bounded.
 
         Raises BackendFailed, at once when the breaker is open; ProblemRaised when a streamed body broke off.
         """
@@ -278,7 +281,9 @@ class BackendClient:
                 problem = self._problem("has failed repeatedly and is not called for now", circuit.retry_after_s)
                 raise BackendFailed(problem, outcome="breaker_open") from None
             try:
-                return await self._begun(method, path, headers, body, attempt, stream=stream, on_sent=on_sent)
+                return await self._begun(
+                    method, path, headers, body, attempt, stream=stream, on_sent=on_sent, holders=holders
+                )
             except BaseException as error:
                 if isinstance(error, BackendFailed):
                     self._judged(attempt, error)
@@ -324,6 +329,7 @@ class BackendClient:
         *,
         stream: bool,
         on_sent: Callable[[BackendName], None] | None,
+        holders: Holders,
     ) -> BackendResponse:
         """Send a request and read the beginning of its answer."""
         now_s = asyncio.get_running_loop().time
@@ -337,6 +343,7 @@ class BackendClient:
                 body if isinstance(body, bytes) else body.chunks,
                 within_s=min(self._first_s, self._total_s),
                 on_sent=None if on_sent is None else partial(on_sent, self.name),
+                holders=holders,
             )
             self._refuse_redirect(exchange.status)
             exchange.ends_s = min(exchange.deadline_s, now_s() + self._first_s)

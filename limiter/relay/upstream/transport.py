@@ -16,6 +16,7 @@ from socket import SOCK_STREAM
 import aiohappyeyeballs
 from yarl import URL
 
+from limiter._util.fair_share import FairSlots, Holders
 from limiter.relay.upstream.http_protocol import Exchange, HttpConnection, TransportError
 
 _WRITE_AT_ONCE = 1 << 16  # a larger body is written bit by bit, as the backend takes it
@@ -57,7 +58,8 @@ class HttpTransport:
         self._loop = asyncio.get_running_loop()
         self._ssl = tls
         self._max = max_connections
-        self._room = asyncio.Semaphore(max_connections) if max_connections else None  # for an exchange each
+        self._slots = FairSlots(max_connections) if max_connections else None  # for an exchange each
+        self._takers: dict[HttpConnection, Holders] = {}  # of the slots
         self._making = 0
         self._is_closed = False
         self._idle: dict[HttpConnection, None] = {}  # the one used last is at the end
@@ -76,6 +78,7 @@ class HttpTransport:
         *,
         within_s: float = inf,
         on_sent: Callable[[], None] | None = None,
+        holders: Holders = (),
     ) -> Exchange:
         """Send a request to a path below the base, and wait for the head of its answer.
 
@@ -88,16 +91,18 @@ class HttpTransport:
             within_s: seconds from here, or from the last byte of an iterator, to the head; `deadline_s` of the exchange
                 goes on counting.
             on_sent: called once the whole request is written.
+            holders: whose share of the connections it takes, where they are bounded.
 
         Raises TransportError, of which NoConnectionFree is one, TimeoutError, ssl.SSLError and OSError.
         """
         rest = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
         if isinstance(body, bytes):
             head = self._beginning(method, path) + f"{rest}Content-Length: {len(body)}\r\n\r\n".encode("ascii")
-            return await self._send_whole(head, body, within_s, on_sent)
+            return await self._send_whole(head, body, within_s, on_sent, holders)
         framing = "\r\n" if "Content-Length" in headers else "Transfer-Encoding: chunked\r\n\r\n"
         head = self._beginning(method, path) + f"{rest}{framing}".encode("ascii")
-        return await self._send_stream(head, body, within_s, chunked="Content-Length" not in headers, on_sent=on_sent)
+        is_chunked = "Content-Length" not in headers
+        return await self._send_stream(head, body, within_s, holders, chunked=is_chunked, on_sent=on_sent)
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -114,17 +119,17 @@ class HttpTransport:
         return len(self._open)
 
     async def _send_whole(
-        self, head: bytes, body: bytes, within_s: float, on_sent: Callable[[], None] | None
+        self, head: bytes, body: bytes, within_s: float, on_sent: Callable[[], None] | None, holders: Holders
     ) -> Exchange:
         deadline_s = self._loop.time() + within_s
-        connection = await self._acquire(deadline_s)
+        connection = await self._acquire(deadline_s, holders)
         is_used = connection.used > 0
         try:
             return await self._exchange(connection, head, body, deadline_s, on_sent)
         except TransportError as error:
             if not (is_used and error.unused):
                 raise
-        connection = await self._acquire(deadline_s, new=True)
+        connection = await self._acquire(deadline_s, holders, new=True)
         return await self._exchange(connection, head, body, deadline_s, on_sent)
 
     async def _exchange(
@@ -159,12 +164,13 @@ class HttpTransport:
         head: bytes,
         body: AsyncIterator[bytes],
         within_s: float,
+        holders: Holders,
         *,
         chunked: bool,
         on_sent: Callable[[], None] | None,
     ) -> Exchange:
         deadline_s = self._loop.time() + within_s
-        connection = await self._acquire(deadline_s, new=True)  # it could not be sent again
+        connection = await self._acquire(deadline_s, holders, new=True)  # it could not be sent again
         exchange = self._begin(connection, deadline_s)
         sending = self._loop.create_task(
             self._write_stream(connection, exchange, head, body, within_s, chunked=chunked)
@@ -219,26 +225,21 @@ class HttpTransport:
         self._start_ticking()
         return exchange
 
-    async def _acquire(self, deadline_s: float, *, new: bool = False) -> HttpConnection:
+    async def _acquire(self, deadline_s: float, holders: Holders, *, new: bool = False) -> HttpConnection:
         """Return a connection for one exchange, an idle one unless it must be new. Raises as `request`."""
-        if self._room is not None:
-            await self._wait_for_room(self._room, deadline_s)
-        try:
+        if self._slots is None:
             return (None if new else self._take_idle()) or await self._connect(deadline_s)
-        except BaseException:
-            if self._room is not None:
-                self._room.release()
-            raise
-
-    async def _wait_for_room(self, room: asyncio.Semaphore, deadline_s: float) -> None:
-        if not room.locked():
-            await room.acquire()  # at once
-            return
         try:
-            async with asyncio.timeout_at(min(self._loop.time() + _ROOM_S, deadline_s)):
-                await room.acquire()
+            await self._slots.take(holders, min(self._loop.time() + _ROOM_S, deadline_s))
         except TimeoutError:
-            raise NoConnectionFree(f"all of its {self._max} connections are in use") from None
+            raise NoConnectionFree(f"all of its {self._max} connections are in use, or a client's share") from None
+        try:
+            connection = (None if new else self._take_idle()) or await self._connect(deadline_s)
+        except BaseException:
+            self._slots.give_back(holders)
+            raise
+        self._takers[connection] = holders
+        return connection
 
     def _take_idle(self) -> HttpConnection | None:
         now_s = self._loop.time()
@@ -298,8 +299,8 @@ class HttpTransport:
                 return
         else:
             return  # it was lost while it was made
-        if self._room is not None:
-            self._room.release()
+        if self._slots is not None:
+            self._slots.give_back(self._takers.pop(connection))
 
     def _start_ticking(self) -> None:
         if self._tick is None and not self._is_closed:

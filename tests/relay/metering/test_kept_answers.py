@@ -259,12 +259,12 @@ async def test_attack_when_repeats_are_not_read_then_few_are_sent_and_their_memo
 async def test_repeat_when_there_is_no_memory_to_hold_it_then_503_and_it_is_sent_later(
     start_relay: StartRelay, hardware: Backend
 ) -> None:
-    relay = await start_relay(client_of("hardware", hardware.url), tiers=tiers(lifetime=9), bodies_in_memory_mb=1)
+    relay = await start_relay(client_of("hardware", hardware.url), tiers=tiers(lifetime=9), bodies_in_memory_mb=4)
     headers = of(relay.install_id, "k")
     first = await relay.ask(BIG, headers=headers)
     await relay.settled()
     with relay.app[RELAY].memory.reservation() as others:
-        others.add(500_000)
+        others.add(4_000_000)
         refused = await relay.ask(BIG, headers=headers)
         assert (refused.status, refused.code) == (503, "relay_busy")
     again = await relay.ask(BIG, headers=headers)

@@ -17,12 +17,12 @@ MIB = 1 << 20
 
 @pytest.fixture
 async def small(start_relay: StartRelay, gemini: Backend, hardware: Backend) -> RunningRelay:
-    """A relay with room for 2 MiB."""
+    """A relay with room for 4 MiB, so with 2 MiB for one client."""
     return await start_relay(
         client_of("gemini", gemini.url),
         client_of("hardware", hardware.url),
         body_limit_mb=1,
-        bodies_in_memory_mb=2,
+        bodies_in_memory_mb=4,
     )
 
 
@@ -79,7 +79,7 @@ async def test_upload_when_the_memory_is_used_up_then_it_passes_but_is_not_kept_
     big = "x" * (MIB - 10_000)
     waiting = [asyncio.create_task(small.ask("wait", input=big)) for _ in range(2)]
     await eventually(lambda: len(gemini.seen) == 2)
-    parts = (("model", "plain"), ("file", "y" * 100_000))
+    parts = (("model", "plain"), ("file", "y" * 600_000))
     form = "".join(f'--b\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{text}\r\n' for name, text in parts)
 
     async def upload() -> int:

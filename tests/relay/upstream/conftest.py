@@ -38,8 +38,9 @@ async def transport_to() -> AsyncIterator[MakeTransport]:
         assert not [each for each in transport._exchanges if not each.is_over], "an exchange was never ended"
         assert set(transport._idle) == transport._open, "a connection is in no exchange, and not idle"
         assert transport._making == 0
-        if transport._room is not None:
-            assert transport._room._value == transport._max
+        if transport._slots is not None:
+            assert transport._slots.taken == 0
+            assert transport._takers == {}
         await transport.aclose()
         assert not transport._open
         assert not transport._idle
