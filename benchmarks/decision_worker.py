@@ -48,7 +48,7 @@ async def by_evalsha(url: str) -> Decide:
     script = compose("debit")
     await redis.script_load(script.text)
     return lambda install: redis.evalsha(
-        script.sha, 1, f"credits:install:{install}", "pro", "monthly", MANY, MANY, 1, 1, "core", 1, ""
+        script.sha, 1, f"credits:install:{install}", "pro", "monthly", MANY, MANY, 1, 1, 1, "core", 1, "", "", 1
     )
 
 

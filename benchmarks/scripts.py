@@ -27,8 +27,11 @@ ROUNDS = 5
 HOLD_ID = "0123456789abcdef0123456789abcdef"
 KEY = "credits:install:__rand_int__"  # redis-benchmark puts 12 digits below the number of rows here
 ARGUMENTS = {
-    "reserve": (HOLD_ID[:20] + "__rand_int__", "pro", "monthly", "1000000", "400000", "", "1", "1", "1", "600000", "1"),
-    "commit": (HOLD_ID, "", "", "core"),
+    "reserve": (
+        *(HOLD_ID[:20] + "__rand_int__", "pro", "monthly", "1000000", "400000", "16", "1", "1", "1", "600000", "1"),
+        *("250", "30000", "1"),  # the rate of the default tier pro
+    ),
+    "commit": (HOLD_ID, "", "", "core", ""),
 }
 FILL = """
 local began, lapses, hold_id, others, holds = ARGV[3], ARGV[4], ARGV[5], tonumber(ARGV[6]), tonumber(ARGV[6])
@@ -38,7 +41,7 @@ for i = tonumber(ARGV[1]), tonumber(ARGV[2]) do
   redis.call("DEL", key)
   redis.call("HSET", key, "tier_snapshot", "pro", "lifetime_consumed", 3, "lifetime_gemini_consumed", 2,
     "monthly_consumed", 5, "monthly_gemini_consumed", 3, "last_renewal_at", began, "last_active_at", began,
-    "anniversary_day", 11)
+    "anniversary_day", 11, "flow", ARGV[7])
   if holds > 0 then
     redis.call("HSET", key, "held", string.format("%d 0 0 0 %d %d %s", holds, holds, holds, lapses))
   end
@@ -87,7 +90,9 @@ class Bench:
         step = 2_000 // (1 + case.holds)
         for first in range(0, case.rows, step):
             last = min(first + step, case.rows) - 1
-            self.redis.eval(FILL, 0, first, last, began, int(now_s * 1000) + DAY_MS, hold_id, case.holds)
+            self.redis.eval(
+                FILL, 0, first, last, began, int(now_s * 1000) + DAY_MS, hold_id, case.holds, int(now_s * 1000)
+            )
 
     def run(self, case: Case) -> Run:
         """Send a case's requests, sixteen at a time on each of fifty connections."""

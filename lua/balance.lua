@@ -14,8 +14,9 @@ end
 local hold_field, status, backend, reason, rate_wait = "hold:", "KNOWN", "", "", 0
 --@include clock -> now_ms
 --@include bad_row -> bad_row
---@include row -> f, lifetime, lifetime_gemini, monthly, monthly_gemini, began, anniversary_day, held, hold, flow,
---  renews_ms, created, changes
+--@include read -> f
+--@include row -> lifetime, lifetime_gemini, monthly, monthly_gemini, began, anniversary_day, held, hold, renews_ms,
+--  created, changes
 if not renews_ms then
 --@include now_iso -> now_iso
 --@include calendar -> civil, renewal_ms

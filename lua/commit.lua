@@ -19,8 +19,9 @@ local hold_field = "hold:" .. hold_id
 --@include clock -> now_ms
 --@include now_iso -> now_iso
 --@include bad_row -> bad_row
---@include row -> f, lifetime, lifetime_gemini, monthly, monthly_gemini, began, anniversary_day, held, hold, flow,
---  renews_ms, created, changes
+--@include read -> f
+--@include row -> lifetime, lifetime_gemini, monthly, monthly_gemini, began, anniversary_day, held, hold, renews_ms,
+--  created, changes
 if not renews_ms then
 --@include calendar -> civil, renewal_ms
 --@include rollover -> lifetime, lifetime_gemini, monthly, monthly_gemini, began, anniversary_day, renews_ms, created,
@@ -48,6 +49,7 @@ else
     "last_active_at", now_iso)
 end
 if mark_ms then
+  local flow = redis.call("HMGET", row_key, "flow")[1]
 --@include flow -> rate_until, left_until, marks, marks_recount
   local until_ms = string.format("%d", now_ms + mark_ms)
   if redis.call("HSET", row_key, "run:" .. hold_id, until_ms) == 0 then

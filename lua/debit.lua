@@ -25,8 +25,9 @@ local hold_field, max_in_flight = "hold:", nil
 --@include clock -> now_ms
 --@include now_iso -> now_iso
 --@include bad_row -> bad_row
---@include row -> f, lifetime, lifetime_gemini, monthly, monthly_gemini, began, anniversary_day, held, hold, flow,
---  renews_ms, created, changes
+--@include read_with_flow -> f, flow
+--@include row -> lifetime, lifetime_gemini, monthly, monthly_gemini, began, anniversary_day, held, hold, renews_ms,
+--  created, changes
 if not renews_ms then
 --@include calendar -> civil, renewal_ms
 --@include rollover -> lifetime, lifetime_gemini, monthly, monthly_gemini, began, anniversary_day, renews_ms, created,

@@ -49,8 +49,9 @@ elseif mode == "merge" then
   -- The larger counters win. Those of a month compare only within one billing period: a later period wins whole. Of
   -- two days for one period the stored one wins: the other may be inferred from a clamped date.
   local hold_field, now_ms = "hold:", 0
---@include row -> f, lifetime, lifetime_gemini, monthly, monthly_gemini, began, anniversary_day, held, hold, flow,
---  renews_ms, created, changes
+--@include read -> f
+--@include row -> lifetime, lifetime_gemini, monthly, monthly_gemini, began, anniversary_day, held, hold, renews_ms,
+--  created, changes
   if not renews_ms then
 --@include now_iso -> now_iso
 --@include rollover -> lifetime, lifetime_gemini, monthly, monthly_gemini, began, anniversary_day, renews_ms, created,

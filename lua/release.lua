@@ -40,8 +40,9 @@ if not is_leave then
   return { "RELEASED", "", "", 0, 0 }
 end
 --@include now_iso -> now_iso
---@include row -> f, lifetime, lifetime_gemini, monthly, monthly_gemini, began, anniversary_day, held, hold, flow,
---  renews_ms, created, changes
+--@include read_with_flow -> f, flow
+--@include row -> lifetime, lifetime_gemini, monthly, monthly_gemini, began, anniversary_day, held, hold, renews_ms,
+--  created, changes
 if not renews_ms then
 --@include calendar -> civil, renewal_ms
 --@include rollover -> lifetime, lifetime_gemini, monthly, monthly_gemini, began, anniversary_day, renews_ms, created,

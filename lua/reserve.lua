@@ -29,8 +29,9 @@ if hold_id == "" or cost <= 0 or cost % 1 ~= 0 or hold_ms <= 0 then
 end
 --@include clock -> now_ms
 --@include bad_row -> bad_row
---@include row -> f, lifetime, lifetime_gemini, monthly, monthly_gemini, began, anniversary_day, held, hold, flow,
---  renews_ms, created, changes
+--@include read_with_flow -> f, flow
+--@include row -> lifetime, lifetime_gemini, monthly, monthly_gemini, began, anniversary_day, held, hold, renews_ms,
+--  created, changes
 if not renews_ms then
 --@include now_iso -> now_iso
 --@include calendar -> civil, renewal_ms

@@ -1,4 +1,4 @@
--- One install's row, read at once but for what few decisions want. Its fields:
+-- One install's row. Its fields:
 --   tier_snapshot                                    tier of the last committed request: see include/charge.lua
 --   lifetime_consumed, lifetime_gemini_consumed      credits, ever
 --   monthly_consumed, monthly_gemini_consumed        credits, this billing period
@@ -9,13 +9,11 @@
 --   extra                                            JSON, never read here
 -- Nearly every row is complete, of this century, renews on a day that each month has, and is not due: for that one no
 -- function is built, which costs more than what it would compute. Any other is left to include/rollover.lua.
--- Takes: row_key, hold_field, now_ms
--- Gives: f, lifetime, lifetime_gemini, monthly, monthly_gemini, began, anniversary_day, held, hold, flow,
+-- Takes: f (what include/read.lua or include/read_with_flow.lua read), now_ms
+-- Gives: lifetime, lifetime_gemini, monthly, monthly_gemini, began, anniversary_day, held, hold,
 --   renews_ms (nil: the row is left to rollover), created, changes (nil, both for rollover)
-local f = redis.call("HMGET", row_key, "lifetime_consumed", "lifetime_gemini_consumed", "monthly_consumed",
-  "monthly_gemini_consumed", "last_renewal_at", "anniversary_day", "held", hold_field, "flow")
 local lifetime, lifetime_gemini, monthly, monthly_gemini = f[1] or "", f[2] or "", f[3] or "", f[4] or ""
-local began, anniversary_day, held, hold, flow = f[5] or "", f[6] or "", f[7], f[8], f[9]
+local began, anniversary_day, held, hold = f[5] or "", f[6] or "", f[7], f[8]
 local renews_ms, created, changes
 -- One search over all that has to be digits. Five integers of 19 digits have none of more than 15, so none is too large.
 local digits = lifetime .. lifetime_gemini .. monthly .. monthly_gemini .. anniversary_day .. began
