@@ -39,6 +39,8 @@ def relay(redis_url: str, tmp_path: Path) -> Iterator[Relay]:
             "LIMITER_PERSISTER__FILE": "",
             "LIMITER_TIERS__CORE__LIFETIME": "100000",
             "LIMITER_TIERS__CORE__MAX_IN_FLIGHT": "1000",
+            "LIMITER_TIERS__CORE__RATE_PER_MIN": "6000",
+            "LIMITER_TIERS__CORE__BURST": "6000",
             "LIMITER_LOGS__LEVEL": "WARNING",
             "LIMITER_REDIS__TIMEOUT_MS": "10000",  # a busy machine may be slow: this is about memory
         }
