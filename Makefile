@@ -17,8 +17,10 @@ check: lint types
 	LIMITER_TEST_TOPOLOGY=valkey $(BIN)/pytest --quick --numprocesses 2 --dist worksteal
 
 # Everything; what this machine cannot run is skipped, and the end of the output says why.
+# The system tests start whole fleets and measure: they run one after the other.
 test: system $(READY) peers lint types check-lua
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist worksteal --ignore tests/system
+	$(BIN)/pytest tests/system
 
 lint: $(READY)
 	$(BIN)/ruff check .
