@@ -33,6 +33,7 @@ _REQUIRES = {
         "_loop",
         "_make_error_handler",
         "_messages",
+        "_reading_paused",
         "_request_count",
         "_request_handler",
         "_waiter",
@@ -240,6 +241,11 @@ class RelayConnection(web.RequestHandler):
         super().resume_writing()
         if self._source is not None:
             self._source.resume()
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """Resume what was paused; aiohttp would parse again at each read of a body."""
+        if self._reading_paused:
+            super().resume_reading(resume_parser)
 
     def data_received(self, data: bytes) -> None:
         """Parse requests, end one whose body is damaged, and refuse one whose head is too large."""

@@ -36,11 +36,19 @@ class BodyReader:
         self._waited_s = 0.0
         self.read_b = 0
 
+    @property
+    def is_at_end(self) -> bool:
+        """Whether all of it has been read."""
+        return self._content.at_eof() and self._content.exception() is None
+
     async def read(self) -> bytes:
         """Return what has arrived, or arrives next; b"" at the end. Raises ProblemRaised: 400 and 408."""
         try:
-            await send_continue(self._request)
-            chunk = await (self._content.readany() if self._content.is_eof() else self._wait())
+            if self._content.is_eof():
+                chunk = self._content.read_nowait()
+            else:
+                await send_continue(self._request)
+                chunk = await self._wait()
         except TimeoutError:
             fail(408, "request_timeout", "Request timeout", self._too_slow())
         except (web.RequestPayloadError, ClientError, HttpProcessingError, OSError):

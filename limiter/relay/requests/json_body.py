@@ -91,7 +91,8 @@ async def _whole(
     size_b = request.content_length or 0
     if size_b <= limit_b:
         reader, parts, is_small = BodyReader(request, pace), list[bytes](), True
-        while part := await reader.read():
+        while not reader.is_at_end:
+            part = await reader.read()
             reservation.add(len(part))
             parts.append(part)
             if reader.read_b > limit_b:
