@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from datetime import UTC, datetime
+from itertools import islice
 from typing import Any, Literal, TextIO
 
 import orjson
@@ -32,6 +33,7 @@ _MIN_SECRET = 6  # characters: masking shorter ones would hide ordinary words
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), 127)} | {ord("\n"): "\\n", ord("\t"): "\\t"}
 _NAME_BYTES = 6
 _EXTRAS = structlog.stdlib.ExtraAdder()
+_FIRST_OWN = len(logging.makeLogRecord({}).__dict__)
 _OF_EVERY_RECORD = frozenset((*logging.makeLogRecord({}).__dict__, "message", "asctime"))
 
 
@@ -141,22 +143,31 @@ class _JsonLines(logging.Formatter):
         self._suspicious = ("eyJ", "\\u", "\\n", "\x7f", *(_dumped(value)[1:-1] for value in hidden))
 
     def format(self, record: logging.LogRecord) -> str:
+        event_name = getattr(record, "event", None)
         line: Line = {
             "time": datetime.fromtimestamp(record.created, UTC),
             "level": record.levelname.lower(),
-            "event": getattr(record, "event", None) or record.getMessage(),
+            "event": event_name or record.getMessage(),
             "logger": record.name,
         }
-        if hasattr(record, "event"):
+        if event_name is not None:
             line["message"] = record.getMessage()
-        line.update({name: value for name, value in record.__dict__.items() if name not in _OF_EVERY_RECORD})
+        # What a record has of its own comes after what every record has.
+        own = islice(record.__dict__.items(), _FIRST_OWN, None)
+        line.update([item for item in own if item[0] not in _OF_EVERY_RECORD])
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         text = _dumped(line)
-        if "bearer" in text.lower() or any(sign in text for sign in self._suspicious):
+        if self._is_suspicious(text):
             self._clean(line)
             text = _dumped(line)
         return text
+
+    def _is_suspicious(self, text: str) -> bool:
+        for sign in self._suspicious:
+            if sign in text:
+                return True
+        return "bearer" in text.lower()
 
 
 def _dumped(value: object) -> str:

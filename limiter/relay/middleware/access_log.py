@@ -7,7 +7,7 @@ pattern of the route.
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from aiohttp import web
 
@@ -18,6 +18,7 @@ from limiter.relay.telemetry.metrics import CLIENT_LEFT, METHODS, METRICS, Answe
 
 _LOG = logging.getLogger("limiter.request")
 _UNKNOWN_ROUTE = "unknown"
+_OF_EVERY_RECORD = logging.LogRecord(_LOG.name, logging.INFO, "", 0, "request", None, None).__dict__
 
 
 def add_access_log(app: web.Application, metrics: Metrics, short_name: Callable[[str], str]) -> None:
@@ -88,7 +89,16 @@ def _record(
             "duration_ms": _ms(answered.total_s),
             "first_byte_ms": _ms(first_byte_s) if first_byte_s is not None else None,
         }
-        _LOG.info("request", extra={name: value for name, value in line.items() if value is not None})
+        _LOG.handle(_log_record({name: value for name, value in line.items() if value is not None}))
+
+
+def _log_record(fields: Mapping[str, object]) -> logging.LogRecord:
+    """Return the record of a line, at half the cost of `Logger.info`: without its caller, which is always this."""
+    record = logging.LogRecord.__new__(logging.LogRecord)
+    now_s = time.time()
+    record.__dict__.update(_OF_EVERY_RECORD, created=now_s, msecs=now_s % 1 * 1000)
+    record.__dict__.update(fields)
+    return record
 
 
 def _ms(seconds: float) -> float:
