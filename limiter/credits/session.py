@@ -22,7 +22,7 @@ T = TypeVar("T")
 class Guard(Protocol):
     """Runs a call to Redis, or raises LimiterUnavailable at once while Redis is known to be unavailable."""
 
-    async def __call__(self, call: Callable[[], Awaitable[T]], /) -> T:
+    def __call__(self, call: Callable[[], Awaitable[T]], /) -> Awaitable[T]:
         """Run the call. Raises what it raises."""
         ...
 
@@ -87,14 +87,14 @@ class Session:
         seconds, microseconds = await self.command(self.redis.time(), "TIME")
         return int(seconds) * 1000 + int(microseconds) // 1000
 
-    async def retry(
+    def retry(
         self, attempt: Callable[[], Awaitable[T]], *, when_unknown: bool = True, when_overloaded: bool = False
-    ) -> T:
+    ) -> Awaitable[T]:
         """Run an attempt and repeat it within the session's deadline, by `limiter.credits.retry.retry`."""
         retried = partial(
             retry, attempt, deadline_s=self.deadline_s, when_unknown=when_unknown, when_overloaded=when_overloaded
         )
-        return await (retried() if self._guard is None else self._guard(retried))
+        return retried() if self._guard is None else self._guard(retried)
 
     async def once(self, attempt: Callable[[], Awaitable[T]]) -> T:
         """Run an attempt that must not be repeated. Raises what it raises."""

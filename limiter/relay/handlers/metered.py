@@ -8,8 +8,8 @@ unavailable, a request is refused, or served from hardware without any of these 
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from contextlib import closing, suppress
 from typing import NamedTuple
 
 from aiohttp import web
@@ -135,7 +135,7 @@ async def _sent(request: web.Request, response: web.StreamResponse) -> web.Strea
 async def _serve(call: _Call) -> web.StreamResponse:
     """Serve a request for credits, or unmetered while Redis is unavailable, if the operator has enabled that."""
     availability = call.relay.availability
-    with _failures_as_problems(call):
+    try:
         try:
             if not availability.serves_unmetered or "hardware" not in call.backends:
                 return await _serve_metered(call)
@@ -147,6 +147,9 @@ async def _serve(call: _Call) -> web.StreamResponse:
                 raise
         await _note_missed(call)
         return await _serve_unmetered(call)
+    except BackendFailed as failure:  # before the client has seen anything
+        _warn(call.request[REQUEST_ID], failure)
+        raise ProblemRaised(failure.problem, call.identity.headers()) from failure
 
 
 async def _serve_metered(call: _Call) -> web.StreamResponse:
@@ -235,9 +238,11 @@ async def _forward(call: _Call, decision: Decision, hold: OpenHold) -> BackendRe
     return await _send(call.backends["hardware"], call, hold.called)
 
 
-async def _send(client: BackendClient, call: _Call, sent: Callable[[Backend], None] | None = None) -> BackendResponse:
+def _send(
+    client: BackendClient, call: _Call, sent: Callable[[Backend], None] | None = None
+) -> Awaitable[BackendResponse]:
     request = call.forwardable
-    return await client.send(
+    return client.send(
         request.path,
         request.headers,
         request.body_for(client),
@@ -255,16 +260,6 @@ def _size(response: web.StreamResponse) -> int:
 
 async def _note_missed(call: _Call) -> None:
     await call.relay.idempotency.missed(call.request, call.identity.install_id, call.body)
-
-
-@contextmanager
-def _failures_as_problems(call: _Call) -> Iterator[None]:
-    """Turn a backend's failure, before the client has seen anything, into the error object. Raises ProblemRaised."""
-    try:
-        yield
-    except BackendFailed as failure:
-        _warn(call.request[REQUEST_ID], failure)
-        raise ProblemRaised(failure.problem, call.identity.headers()) from failure
 
 
 def _warn(request_id: str, failure: BackendFailed, then: str = "") -> None:

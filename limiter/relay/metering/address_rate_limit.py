@@ -4,10 +4,11 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 from aiohttp import web
 
-from limiter.relay.http.client_address import Network, client_address, is_within, network_of
+from limiter.relay.http.client_address import Address, Network, client_address, is_within, network_of
 from limiter.relay.http.problems import Problem, ProblemRaised
 
 _MAX_NETWORKS = 65_536  # remembered
@@ -34,16 +35,15 @@ class AddressRateLimit:
         self._interval_s = 60 / per_min if per_min else 0.0
         self._burst_s = 60 - self._interval_s
         self._exempt, self._trusted_proxies, self._on_limited = exempt, trusted_proxies, on_limited
+        self._limited_network = lru_cache(maxsize=4096)(self._network)
         self._busy_until_s: OrderedDict[str, float] = OrderedDict()  # the longest unused first
 
     def count(self, request: web.Request) -> None:
         """Count a request. Raises ProblemRaised (429)."""
         if not self._interval_s:
             return
-        address = client_address(request, self._trusted_proxies)
-        if is_within(address, self._exempt):
-            return
-        if wait_s := self._wait_s(network_of(address), time.monotonic()):
+        network = self._limited_network(client_address(request, self._trusted_proxies))
+        if network is not None and (wait_s := self._wait_s(network, time.monotonic())):
             self._on_limited()
             problem = Problem(
                 429,
@@ -53,6 +53,10 @@ class AddressRateLimit:
                 retry_after_s=math.ceil(wait_s),
             )
             raise ProblemRaised(problem)
+
+    def _network(self, address: Address) -> str | None:
+        """Return the network whose requests an address counts to; None if it is exempt."""
+        return None if is_within(address, self._exempt) else network_of(address)
 
     def _wait_s(self, network: str, now_s: float) -> float:
         """Count a request of a network, unless it has to wait: return for how long."""

@@ -5,7 +5,7 @@ An install that has a row needs only its seat here. A refusal creates nothing.
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
@@ -132,8 +132,8 @@ class Admission:
                 raise
             return await self._reserve(credit, may_create=True)
 
-    async def _reserve(self, credit: CreditRequest, *, may_create: bool) -> Decision:
-        return await self._limiter.reserve(
+    def _reserve(self, credit: CreditRequest, *, may_create: bool) -> Awaitable[Decision]:
+        return self._limiter.reserve(
             credit.install_id,
             tier=credit.tier,
             has_hardware=credit.has_hardware,

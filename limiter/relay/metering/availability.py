@@ -109,13 +109,13 @@ class RedisAvailability:
             await asyncio.shield(self._checking)
         return self.serves_unmetered
 
-    async def watch(self, call: Callable[[], Awaitable[T]]) -> T:
+    def watch(self, call: Callable[[], Awaitable[T]]) -> Awaitable[T]:
         """Make a call to Redis, and record its failure. Raises RedisUnavailable, without a call, while unavailable.
 
         A reply proves nothing, as a server that accepts no writes may send one: `answered` records one that does.
         """
         self.check()
-        return await self._watched(call)
+        return self._watched(call)
 
     def answered(self, took_s: float | None = None) -> None:
         """Record that Redis decided a reserve, so that it is available. took_s: how long that took, for the metrics."""

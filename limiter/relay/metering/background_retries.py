@@ -43,7 +43,7 @@ class BackgroundRetries:
             on_end: called with what the call returned, or with FAILED or GAVE_UP.
         """
         running = self._run(what, request_id, call, on_end)
-        task = asyncio.get_running_loop().create_task(running, name=f"{what} {request_id}")
+        task = asyncio.get_running_loop().create_task(running, name=what)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -67,8 +67,12 @@ class BackgroundRetries:
         on_end: Callable[[object], None] | None,
     ) -> None:
         outcome: object = FAILED
+        ends_s = time.monotonic() + self._give_up_s
         try:
-            outcome = await self._retry(call)
+            try:
+                outcome = await call()
+            except LimiterUnavailable:
+                outcome = await self._retry(call, ends_s)
         except LimiterUnavailable as error:
             _LOG.error(
                 "The %s did not succeed before the hold expired: %s",
@@ -88,17 +92,17 @@ class BackgroundRetries:
             if on_end is not None:
                 on_end(outcome)
 
-    async def _retry(self, call: Callable[[], Awaitable[object]]) -> object:
-        ends_s = time.monotonic() + self._give_up_s
+    async def _retry(self, call: Callable[[], Awaitable[object]], ends_s: float) -> object:
+        """Repeat a call that has failed once."""
         backoff = Backoff(first_s=0.05, max_s=2.0)
         while True:
-            try:
-                return await call()
-            except LimiterUnavailable:
-                if time.monotonic() > ends_s:
-                    raise
             if self._availability.state != "away":
                 await asyncio.sleep(backoff.next_s())
             with suppress(TimeoutError):
                 async with asyncio.timeout(max(0, ends_s - time.monotonic())):
                     await self._availability.wait_until_available()
+            try:
+                return await call()
+            except LimiterUnavailable:
+                if time.monotonic() > ends_s:
+                    raise

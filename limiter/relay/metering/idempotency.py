@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import NoReturn, Self
 
 from aiohttp import web
+from multidict import istr
 
 from limiter.errors import Execution, LimiterUnavailable, OutOfMemory
 from limiter.relay.http.problems import REQUEST_ID, Problem, ProblemRaised, fail
@@ -35,9 +36,9 @@ from limiter.relay.metering.claims import Claimed, Claims, ClaimStatus
 from limiter.relay.metering.kept_answers import KeptAnswers
 from limiter.relay.telemetry.metrics import KeepOutcome
 
-KEY_HEADER = "Idempotency-Key"
+KEY_HEADER = istr("Idempotency-Key")
 REPLAYED_HEADER = "Idempotency-Replayed"
-_RETRY_HEADER = "x-stainless-retry-count"  # the OpenAI SDKs count retries in it: "0" for a first attempt
+_RETRY_HEADER = istr("x-stainless-retry-count")  # the OpenAI SDKs count retries in it: "0" for a first attempt
 _MAX_KEY_LENGTH = 255
 _PRINTABLE = frozenset(string.ascii_letters + string.digits + string.punctuation + " ")
 _QUOTED = re.compile(r'"((?:[^"\\]|\\["\\])*)"')  # a string of RFC 9651

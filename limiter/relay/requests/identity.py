@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from aiohttp import hdrs, web
+from multidict import istr
 
 from limiter.credits.keys import is_uuid
 from limiter.credits.models import CORE, Tiers
@@ -10,6 +11,7 @@ from limiter.licences.tokens import InvalidLicence, Licence, Licences, RevokedLi
 from limiter.relay.http.problems import fail
 
 _BEARER = "bearer "
+_INSTALL_ID = istr("X-Install-Id")
 _DOTS = 2  # in a signed token
 
 
@@ -34,7 +36,7 @@ def identify(request: web.Request, licences: Licences, tiers: Tiers) -> Identity
     a revoked one.
     """
     token = _bearer(request)
-    install_ids = {each.strip().lower() for each in request.headers.getall("X-Install-Id", ())}
+    install_ids = {each.strip().lower() for each in request.headers.getall(_INSTALL_ID, ())}
     if len(install_ids) > 1:
         fail(400, "invalid_install_id", "Invalid install id", "Send only one X-Install-Id: there are several.")
     install_id = install_ids.pop() if install_ids else ""

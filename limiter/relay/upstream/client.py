@@ -17,7 +17,7 @@ from urllib.request import getproxies_environment, proxy_bypass_environment  # t
 
 import aiohttp
 from aiohttp import hdrs
-from multidict import CIMultiDict
+from multidict import CIMultiDict, istr
 from yarl import URL
 
 from limiter._util.fair_share import Holders
@@ -44,15 +44,16 @@ from limiter.relay.upstream.response import (
 from limiter.relay.upstream.transport import KEEPALIVE_S, HttpTransport
 
 _LOG = logging.getLogger("limiter.relay")
-_REQUEST_HEADERS = (hdrs.ACCEPT, hdrs.CONTENT_TYPE, "OpenAI-Beta")
-_TRACE_HEADERS = ("traceparent", "tracestate")  # only for the operator's own server
+# As istr, so that a lookup need not lower them.
+_REQUEST_HEADERS = (hdrs.ACCEPT, hdrs.CONTENT_TYPE, istr("OpenAI-Beta"))
+_TRACE_HEADERS = (istr("traceparent"), istr("tracestate"))  # only for the operator's own server
 _RESPONSE_HEADERS = (
     hdrs.CACHE_CONTROL,
     hdrs.CONTENT_ENCODING,
     hdrs.CONTENT_TYPE,
-    "OpenAI-Model",
-    "OpenAI-Processing-Ms",
-    "OpenAI-Version",
+    istr("OpenAI-Model"),
+    istr("OpenAI-Processing-Ms"),
+    istr("OpenAI-Version"),
 )
 _PASSING = frozenset({408, 429})
 _REDIRECT = range(300, 400)
@@ -379,7 +380,7 @@ class BackendClient:
 
     def _outgoing(self, headers: Mapping[str, str], body: bytes | Streamed, *, stream: bool) -> dict[str, str]:
         """Return the headers for the backend: the client's that may pass, and the relay's own."""
-        outgoing = {}
+        outgoing: dict[str, str] = {}
         for name in self._passed:
             value = headers.get(name)
             if value is not None and _may_pass(value):

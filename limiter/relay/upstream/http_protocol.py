@@ -15,6 +15,7 @@ from math import inf
 from typing import cast
 
 import httptools
+from aiohttp import hdrs
 from multidict import CIMultiDict
 
 MAX_HEAD_BYTES = 64 << 10
@@ -425,10 +426,10 @@ class HttpConnection(asyncio.Protocol):
         for name, value in self._headers:
             headers.add(name.decode("latin-1"), value.decode("latin-1"))
         self._headers, self._header_bytes = [], 0  # from here on for trailers
-        codings = headers.getall("Transfer-Encoding", [])
+        codings = headers.getall(hdrs.TRANSFER_ENCODING, [])
         if codings and (len(codings) > 1 or codings[0].lower() != "chunked"):
             raise TransportError(f"its answer has the transfer coding {codings[-1][:40]!r}, which was not offered")
-        self._until_eof = not codings and "Content-Length" not in headers and status not in _WITHOUT_BODY
+        self._until_eof = not codings and hdrs.CONTENT_LENGTH not in headers and status not in _WITHOUT_BODY
         if self._until_eof or not parser.should_keep_alive() or (codings and version == "1.0"):
             self.reusable = False
         self._note_keep_alive(headers)
@@ -468,7 +469,7 @@ class HttpConnection(asyncio.Protocol):
         self.close(TransportError(f"the connection was lost: {exc or 'the backend closed it'}", unused=unused))
 
     def _note_keep_alive(self, headers: CIMultiDict[str]) -> None:
-        text = headers.get("Keep-Alive", "")
+        text = headers.get(hdrs.KEEP_ALIVE, "")
         at = text.lower().find(_KEEP_ALIVE_TIMEOUT)
         if at >= 0:
             seconds = text[at + len(_KEEP_ALIVE_TIMEOUT) :].split(",")[0].strip()
