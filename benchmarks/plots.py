@@ -79,10 +79,12 @@ def draw_relays(sections: Sections, path: Path) -> None:
         names = [*(line.against for line in lines), "limiter"]
         bars = panel.barh(names, [*(1 / line.ratio for line in lines), 1], color=["C7"] * len(lines) + ["C0"])
         panel.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
-        panel.set(xscale="log", title=f"{title}, limiter = 1")
+        panel.set(xscale="log", title=title)
         panel.margins(x=0.3)
         panel.tick_params(axis="y", labelsize=8)
         panel.title.set_fontsize(9)
+        panel.tick_params(axis="x", which="both", bottom=False, labelbottom=False)
+    figure.suptitle("against limiter = 1, on a logarithmic scale", fontsize=9, y=0.04)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 
