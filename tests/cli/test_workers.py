@@ -6,6 +6,7 @@ import re
 import signal
 import uuid
 from collections.abc import Iterator
+from http.client import HTTPConnection
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import Request, urlopen
@@ -13,6 +14,7 @@ from urllib.request import Request, urlopen
 import pytest
 
 from tests.support.cli import Relay, limiter
+from tests.support.litellm import backend_process
 from tests.support.wait import wait_until
 
 pytestmark = pytest.mark.slow
@@ -58,6 +60,11 @@ def consumed(install_id: str, cwd: Path) -> int:
     row = json.loads(limiter("row", install_id, "--json", cwd=cwd).stdout)
     count: int = row["row"]["lifetime_consumed"]
     return count
+
+
+def holds(install_id: str, cwd: Path) -> int:
+    shown = limiter("row", install_id, "--json", cwd=cwd)
+    return len(json.loads(shown.stdout)["holds"]) if shown.returncode == 0 else 0
 
 
 def test_workers_share_a_port_and_each_of_them_serves_the_metrics_of_all(relay: Relay, tmp_path: Path) -> None:
@@ -122,6 +129,30 @@ def test_one_worker_persists_and_a_stop_dumps_once_more(relay: Relay, tmp_path: 
     rows = json.loads((tmp_path / "data" / "credits.json").read_text())["rows"]
     assert rows[install_id]["lifetime_consumed"] == 1
     relay.wait_for("limiter: stopped")
+
+
+def test_the_last_dump_has_what_another_worker_served_meanwhile(tmp_path: Path) -> None:
+    def without_persister(url: str) -> HTTPConnection:
+        while True:
+            connection = HTTPConnection(url.removeprefix("http://"), timeout=20)
+            connection.request("GET", "/readyz")
+            if "persister" not in json.load(connection.getresponse()):
+                return connection
+            connection.close()
+
+    install_id = str(uuid.uuid4())
+    with backend_process() as backend:
+        node = Relay(tmp_path, "--workers", "2", settings={"LIMITER_BACKENDS__HARDWARE__URL": backend})
+        connection = without_persister(node.url)
+        headers = {"X-Install-Id": install_id, "Content-Type": "application/json"}
+        connection.request("POST", "/v1/chat/completions", json.dumps({"model": "slow:3"}), headers)
+        wait_until(lambda: holds(install_id, tmp_path) == 1, within_s=20, what="the hold of the request")
+        node.process.send_signal(signal.SIGTERM)
+        assert connection.getresponse().status == 200
+        connection.close()
+        assert node.process.wait(20) == 0
+    rows = json.loads((tmp_path / "data" / "credits.json").read_text())["rows"]
+    assert rows[install_id]["lifetime_consumed"] == 1
 
 
 def test_a_port_of_another_supervisor_is_refused_and_not_shared(relay: Relay, tmp_path: Path) -> None:

@@ -70,6 +70,8 @@ async def serve(settings: Settings, started: Callable[[Serving], None], slot: Wo
         url = await _listen(app, settings, slot, stack)
         if persister is not None:
             await dumping.enter_async_context(persister)
+            if slot is not None:
+                dumping.push_async_callback(_supervisor_let_go, slot)
             app[METRICS].watch_dumps(lambda: persister.last_good_at)
         labels = {str(name): client.label for name, client in backends.items()}
         started(Serving(url, is_echo(settings), labels))
@@ -132,6 +134,13 @@ def _client(
         max_connections=backend.max_connections,
         ca_file=backend.ca_file,
     )
+
+
+async def _supervisor_let_go(slot: WorkerSlot) -> None:
+    """Wait until the supervisor has ended the other workers, or is gone: the last dump has their last commits, too."""
+    ended = asyncio.Event()
+    with _end_with_supervisor(slot, ended):
+        await ended.wait()
 
 
 @contextmanager

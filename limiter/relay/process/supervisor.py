@@ -66,7 +66,11 @@ async def supervise(settings: Settings, started: Callable[[Serving], None]) -> N
         finally:
             for listener in listeners:
                 listener.close()  # or else clients would queue where no process accepts them
-            await asyncio.gather(*(worker.end() for worker in workers), *keeping)
+            for worker in workers:
+                worker.terminate()
+            await asyncio.gather(*(worker.end() for worker in workers[1:]))
+            await workers[0].end()  # its last dump has the commits of the others
+            await asyncio.gather(*keeping)
 
 
 class _Worker:
@@ -144,14 +148,17 @@ class _Worker:
                     extra=event("worker_start_failed", worker=self._slot.number),
                 )
 
-    async def end(self) -> None:
-        """Let it finish its requests, and wait until it exits."""
+    def terminate(self) -> None:
+        """Let it finish its requests, and then exit."""
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.terminate()
-            await self._ended()
+
+    async def end(self) -> None:
+        """Let it make its last dump, if it is the one that dumps, and wait until it exits."""
         if self._line is not None:
             self._line.close()
+        await self._ended()
 
     async def _ended(self) -> int:
         return 0 if self._process is None else await self._process.wait()
