@@ -19,7 +19,6 @@ from limiter.relay.handlers.credits import show_credits
 from limiter.relay.handlers.health import (
     INSIDE_NETWORKS,
     REPORTS,
-    TRUSTED_PROXIES,
     Report,
     show_health,
     show_metrics_inside,
@@ -36,7 +35,6 @@ from limiter.relay.metering.address_rate_limit import AddressRateLimit
 from limiter.relay.metering.admission import Admission
 from limiter.relay.metering.availability import RedisAvailability, WatchedLimiter
 from limiter.relay.metering.background_retries import BackgroundRetries
-from limiter.relay.metering.bounds import OverBounds
 from limiter.relay.metering.claims import Claims
 from limiter.relay.metering.idempotency import Idempotency
 from limiter.relay.metering.install_rate_limit import InstallRateLimit
@@ -50,6 +48,7 @@ from limiter.relay.requests.memory_budget import MemoryBudget
 from limiter.relay.requests.places import Places
 from limiter.relay.requests.upload import UploadLimits
 from limiter.relay.telemetry.metrics import METRICS, Metrics
+from limiter.relay.telemetry.over_bounds import OverBounds
 from limiter.relay.upstream.client import BackendClient
 
 _MIB = 1 << 20
@@ -77,13 +76,9 @@ def create_app(
     revoked = RevokedNames(limiter.session)
     app[RELAY] = relay = _relay(limiter, backends, settings, availability, metrics, revoked=revoked)
     limits = settings.relay
-    app[TRUSTED_PROXIES] = trusted_proxies = parse_networks("relay.trusted_proxies", limits.trusted_proxies)
     app[INSIDE_NETWORKS] = parse_networks("relay.inside_networks", limits.inside_networks)
     app[ADDRESS_RATE_LIMIT] = AddressRateLimit(
-        limits.rate_per_min_per_address,
-        exempt=parse_networks("relay.exempt_networks", limits.exempt_networks),
-        trusted_proxies=trusted_proxies,
-        on_limited=metrics.address_limited,
+        limits.rate_per_min_per_address, addresses=relay.addresses, on_limited=metrics.address_limited
     )
     app[MODELS] = Models(backends)
     app[REPORTS] = {"redis_mode": availability.report, **(reports or {})}
@@ -140,6 +135,10 @@ def _relay(
     limits, idempotency = settings.relay, settings.idempotency
     watched = WatchedLimiter(limiter, availability)
     over_bounds = OverBounds(metrics, enforces=limits.bounds == "enforce")
+    addresses = ClientAddresses(
+        parse_networks("relay.trusted_proxies", limits.trusted_proxies),
+        parse_networks("relay.exempt_networks", limits.exempt_networks),
+    )
     retries = BackgroundRetries(availability, give_up_s=limiter.hold_ms / 1000)
     return Relay(
         tiers=limiter.tiers,
@@ -148,14 +147,11 @@ def _relay(
         licences=Licences(settings.licence.public_keys, revoked),
         backends=backends,
         costs=settings.costs,
-        bounds=_bounds(settings, metrics),
+        bounds=_bounds(settings, over_bounds),
         uploads=UploadLimits(limits.upload_limit_mb * _MIB, limits.replay_limit_kb * _KIB, _pace(limits)),
         memory=MemoryBudget(limits.bodies_in_memory_mb * _MIB, partial(metrics.share_used_up, "memory")),
         places=Places(_clients(limits), partial(metrics.share_used_up, "requests")),
-        addresses=ClientAddresses(
-            parse_networks("relay.trusted_proxies", limits.trusted_proxies),
-            parse_networks("relay.exempt_networks", limits.exempt_networks),
-        ),
+        addresses=addresses,
         admission=Admission(
             watched,
             Seats(watched.session),
@@ -167,7 +163,7 @@ def _relay(
                 per_ipv6_32=limits.mint_per_ipv6_32,
                 overall=limits.mint_overall,
             ),
-            trusted_proxies=parse_networks("relay.trusted_proxies", limits.trusted_proxies),
+            trusted_proxies=addresses.trusted_proxies,
         ),
         idempotency=Idempotency(
             Claims(watched.session),
@@ -186,12 +182,12 @@ def _relay(
     )
 
 
-def _bounds(settings: Settings, metrics: Metrics) -> Bounds:
+def _bounds(settings: Settings, over_bounds: OverBounds) -> Bounds:
     tiers = {
         name: TierBounds(each.max_n, each.max_inputs, each.max_output_tokens) for name, each in settings.tiers.items()
     }
     models = settings.models if settings.relay.models == "listed" else None
-    return Bounds(tiers, models, refuses=settings.relay.bounds == "enforce", counted=metrics.over_bound)
+    return Bounds(tiers, models, over_bounds)
 
 
 def _clients(limits: RelaySettings) -> int:

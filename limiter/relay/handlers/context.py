@@ -14,7 +14,6 @@ from limiter.relay.http.request_record import request_record
 from limiter.relay.metering.admission import Admission
 from limiter.relay.metering.availability import RedisAvailability, WatchedLimiter
 from limiter.relay.metering.background_retries import BackgroundRetries
-from limiter.relay.metering.bounds import OverBounds
 from limiter.relay.metering.idempotency import Idempotency
 from limiter.relay.metering.settlement import Settlements
 from limiter.relay.requests.bounds import Bounds
@@ -22,6 +21,7 @@ from limiter.relay.requests.identity import Identity, identify
 from limiter.relay.requests.memory_budget import MemoryBudget
 from limiter.relay.requests.places import Places
 from limiter.relay.requests.upload import UploadLimits
+from limiter.relay.telemetry.over_bounds import OverBounds
 from limiter.relay.upstream.client import BackendClient
 
 

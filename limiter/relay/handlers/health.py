@@ -7,7 +7,7 @@ from aiohttp import web
 from limiter.credits.models import CORE
 from limiter.errors import LimiterError
 from limiter.relay.handlers.context import RELAY
-from limiter.relay.http.client_address import Network, client_address, is_within
+from limiter.relay.http.client_address import Network, is_within
 from limiter.relay.http.json_response import json_response
 from limiter.relay.telemetry.metrics import show_metrics
 
@@ -15,7 +15,6 @@ _PROBE = "readyz"  # an install id that no client can have, as it is not a UUID
 Report = Callable[[], Mapping[str, object]]
 REPORTS = web.AppKey("reports", dict[str, Report])
 INSIDE_NETWORKS: web.AppKey[Sequence[Network]] = web.AppKey("inside_networks")
-TRUSTED_PROXIES: web.AppKey[Sequence[Network]] = web.AppKey("trusted_proxies")
 
 
 async def show_health(_request: web.Request) -> web.Response:
@@ -25,7 +24,7 @@ async def show_health(_request: web.Request) -> web.Response:
 
 def is_inside(request: web.Request) -> bool:
     """Return whether a request comes from one of the operator's networks."""
-    return is_within(client_address(request, request.app[TRUSTED_PROXIES]), request.app[INSIDE_NETWORKS])
+    return is_within(request.app[RELAY].addresses.of(request), request.app[INSIDE_NETWORKS])
 
 
 async def show_metrics_inside(request: web.Request) -> web.Response:

@@ -54,17 +54,24 @@ def client_address(request: web.Request, trusted_proxies: Sequence[Network]) -> 
 
 
 class ClientAddresses:
-    """The addresses of clients, as far as they are limited.
+    """The addresses of clients, and the units by which they are limited.
 
     trusted_proxies: whose `X-Forwarded-For` is believed. exempt: networks in which addresses are not limited.
     """
 
-    def __init__(self, trusted_proxies: Sequence[Network], exempt: Sequence[Network]) -> None:
-        self._trusted_proxies, self._exempt = trusted_proxies, exempt
+    def __init__(self, trusted_proxies: Sequence[Network] = (), exempt: Sequence[Network] = ()) -> None:
+        self.trusted_proxies, self._exempt = trusted_proxies, exempt
+        self._limited_unit = lru_cache(maxsize=4096)(self._unit)
+
+    def of(self, request: web.Request) -> Address:
+        """Return the address of a request's client."""
+        return client_address(request, self.trusted_proxies)
 
     def limited(self, request: web.Request) -> str | None:
         """Return the unit that a request's client belongs to; None if it is exempt."""
-        address = client_address(request, self._trusted_proxies)
+        return self._limited_unit(self.of(request))
+
+    def _unit(self, address: Address) -> str | None:
         return None if is_within(address, self._exempt) else network_of(address)
 
 

@@ -3,12 +3,11 @@
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable
 
 from aiohttp import web
 
-from limiter.relay.http.client_address import Address, Network, client_address, is_within, network_of
+from limiter.relay.http.client_address import ClientAddresses
 from limiter.relay.http.problems import Problem, ProblemRaised
 
 _MAX_NETWORKS = 65_536  # remembered
@@ -19,8 +18,7 @@ class AddressRateLimit:
 
     Args:
         per_min: requests a minute of one IPv4 address or IPv6 /56; 0 for any number.
-        exempt: networks that it does not apply to.
-        trusted_proxies: see `client_address`.
+        addresses: of clients, and which of them are exempt; by default none is.
         on_limited: called for each refused request.
     """
 
@@ -28,21 +26,19 @@ class AddressRateLimit:
         self,
         per_min: int,
         *,
-        exempt: Sequence[Network] = (),
-        trusted_proxies: Sequence[Network] = (),
+        addresses: ClientAddresses | None = None,
         on_limited: Callable[[], None] = lambda: None,
     ) -> None:
         self._interval_s = 60 / per_min if per_min else 0.0
         self._burst_s = 60 - self._interval_s
-        self._exempt, self._trusted_proxies, self._on_limited = exempt, trusted_proxies, on_limited
-        self._limited_network = lru_cache(maxsize=4096)(self._network)
+        self._addresses, self._on_limited = addresses or ClientAddresses(), on_limited
         self._busy_until_s: OrderedDict[str, float] = OrderedDict()  # the longest unused first
 
     def count(self, request: web.Request) -> None:
         """Count a request. Raises ProblemRaised (429)."""
         if not self._interval_s:
             return
-        network = self._limited_network(client_address(request, self._trusted_proxies))
+        network = self._addresses.limited(request)
         if network is not None and (wait_s := self._wait_s(network, time.monotonic())):
             self._on_limited()
             problem = Problem(
@@ -53,10 +49,6 @@ class AddressRateLimit:
                 retry_after_s=math.ceil(wait_s),
             )
             raise ProblemRaised(problem)
-
-    def _network(self, address: Address) -> str | None:
-        """Return the network whose requests an address counts to; None if it is exempt."""
-        return None if is_within(address, self._exempt) else network_of(address)
 
     def _wait_s(self, network: str, now_s: float) -> float:
         """Count a request of a network, unless it has to wait: return for how long."""

@@ -18,9 +18,9 @@ from limiter.credits.models import Backend, Leave, Settlement, SettlementStatus
 from limiter.errors import LimiterError, LimiterUnavailable
 from limiter.log_events import event
 from limiter.relay.metering.background_retries import BackgroundRetries
-from limiter.relay.metering.bounds import OverBounds
 from limiter.relay.metering.idempotency import Attempt
 from limiter.relay.telemetry.metrics import GAVE_UP, Metrics, ReleaseCause, SettlementKind
+from limiter.relay.telemetry.over_bounds import OverBounds
 
 _LOG = logging.getLogger("limiter.relay")
 _MAX_UNDOS = 8192  # at once, as many as reserves can wait for a reply: each is retried while Redis is unavailable

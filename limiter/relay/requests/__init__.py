@@ -2,5 +2,5 @@
 
 Begin with `identity.identify`, `json_body.read_json`, `upload.Upload`, `body_reader.BodyReader`.
 
-May import: relay.http, relay.upstream, licences, credits, _util, log_events.
+May import: relay.http, relay.telemetry, relay.upstream, licences, credits, _util.
 """

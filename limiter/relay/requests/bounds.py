@@ -4,23 +4,20 @@ A bound is looked at where the client sends its member; nothing is put into a bo
 only counted and logged, as the operator likes.
 """
 
-import logging
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import orjson
 from aiohttp import web
 from msgspec import Raw
 
-from limiter.log_events import event
 from limiter.relay.http.problems import REQUEST_ID, Problem, ProblemRaised
 from limiter.relay.requests.json_members import Members
+from limiter.relay.telemetry.over_bounds import BoundName, OverBounds
 
-_LOG = logging.getLogger("limiter.relay")
-BoundName = Literal["models", "max_n", "max_inputs", "max_output_tokens"]
 _OUTPUT_TOKENS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _ANSWERS = ("n", "best_of")
 _INPUTS = {"/v1/embeddings": "input", "/v1/completions": "prompt"}
@@ -48,21 +45,18 @@ class Bounds:
     Args:
         tiers: those of each; a tier that is not there has the defaults.
         models: the only ones that are served; None for any.
-        refuses: whether a request over a bound is refused.
-        counted: called with the name of a bound that a request is over.
+        over_bounds: is told of each request over a bound, which is refused if bounds are enforced.
     """
 
     def __init__(
         self,
         tiers: Mapping[str, TierBounds],
         models: Collection[str] | None,
-        *,
-        refuses: bool,
-        counted: Callable[[BoundName], None],
+        over_bounds: OverBounds,
     ) -> None:
         self._tiers, self._default = tiers, TierBounds()
         self._models = None if models is None else frozenset(models)
-        self._refuses, self._counted = refuses, counted
+        self._over_bounds, self._refuses = over_bounds, over_bounds.enforces
 
     @property
     def every_model_counts(self) -> bool:
@@ -91,26 +85,17 @@ class Bounds:
         """Check the model of a request. Raises ProblemRaised (404)."""
         if self._models is None or model in self._models:
             return
-        self._count(request, "models")
+        self._over_bounds.note("models", request[REQUEST_ID])
         if self._refuses:
             detail = "This relay serves only the models that its operator has listed: GET /v1/models shows them."
             raise ProblemRaised(Problem(404, "model_not_found", "Model not found", detail, param="model"))
 
     def _over(self, request: web.Request, bound: BoundName, member: str, limit: int) -> None:
-        self._count(request, bound)
+        self._over_bounds.note(bound, request[REQUEST_ID])
         if self._refuses:
             what = "items" if bound == "max_inputs" else "as a number"
             detail = f"{member!r} may be up to {limit} {what} in this tier ({bound}): send less."
             raise ProblemRaised(Problem(400, "request_over_bound", "Request over a bound", detail, param=member))
-
-    def _count(self, request: web.Request, bound: BoundName) -> None:
-        self._counted(bound)
-        if not self._refuses:
-            _LOG.info(
-                "A request is over the bound %s, and would be refused",
-                bound,
-                extra=event("request_over_bound", request_id=request[REQUEST_ID], bound=bound),
-            )
 
 
 def _is_over(raw: Raw, bound: int) -> bool:

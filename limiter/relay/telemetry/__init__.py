@@ -2,5 +2,5 @@
 
 Begin with `metrics.Metrics`.
 
-May import: relay.upstream, relay.http, credits.models, _util.
+May import: relay.upstream, relay.http, credits.models, _util, log_events.
 """

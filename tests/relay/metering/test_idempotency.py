@@ -22,12 +22,12 @@ from limiter.relay.http.problems import REQUEST_ID, Problem, ProblemRaised, prob
 from limiter.relay.metering.answer_recorder import AnswerRecorder
 from limiter.relay.metering.availability import RedisAvailability, RedisUnavailable
 from limiter.relay.metering.background_retries import BackgroundRetries
-from limiter.relay.metering.bounds import OverBounds
 from limiter.relay.metering.claims import Claimed, Claims, ClaimStatus
 from limiter.relay.metering.idempotency import Idempotency
 from limiter.relay.metering.refusals import refuse
 from limiter.relay.metering.settlement import Settlements
 from limiter.relay.telemetry.metrics import Metrics
+from limiter.relay.telemetry.over_bounds import OverBounds
 from tests.support.credits import text_of
 from tests.support.redis_servers import Server
 from tests.support.relay import ONE_SERVER

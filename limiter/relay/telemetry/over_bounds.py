@@ -1,4 +1,4 @@
-"""Requests over a bound that Redis keeps, the rate or the free leaves: counted, and logged if not enforced."""
+"""Requests over a bound: counted, and logged if bounds are not enforced."""
 
 import logging
 from typing import Literal
@@ -7,6 +7,7 @@ from limiter.log_events import event
 from limiter.relay.telemetry.metrics import Metrics
 
 _LOG = logging.getLogger("limiter.relay")
+BoundName = Literal["models", "max_n", "max_inputs", "max_output_tokens", "rate", "leaves"]
 
 
 class OverBounds:
@@ -15,15 +16,15 @@ class OverBounds:
     enforces: whether the bounds are enforced.
     """
 
-    __slots__ = ("_enforces", "_metrics")
+    __slots__ = ("_metrics", "enforces")
 
     def __init__(self, metrics: Metrics, *, enforces: bool) -> None:
-        self._metrics, self._enforces = metrics, enforces
+        self._metrics, self.enforces = metrics, enforces
 
-    def note(self, bound: Literal["rate", "leaves"], request_id: str) -> None:
+    def note(self, bound: BoundName, request_id: str) -> None:
         """Count a request that is over a bound, and log it unless the bound is enforced."""
         self._metrics.over_bound(bound)
-        if not self._enforces:
+        if not self.enforces:
             _LOG.info(
                 "A request is over the bound %s, which is not enforced",
                 bound,
