@@ -7,6 +7,7 @@ It prints its port.
 
 import asyncio
 import sys
+from collections.abc import Awaitable, Callable
 
 import aiohttp
 import uvloop
@@ -33,13 +34,18 @@ async def main(backend: str) -> None:
                 await response.write_eof()
                 return response
 
-        app = web.Application()
-        app.router.add_post("/{path:.*}", pass_on)
-        runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        print(runner.addresses[0][1], flush=True)
-        await asyncio.Event().wait()
+        await serve(pass_on)
+
+
+async def serve(handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> None:
+    """Serve each POST by a handler until the process is ended, and print the port."""
+    app = web.Application()
+    app.router.add_post("/{path:.*}", handler)
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    print(runner.addresses[0][1], flush=True)
+    await asyncio.Event().wait()
 
 
 if __name__ == "__main__":

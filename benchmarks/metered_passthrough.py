@@ -13,6 +13,7 @@ import uvloop
 from aiohttp import web
 from yarl import URL
 
+from benchmarks.aiohttp_passthrough import serve
 from limiter import CreditLimiter, Tiers, connect
 from limiter.credits.models import Settlement
 from limiter.relay.upstream.transport import HttpTransport
@@ -40,13 +41,7 @@ async def main(backend: str, redis_url: str) -> None:
         return web.Response(status=exchange.status, body=answer, content_type="application/json")
 
     under_way: set[asyncio.Task[Settlement]] = set()
-    app = web.Application()
-    app.router.add_post("/{path:.*}", pass_on)
-    runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    print(runner.addresses[0][1], flush=True)
-    await asyncio.Event().wait()
+    await serve(pass_on)
 
 
 if __name__ == "__main__":
